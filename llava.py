@@ -1,0 +1,1083 @@
+"""LLaVA on Mistral-7B in one file: a picture goes in as 576 extra words, an answer comes out.
+
+    picture [1, 3, 336, 336] --vision tower--> [1, 576, 1024] --projector--> [576, 4096]
+                                                                                 | for <image>
+    "[INST] <image>\\nWhat is it? [/INST]" --embed--> [1, T, 4096] --splice--> [1, T + 575, 4096]
+                                                                                 |
+                                      "A cat." <--sample-- [1, V] <--lm_head-- language model
+
+Read it top to bottom: sizes (1), the language model (2), the vision tower (3), pictures of any
+resolution and fewer tokens (4), LLaVA (5), published weights (6), words and pictures to tensors
+(7), the command line (8). Shapes are written [like, this]:
+
+    B  rows of a batch        N  tiles: the pictures, cut up      C  width of the residual stream
+    T  tokens in a row        P  patches of a tile                D  width of one attention head
+    S  slots of the cache     W  sliding window                   H  query heads, K key/value heads
+    V  words in the vocabulary
+
+Sources: LLaVA (arXiv:2304.08485), 1.5 (2310.03744), 1.6 (llava-vl.github.io), Mistral 7B
+(2310.06825), CLIP (2103.00020), PruMerge (2403.15388). Where a paper and its released code
+disagree, this file follows the code and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, normalizers
+from torch import Tensor, nn
+
+IGNORE = -100                                # the label of a token that is read but not learned
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Sizes. Fields are called what the published config.json files call them.
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer; the defaults are openai/clip-vit-large-patch14-336."""
+    hidden_size: int = 1024                  # C
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16            # H
+    image_size: int = 336
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def side(self) -> int:                   # patches along one side of a tile: P = 24² = 576
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Mistral decoder, or with K = H and no window a LLaMA; the defaults are
+    Mistral-7B-Instruct-v0.2, the language model of LLaVA-1.6."""
+    model_type: str = "mistral"
+    vocab_size: int = 32000                  # V
+    hidden_size: int = 4096                  # C
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32            # H
+    num_key_value_heads: int = 8             # K: each serves H / K = 4 query heads
+    head_dim: int = 128                      # D
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6                  # 1e4 in v0.1
+    sliding_window: int | None = None        # W: 4096 in v0.1, a token sees itself and 4095 others
+    max_position_embeddings: int = 32768
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """The whole: LLaVA-1.5's ways by default."""
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    projector: str = "mlp2x_gelu"            # or "linear": LLaVA 1
+    vision_feature_layer: int = -2           # the tower's states before its last block
+    image_token_id: int = 32000              # stands for one whole picture in input_ids
+    image_mode: str = "pad"                  # or "crop": LLaVA 1; "anyres": LLaVA 1.6
+    grids: tuple[tuple[int, int], ...] = ()  # AnyRes: the (width, height) to choose from, in order
+    round_grids: bool = False                # AnyRes: transformers rounds where LLaVA truncates
+    template: str = "mistral_instruct"       # or "v1": Vicuna; "plain": stage 1
+    prune: str = "none"                      # or "prumerge", "prumerge+"
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The language model
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)   # rounded before the weight: in bf16 the order shows
+
+
+def rope(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., D/2] of the angle by which each position turns each pair of dimensions."""
+    powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions[..., None].float() * (1.0 / config.rope_theta**powers)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of x [B, heads, T, D], the pairing of Hugging Face's files.
+    Mistral's own consolidated files pair (2i, 2i + 1) and would have to be permuted first."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)                # [B, heads, T, D]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D].
+
+    Rows are padded on the right, where causality hides the padding: no mask is needed. Beyond the
+    window the rows are cut into blocks of W tokens, and the cost grows with T instead of T². Each
+    block reads the one before and itself through a band; for W = 3:    . x x x . .
+                                                                        . . x x x .
+                                                                        . . . x x x
+    """
+    B, H, T, _ = q.shape
+    if window is None or T <= window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    first = causal_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], None)
+    k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
+    q, k, v = (F.pad(x, (0, 0, 0, -T % window)) for x in (q[:, :, window:], k, v))
+    q = q.unfold(2, window, window).mT                                    # [B, H, blocks-1, W, D]
+    k, v = (x.unfold(2, 2 * window, window).mT for x in (k, v))           # [B, H, blocks-1, 2W, D]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))        # the kernel takes four axes
+    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).triu(1).tril(window)
+    rest = F.scaled_dot_product_attention(q, k, v, attn_mask=band).unflatten(0, (B, -1))
+    return torch.cat((first, rest.transpose(1, 2).flatten(2, 3)), dim=2)[:, :, :T]
+
+
+class KVCache:
+    """One layer's keys and values in S slots; the token at position p lives in slot p mod S.
+
+    Without a window every position has its slot. With one S = W: a new token takes the slot of
+    the token that just left the window. Keys are stored rotated, so slots need no order.
+    """
+
+    def __init__(self, slots: int, lengths: Tensor):
+        self.slots, self.lengths = slots, lengths
+
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """Store k, v [B, K, T, D] of right-padded prompts of `lengths` [B] tokens."""
+        last, slot = self.lengths[:, None] - 1, torch.arange(self.slots, device=k.device)
+        newest = (last - (last - slot) % self.slots).clamp(min=0)         # [B, S] position in slot
+        index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        self.k, self.v = k.gather(2, index), v.gather(2, index)           # [B, K, S, D]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """Store the one new token per row, at `positions` [B]; its q [B, H, 1, D] sees the cache."""
+        rows, slot = torch.arange(len(k), device=k.device), positions % self.slots
+        self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
+        filled = torch.arange(self.slots, device=k.device) <= positions[:, None]       # [B, S]
+        groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
+        return F.scaled_dot_product_attention(groups, self.k, self.v, filled[:, None, None]).view_as(q)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads, K <= H key/value heads."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.head_dim, self.window = D, config.sliding_window
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+
+    def forward(self, x: Tensor, angles, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+        q = rotate(split_heads(self.q_proj(x), self.head_dim), *angles)   # [B, H, T, D]
+        k = rotate(split_heads(self.k_proj(x), self.head_dim), *angles)   # [B, K, T, D]
+        v = split_heads(self.v_proj(x), self.head_dim)
+        if positions is not None:            # one new token per row; the others are in the cache
+            y = cache.attend(q, k, v, positions)
+        else:
+            y = causal_attention(q, k, v, self.window)
+            if cache is not None:
+                cache.fill(k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                  # [B, T, C]
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x: Tensor, angles, cache=None, positions=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, cache, positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """Mistral or LLaMA. It reads embeddings, because patches have no ids, and leaves lm_head to the
+    caller, because few positions need logits."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, caches: list[KVCache] | None = None, positions=None) -> Tensor:
+        """x [B, T, C] -> normed hidden states [B, T, C]: whole rows, kept in `caches` if given;
+        or with positions [B] the next token of each row, x [B, 1, C]."""
+        at = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None, None]
+        angles = rope(at, self.config, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, angles, caches[i] if caches else None, positions)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The vision tower
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """What CLIP was trained with; up to 0.02 away from GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class VisionLayer(nn.Module):
+    """A pre-norm block in which every patch sees every patch."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        C, inner = config.hidden_size, config.intermediate_size
+        self.head_dim = C // config.num_attention_heads
+        self.layer_norm1 = nn.LayerNorm(C, config.layer_norm_eps)
+        self.self_attn = nn.ModuleDict(
+            {name: nn.Linear(C, C) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.layer_norm2 = nn.LayerNorm(C, config.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(C, inner), "fc2": nn.Linear(inner, C)})
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(self.self_attn[name](x), self.head_dim)    # [N, H, 1+P, D]
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.self_attn.out_proj(y.transpose(1, 2).flatten(2))      # [N, 1+P, C]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.layer_norm1(x))
+        return x + self.mlp.fc2(quick_gelu(self.mlp.fc1(self.layer_norm2(x))))
+
+
+class VisionTower(nn.Module):
+    """CLIP's ViT. LLaVA reads what enters the last block; that block and post_layernorm are kept
+    because they belong to every checkpoint, and because PruMerge asks the last block."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        C, p = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(C))
+        self.patch_embedding = nn.Conv2d(3, C, kernel_size=p, stride=p, bias=False)
+        self.position_embedding = nn.Embedding(1 + config.side**2, C)
+        self.pre_layrnorm = nn.LayerNorm(C, config.layer_norm_eps)        # sic, in every checkpoint
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(C, config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor, feature_layer: int) -> Tensor:
+        """pixels [N, 3, image_size, image_size] -> states [N, 1+P, C], the CLS token first;
+        feature_layer -1 means after the last block, -2 before it."""
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)       # [N, P, C], row by row
+        x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), dim=1)
+        x = self.pre_layrnorm(x + self.position_embedding.weight)         # [N, 1+P, C]
+        for layer in self.layers[:len(self.layers) + 1 + feature_layer]:
+            x = layer(x)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Pictures of any resolution (AnyRes) and fewer tokens (PruMerge)
+
+
+def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
+    """The (width, height) of `grids` in which most of a (height, width) picture survives, then the
+    one that wastes least. Ties go to the earlier: LLaVA lists (width, height), transformers reads
+    the same list as (height, width), so they treat some small pictures differently."""
+    def merit(grid):
+        scale = min(grid[0] / size[1], grid[1] / size[0])
+        survives = min(int(size[1] * scale) * int(size[0] * scale), size[1] * size[0])
+        return survives, survives - grid[0] * grid[1]
+
+    return max(grids, key=merit)
+
+
+def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns that a (height, width) picture covers in the patches of its grid; what is
+    left is black border. LLaVA truncates where transformers rounds to 7 decimals first."""
+    columns, rows = (side // config.vision.patch_size for side in choose_grid(size, config.grids))
+    wide = size[1] / size[0] > columns / rows
+    exact = size[0] * (columns / size[1]) if wide else size[1] * (rows / size[0])
+    border = ((rows if wide else columns) - int(round(exact, 7) if config.round_grids else exact)) // 2
+    whole, part = slice(0, columns if wide else rows), slice(border, (rows if wide else columns) - border)
+    return (part, whole) if wide else (whole, part)
+
+
+def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
+    """How many tokens take the place of a (height, width) picture; with pruning, at most."""
+    patches = config.vision.side**2
+    if config.image_mode != "anyres":
+        return patches
+    rows, columns = (window.stop - window.start for window in anyres_window(config, size))
+    return patches + rows * (columns + 1)
+
+
+def prumerge(attention: Tensor, keys: Tensor, plus: bool, neighbours: int = 32) -> Tensor:
+    """PruMerge as a matrix [m + 1, P]: times the features [P, C] it gives the tokens to keep.
+
+    attention [P]: what the CLS token pays to each patch; keys [P, C]. Kept are the m outliers of
+    attention, strongest first, and with `plus` an even sample of the other patches. To each is
+    added the attention-weighted sum of its `neighbours` most similar patches; one last token sums
+    up all that were not kept.
+    """
+    P = len(attention)
+    q1, q3 = attention.float().quantile(torch.tensor([0.25, 0.75], device=attention.device))
+    outliers = max(1, int((attention > q3 + 1.5 * (q3 - q1)).sum()))
+    kept = attention.argsort(descending=True, stable=True)[:outliers]
+    if plus:
+        even = torch.arange(0, P - 1, max(1, P // outliers // 3), device=kept.device)
+        kept = torch.cat((kept, even[~torch.isin(even, kept)]))           # [m]
+    directions = F.normalize(keys, dim=-1)
+    similarity = (directions[kept] @ directions.T).scatter(1, kept[:, None], -torch.inf)
+    near = similarity.topk(min(neighbours, P - 1)).indices                # [m, 32]
+    mix = torch.zeros_like(similarity).scatter(1, near, attention[near]).scatter(1, kept[:, None], 1.0)
+    return torch.cat((mix, attention.index_fill(0, kept, 0.0)[None]))
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. LLaVA
+
+
+class Llava(nn.Module):
+    """CLIP's patches, projected into the language model's space and read as if they were words."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision)
+        C_vision, C = config.vision.hidden_size, config.text.hidden_size
+        between = [nn.GELU(), nn.Linear(C, C)] if config.projector == "mlp2x_gelu" else []
+        self.projector = nn.Sequential(nn.Linear(C_vision, C), *between)
+        if config.image_mode == "anyres":
+            self.image_newline = nn.Parameter(torch.empty(C))
+        self.language_model = LanguageModel(config.text)
+        self.bases: list[str] = []           # the folders or id@revision it was opened from
+
+    def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None):
+        """One [n, C] per picture: the features that take the place of its id among the words.
+
+        images: for each picture its tiles [tiles, 3, S, S], normalised, or in uint8 to be
+        normalised here; image_sizes: the (height, width) it had; prune: None is the config's.
+        """
+        prune = prune or self.config.prune
+        weight = self.vision_tower.patch_embedding.weight
+        pixels = torch.cat(list(images)).to(weight.device, non_blocking=True)            # [N, 3, S, S]
+        pixels = normalize(pixels) if pixels.dtype == torch.uint8 else pixels
+        states = self.vision_tower(pixels.to(weight.dtype), self.config.vision_feature_layer)
+        if prune == "none":
+            tokens = self.projector(states[:, 1:])                        # [N, P, C]
+        else:
+            tokens = [self.projector(mix @ x) for mix, x in
+                      zip(self.prune_matrices(states, prune), states[:, 1:])]  # N x [m + 1, C]
+        ends = np.cumsum([len(image) for image in images])
+        groups = [tokens[end - len(image):end] for end, image in zip(ends, images)]
+        if self.config.image_mode == "anyres" and prune == "none":
+            return [self.arrange_tiles(group, size) for group, size in zip(groups, image_sizes)]
+        return [torch.cat(tuple(group)) for group in groups]
+
+    def prune_matrices(self, states: Tensor, prune: str) -> list[Tensor]:
+        """Each tile's `prumerge`, from the states [N, 1+P, C] before the last block, whose q and k
+        are taken as one head of width C: so does the released code."""
+        block = self.vision_tower.layers[-1]
+        x = block.layer_norm1(states)
+        q, k = block.self_attn.q_proj(x[:, :1]), block.self_attn.k_proj(x)
+        attention = (q @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]  # [N, P]
+        return [prumerge(a, keys, prune == "prumerge+") for a, keys in zip(attention, k[:, 1:])]
+
+    def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
+        """AnyRes: tiles [1 + rows * columns, P, C] -> the whole picture squashed into the first
+        tile, then the others as one map, row by row, without border, a newline after each row."""
+        side, grid = self.config.vision.side, choose_grid(size, self.config.grids)
+        y, x = anyres_window(self.config, size)
+        map_ = tiles[1:].unflatten(0, (-1, grid[0] // self.config.vision.image_size))
+        map_ = map_.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)[y, x]
+        newlines = self.image_newline.expand(len(map_), 1, -1)            # map_ [rows, columns, C]
+        return torch.cat((tiles[0], torch.cat((map_, newlines), dim=1).flatten(0, 1)))
+
+    def splice(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
+        """Ids [B, T] -> embeddings [B, T', C] with the pictures' features in place of their ids;
+        also the rows' lengths [B], and the labels [B, T'] with nothing to learn at pictures."""
+        device = self.language_model.embed_tokens.weight.device
+        input_ids, labels, attention_mask = (x if x is None else x.to(device, non_blocking=True)
+                                             for x in (input_ids, labels, attention_mask))
+        is_image = input_ids == self.config.image_token_id
+        features = self.encode_images(images, image_sizes) if images else []
+        if int(is_image.sum()) != len(features):
+            raise ValueError(f"{int(is_image.sum())} <image> in the text, but {len(features)} pictures")
+        counts = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        counts[is_image] = counts.new_tensor([len(f) for f in features])
+        lengths = counts.sum(1)
+        real = torch.arange(int(lengths.max()), device=counts.device) < lengths[:, None]  # [B, T']
+
+        def stretch(values: Tensor, padding: int) -> Tensor:              # [B, T] -> [B, T']
+            return torch.full_like(real, padding, dtype=values.dtype).masked_scatter(
+                real, values.flatten().repeat_interleave(counts.flatten()))
+
+        slots = stretch(is_image, False)
+        x = self.language_model.embed_tokens(stretch(input_ids.masked_fill(is_image, 0), 0))
+        if features:
+            x = x.masked_scatter(slots[..., None], torch.cat(features).to(x.dtype))
+        if labels is not None:
+            labels = stretch(labels, IGNORE).masked_fill(slots, IGNORE)
+        return x, lengths, labels
+
+    def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
+        """Logits [B, T', V] over the spliced, right-padded rows; with labels their mean loss.
+
+        input_ids [B, T] holds one image_token_id per picture, read row after row; attention_mask
+        [B, T] is False on padding, which is on the right; labels [B, T] are shifted here. Only
+        positions whose next token is learned get logits: they are few, and each costs V numbers.
+        """
+        x, _, labels = self.splice(input_ids, images, image_sizes, attention_mask, labels)
+        hidden = self.language_model(x)
+        if labels is None:
+            return self.language_model.lm_head(hidden)
+        learned = labels[:, 1:] != IGNORE
+        logits = self.language_model.lm_head(hidden[:, :-1][learned])
+        return F.cross_entropy(logits.float(), labels[:, 1:][learned])
+
+    @torch.inference_mode()
+    def decode(self, input_ids, images=None, image_sizes=None, attention_mask=None,
+               max_new_tokens=256, temperature=0.0, top_p=1.0) -> Iterator[Tensor]:
+        """The next token [B] of every row, max_new_tokens times; rows of any lengths and pictures,
+        right-padded, for each goes on from its own position. Temperature 0 takes the likeliest
+        token, others draw from the likeliest that together have probability top_p."""
+        x, lengths, _ = self.splice(input_ids, images, image_sizes, attention_mask)
+        window = self.config.text.sliding_window or sys.maxsize
+        slots = min(int(lengths.max()) + max_new_tokens, window)
+        caches = [KVCache(slots, lengths) for _ in self.language_model.layers]
+        hidden = self.language_model(x, caches)[torch.arange(len(x)), lengths - 1]       # [B, C]
+        for i in range(max_new_tokens):
+            token = sample(self.language_model.lm_head(hidden), temperature, top_p)
+            yield token
+            if i + 1 < max_new_tokens:
+                x = self.language_model.embed_tokens(token)[:, None]                      # [B, 1, C]
+                hidden = self.language_model(x, caches, positions=lengths + i)[:, 0]
+
+    def generate(self, input_ids, images=None, image_sizes=None, eos_token_id: int | None = 2,
+                 **decoding) -> Iterator[int]:
+        """The answer to one row, token by token, up to eos_token_id (not yielded; None: no end)."""
+        for token in self.decode(input_ids, images, image_sizes, **decoding):
+            if token.item() == eos_token_id:
+                return
+            yield token.item()
+
+    def generate_batch(self, input_ids, images=None, image_sizes=None, attention_mask=None,
+                       eos_token_id: int | None = 2, **decoding) -> list[list[int]]:
+        """What `generate` yields for each row, all rows at once."""
+        answers, unfinished = [[] for _ in input_ids], set(range(len(input_ids)))
+        for tokens in self.decode(input_ids, images, image_sizes, attention_mask, **decoding):
+            for row, token in enumerate(tokens.tolist()):
+                if token == eos_token_id:
+                    unfinished.discard(row)
+                elif row in unfinished:
+                    answers[row].append(token)
+            if not unfinished:
+                break
+        return answers
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None,
+                        dtype=torch.bfloat16, device="cpu", **overrides) -> Llava:
+        """Open a LLaVA of any publisher or a run folder; or a CLIP and a language model, between
+        which the projector starts afresh. Each is a folder, a hub id or id@revision.
+
+        `overrides` replace fields of LlavaConfig. Weights are mapped from disk and, where their
+        type differs, cast one at a time: there is never a second copy in memory.
+        """
+        if (path_or_repo_id is None) == (vision is None or language is None):
+            raise ValueError("name one LLaVA, or a vision tower and a language model")
+        parts, stored, bases = {}, {}, []
+        for source in [path_or_repo_id] if path_or_repo_id else [vision, language]:
+            more, tensors, name = open_checkpoint(source)
+            parts, stored, bases = parts | more, stored | tensors, [*bases, name]
+        if missing := {"vision", "text"} - parts.keys():
+            raise ValueError(f"{bases[0]} holds no {' or '.join(missing)} model: name both halves")
+        with torch.device("meta"):
+            model = cls(LlavaConfig(**parts | overrides))
+        model.bases = bases
+        if vision:
+            model.start_connector()
+        expected = model.state_dict()
+        state = {name: t for name, t in expected.items() if not t.is_meta}
+        check_tensors(expected, state, stored, " and ".join(bases))
+        for name in [*state, *stored]:
+            state[name] = (stored[name].read() if name in stored else state[name]).to(device, dtype)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def start_connector(self) -> None:
+        """Fresh weights for what lies between two pretrained halves."""
+        self.projector.to_empty(device="cpu")
+        for linear in self.projector[::2]:
+            linear.reset_parameters()
+        if self.config.image_mode == "anyres":
+            C = self.config.text.hidden_size
+            self.image_newline = nn.Parameter(torch.randn(C) / C**0.5)
+
+    def save_pretrained(self, folder, trained_only: bool = False) -> None:
+        """Write llava-hf's layout (llava, or with AnyRes llava_next), which transformers opens.
+
+        trained_only: just the weights that require a gradient, and in config.json the bases that
+        hold the others: a run folder, which from_pretrained opens like any checkpoint.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as sizes:
+            save_file(hub_tensors(self, trained_only), weights, metadata={"format": "pt"})
+            bases = {"bases": self.bases} if trained_only else {}
+            sizes.write_text(json.dumps(hub_config(self.config, not trained_only) | bases, indent=2))
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Published weights
+
+# What a published name begins with, as a pattern, and what that becomes here; the first that fits
+# counts. None: nothing that LLaVA needs.
+NAMES = (
+    (r"(text_model|text_projection|visual_projection|logit_scale)\b", None),  # CLIP's other half
+    (r".*\b(inv_freq|position_ids)$", None),                                  # buffers of old files
+    (r"(model\.)?((vision_tower|vision_model)\.)+((embeddings|encoder)\.)?", "vision_tower."),
+    (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.0."),        # llava-hf
+    (r"(model\.)?multi_modal_projector\.linear_2\.", "projector.2."),
+    (r"(model\.)?mm_projector\.(?=\d)", "projector."),                       # liuhaotian, MLP
+    (r"(model\.)?mm_projector\.", "projector.0."),                           # liuhaotian, linear
+    (r"(model\.)?image_newline", "image_newline"),
+    (r"(language_model\.)?lm_head\.", "language_model.lm_head."),
+    (r"(language_model\.model|model\.language_model|model)\.", "language_model."),
+)
+HUB_NAMES = (                                # and from here to llava-hf
+    (r"vision_tower\.(?=layers)", "vision_tower.vision_model.encoder."),
+    (r"vision_tower\.(?=\w+_embedding)", "vision_tower.vision_model.embeddings."),
+    (r"vision_tower\.", "vision_tower.vision_model."),
+    (r"projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"language_model\.(?!lm_head)", "language_model.model."),
+)
+
+
+def renamed(name: str, table) -> str | None:
+    for pattern, start in table:
+        if match := re.match(pattern, name):
+            return start and start + name[match.end():]
+    return name
+
+
+def fetch(source: str, weights: bool = True) -> Path:
+    """The folder of a checkpoint: a local one, or what is needed of a hub id's files, from the hub
+    or its cache (HF_HUB_OFFLINE=1: only from there)."""
+    if Path(source).is_dir():
+        return Path(source)
+    repo, _, revision = str(source).partition("@")
+
+    def get(*patterns: str) -> Path:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns,
+                                      ignore_patterns="*/*"))
+    try:
+        folder = get("*.json")
+        if weights:
+            get("model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin")
+            if not list(folder.glob("model*.safetensors")):
+                get("pytorch_model*.bin")
+        return folder
+    except (OSError, ValueError) as error:
+        raise OSError(f"{source} is no folder here, and the hub does not give it: "
+                      f"{first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_json(file: Path):
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OSError(f"{file} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON, or not all of it: {error}") from None
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary name to write to, which takes the file's place only when all went well."""
+    temporary = file.with_name(f".{file.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies on disk, and what LoRA adds to it: scale * B [out, r] @ A [r, in]."""
+    file: Path
+    key: str
+    shape: torch.Size
+    lora: tuple[Stored, Stored, float] | None = None
+
+    def read(self) -> Tensor:
+        tensor = open_file(self.file)[self.key]
+        if self.lora is None:
+            return tensor
+        a, b, scale = self.lora
+        return (tensor.float() + scale * (b.read().float() @ a.read().float())).to(tensor.dtype)
+
+
+def open_file(file: Path) -> dict[str, Tensor]:
+    """A file's tensors, mapped into memory but not read. A pickle may hold tensors, never code."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                return {key: tensors.get_tensor(key) for key in tensors.keys()}
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise OSError(f"{file} is missing") from None
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
+        raise OSError(f"{file} is damaged, or not a file of tensors: {first_line(error)}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    names = ["adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin",
+             "non_lora_trainables.bin"]
+    names = [name for name in names if (folder / name).exists()]
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (index := folder / f"{whole}.index.json").exists():
+            return [folder / n for n in (*names, *sorted(set(read_json(index)["weight_map"].values())))]
+        if (folder / whole).exists():
+            return [folder / n for n in (*names, whole)]
+    return [folder / n for n in names]
+
+
+def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, Stored], str]:
+    """What a folder or hub id holds: fields of LlavaConfig, tensors by our names, its exact name.
+
+    One that holds only a part (a projector, LoRA, a LLaVA without its tower) names its bases: they
+    are opened first and it is laid over them.
+    """
+    folder = fetch(source, weights)
+    local = folder == Path(source)
+    name = str(folder.resolve()) if local else f"{source.partition('@')[0]}@{folder.name}"
+    raw, adapter, own = read_json(folder / "config.json"), {}, {}
+    if (folder / "adapter_config.json").exists():
+        adapter = read_json(folder / "adapter_config.json")
+    for file in weight_files(folder) if weights else []:
+        for key, tensor in open_file(file).items():
+            own[renamed(key.removeprefix("base_model.model."), NAMES)] = Stored(file, key, tensor.shape)
+    own.pop(None, None)
+    bases = {base: weights for base in raw.get("bases", [])}
+    if "mm_vision_tower" in raw:             # liuhaotian: 1.6 brings its own tower, 1.5 does not
+        bases[raw["mm_vision_tower"]] = weights and not any(n.startswith("vision_tower.l") for n in own)
+        if not any(n.startswith("language_model.e") for n in own):
+            bases[adapter.get("base_model_name_or_path", raw.get("_name_or_path"))] = weights
+    parts, stored = {}, {}
+    for base, with_weights in bases.items():
+        more, tensors, _ = open_checkpoint(base, with_weights)
+        parts, stored = parts | more, stored | tensors
+    parts |= read_config(raw, folder / "config.json")
+    for key, tensor in own.items():
+        if key.endswith(".lora_A.weight"):
+            target, b = key.replace(".lora_A", ""), own[key.replace(".lora_A", ".lora_B")]
+            stored[target] = stored[target]._replace(
+                lora=(tensor, b, adapter["lora_alpha"] / adapter["r"]))
+        elif not key.endswith(".lora_B.weight"):
+            stored[key] = tensor
+    if parts.get("projector") == "linear":   # in llava-hf's layout the second layer does nothing
+        stored = {n: t for n, t in stored.items() if not n.startswith("projector.2.")}
+    return parts, stored, name
+
+
+def read_config(raw: dict, file: Path) -> dict:
+    """The fields of LlavaConfig that a publisher's config.json tells."""
+    kind = raw.get("model_type", "")
+    if "text_config" in raw and kind in ("llava", "llava_next"):         # llava-hf
+        expect(raw, file, projector_hidden_act="gelu", vision_feature_select_strategy="default")
+        text = text_config({"model_type": "llama"} | raw["text_config"], file, nested=True)
+        grids = raw.get("image_grid_pinpoints") or ()                    # (height, width) in there
+        found = {"vision": vision_config(raw["vision_config"], file, nested=True),
+                 "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
+                 "vision_feature_layer": raw.get("vision_feature_layer", -2),
+                 "image_mode": "anyres" if kind == "llava_next" else "crop",
+                 "grids": [(w, h) for h, w in grids], "round_grids": True}
+    elif "mm_vision_tower" in raw:                                       # liuhaotian
+        expect(raw, file, mm_vision_select_feature="patch", mm_use_im_start_end=False)
+        text = text_config(raw | {"model_type": "mistral" if "mistral" in kind else "llama"}, file)
+        mode = raw.get("image_aspect_ratio", "square")
+        if mode == "anyres":
+            expect(raw, file, mm_patch_merge_type="spatial_unpad")
+        found = {"projector": raw.get("mm_projector_type", "linear"),
+                 "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
+                 "image_token_id": text.vocab_size,
+                 "image_mode": "crop" if mode == "square" else mode,
+                 "grids": json.loads(str(raw.get("image_grid_pinpoints") or []))}
+    elif kind in ("mistral", "llama"):
+        text = text_config(raw, file)
+        found = {"image_token_id": text.vocab_size}
+    elif kind in ("clip", "clip_vision_model"):
+        return {"vision": vision_config(raw.get("vision_config", raw), file, nested=kind == "clip")}
+    else:
+        raise ValueError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama, clip")
+    found |= {"text": text, "template": TEMPLATES[text.model_type]}
+    found |= raw.get("llava.py", {})
+    return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
+
+
+def expect(raw: dict, file: Path, **values) -> None:
+    for key, value in values.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{file}: {key} is {raw[key]!r}, and only {value!r} is supported")
+
+
+def text_config(raw: dict, file: Path, nested: bool = False) -> TextConfig:
+    """An absent key means what it means to transformers (beware: not the released models' values);
+    only nested configs leave out sizes. A null sliding_window is none, an absent one 4096."""
+    mistral = raw["model_type"] == "mistral"
+    absent = {"rms_norm_eps": 1e-6, "sliding_window": 4096, "max_position_embeddings": 2048}
+    if nested:
+        absent |= {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+                   "intermediate_size": 14336 if mistral else 11008, "num_key_value_heads": 8 if mistral else 32}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    expect(rope, file, rope_type="default", type="default")
+    expect(raw, file, hidden_act="silu", tie_word_embeddings=False)
+    raw = absent | {"rope_theta": rope.get("rope_theta", 1e4)} | raw | ({} if mistral else {"sliding_window": None})
+    heads = raw.get("num_attention_heads")
+    raw["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
+    raw["head_dim"] = raw.get("head_dim") or (heads and raw.get("hidden_size", 0) // heads)
+    return known_fields(TextConfig, raw, file)
+
+
+def vision_config(raw: dict, file: Path, nested: bool = False) -> VisionConfig:
+    absent = {"layer_norm_eps": 1e-5}
+    if nested:
+        absent |= {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                   "num_attention_heads": 12, "image_size": 224, "patch_size": 32}
+    expect(raw, file, hidden_act="quick_gelu")
+    return known_fields(VisionConfig, absent | raw, file)
+
+
+def known_fields(kind: type, raw: dict, file: Path):
+    names = [field.name for field in fields(kind)]
+    if missing := [name for name in names if name not in raw]:
+        raise ValueError(f"{file} lacks {', '.join(missing)}")
+    return kind(**{name: raw[name] for name in names})
+
+
+def check_tensors(expected, state, stored: dict[str, Stored], where: str) -> None:
+    """Every tensor there, none left over, all of the right shape; or one error that lists them."""
+    wrong = [f"{n} is missing" for n in expected if n not in stored and n not in state]
+    wrong += [f"{n} is not part of this model" for n in stored if n not in expected]
+    wrong += [f"{n} is {list(t.shape)} but its config says {list(expected[n].shape)}"
+              for n, t in stored.items() if n in expected and t.shape != expected[n].shape]
+    if wrong:
+        raise ValueError(f"{where} does not fit its config: {'; '.join(wrong)}")
+
+
+def hub_config(config: LlavaConfig, full: bool) -> dict:
+    """config.json in llava-hf's layout, readable by transformers 4 and 5."""
+    anyres, text, vision = config.image_mode == "anyres", asdict(config.text), asdict(config.vision)
+    if full:
+        text["vocab_size"] = hub_vocabulary(config)
+    return {
+        "architectures": [f"Llava{'Next' if anyres else ''}ForConditionalGeneration"],
+        "model_type": "llava_next" if anyres else "llava",
+        "text_config": text | {"rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
+                               "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2},
+        "vision_config": vision | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"},
+        "image_token_index": config.image_token_id,
+        "image_seq_length": config.vision.side**2,
+        "image_grid_pinpoints": [(h, w) for w, h in config.grids],
+        "projector_hidden_act": "gelu" if config.projector == "mlp2x_gelu" else "linear",
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "llava.py": {name: getattr(config, name) for name in    # what the layout has no word for
+                     ("projector", "image_mode", "grids", "round_grids", "template", "prune")}}
+
+
+def hub_vocabulary(config: LlavaConfig) -> int:
+    """llava-hf gives <image> a row of its own in the vocabulary, padded to a multiple of 64."""
+    if config.image_token_id < config.text.vocab_size:
+        return config.text.vocab_size
+    return math.ceil((config.image_token_id + 2) / 64) * 64              # <image>, then <pad>
+
+
+def hub_tensors(model: Llava, trained_only: bool) -> dict[str, Tensor]:
+    tensors = {renamed(name, HUB_NAMES): p.detach().cpu().contiguous() for name, p in model.named_parameters()
+               if p.requires_grad or not trained_only}
+    if trained_only:
+        return tensors
+    if model.config.projector == "linear":   # llava-hf always has two layers: the second does nothing
+        one = tensors["multi_modal_projector.linear_1.bias"]
+        tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(one), dtype=one.dtype)
+        tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(one)
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        rows = tensors[name]                 # new words get the mean row: never the likeliest word
+        new = hub_vocabulary(model.config) - len(rows)
+        tensors[name] = torch.cat((rows, rows.float().mean(0, keepdim=True).to(rows.dtype).expand(new, -1)))
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Words and pictures to tensors
+
+TEMPLATES = {"mistral": "mistral_instruct", "llama": "v1"}
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def open_image(file: Path) -> Image.Image:
+    """The first frame, in RGB: any mode is converted as PIL does, like the published preprocessing."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise OSError(f"{file}: there is no such picture") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"{file} is not a readable picture: {first_line(error)}") from None
+
+
+def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
+    """An RGB picture as squares of image_size. Resizing is bicubic on 8 bits, as CLIP was trained."""
+    S, (w, h) = config.vision.image_size, image.size
+    if config.image_mode == "pad":           # the mean colour around, truncated as LLaVA does
+        canvas = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * mean) for mean in CLIP_MEAN))
+        canvas.paste(image, ((canvas.width - w) // 2, (canvas.height - h) // 2))
+        return [canvas.resize((S, S), Image.BICUBIC)]
+    if config.image_mode == "crop":          # the middle
+        w, h = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
+        left, top = (w - S) // 2, (h - S) // 2
+        return [image.resize((w, h), Image.BICUBIC).crop((left, top, left + S, top + S))]
+    W, H = choose_grid((h, w), config.grids)
+    inner = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
+    canvas = Image.new("RGB", (W, H))        # black around
+    canvas.paste(image.resize(inner, Image.BICUBIC), ((W - inner[0]) // 2, (H - inner[1]) // 2))
+    corners = [(x, y) for y in range(0, H, S) for x in range(0, W, S)]
+    return [image.resize((S, S), Image.BICUBIC), *(canvas.crop((x, y, x + S, y + S)) for x, y in corners)]
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 [N, 3, S, S] -> float32 with the mean and spread that CLIP expects."""
+    mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
+    return (pixels.float() * (1 / 255) - mean) / std
+
+
+def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
+    """A conversation as pieces of text and whether the model is to learn them; "<image>" and "</s>"
+    are pieces of their own. A lone <image> moves to the front of its message, as LLaVA does."""
+    pieces = []
+    for i, message in enumerate(messages):
+        text = message["content"]
+        if message["role"] != ("user", "assistant")[i % 2]:
+            raise ValueError(f"message {i + 1} is the {message['role']}'s: user and assistant must alternate")
+        if i % 2 == 0 and text.count("<image>") == 1:
+            text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
+        if template == "plain":              # stage 1: the picture and its caption, not the question
+            pieces += [(text + "\n", True)] if i % 2 else [("<image>", False)]
+        elif i % 2:
+            pieces += [(text + " " if template == "mistral_instruct" else text, True), ("</s>", True)]
+        else:
+            start = f"{SYSTEM} " if i == 0 else ""
+            text = f"[INST] {text} [/INST]" if template == "mistral_instruct" else f"{start}USER: {text} ASSISTANT:"
+            pieces += [(piece, False) for piece in re.split("(<image>)", text)]
+    return pieces
+
+
+class Processor:
+    """Conversations and pictures to tensors, ids back to words."""
+
+    def __init__(self, tokenizer_json: str, config: LlavaConfig, legacy: bool = True):
+        self.config, self.tokenizer_json, self.legacy = config, tokenizer_json, legacy
+        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))
+        if None in (self.bos, self.eos):
+            raise ValueError("the tokenizer has no <s> and </s>: it is not one of LLaMA or Mistral")
+        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode sets the first one
+        self.tokenizer.pre_tokenizer = None
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo_id, config: LlavaConfig | None = None) -> Processor:
+        """The tokenizer of a folder or hub id; `config` is that of the model it is to serve."""
+        folder = fetch(path_or_repo_id, weights=False)
+        config = config or LlavaConfig(**open_checkpoint(path_or_repo_id, weights=False)[0])
+        if not (folder / "tokenizer.json").exists():
+            raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has one with "
+                          "--tokenizer, such as llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
+        options = folder / "tokenizer_config.json"
+        legacy = (read_json(options) if options.exists() else {}).get("legacy")
+        return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy is not False)
+
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Ids of a piece of text; SentencePiece puts a space before the first word of a text."""
+        return self.tokenizer.encode("\u2581" * (first and text > "") + text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """uint8 [tiles, 3, image_size, image_size], to be normalised where the model is."""
+        tiles = np.stack([np.asarray(tile) for tile in cut_tiles(image.convert("RGB"), self.config)])
+        return torch.from_numpy(tiles).permute(0, 3, 1, 2)
+
+    def tokenize(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """Ids, and labels: the same ids where the assistant speaks or ends, elsewhere IGNORE."""
+        ids, labels, ended = [self.bos], [IGNORE], False
+        for text, learned in render(messages, self.config.template):
+            if text == "<image>":
+                piece = [self.config.image_token_id]
+            elif text == "</s>":
+                piece = [self.eos]
+            else:                            # a text of its own; after </s> only to legacy tokenizers
+                piece = self.encode(text, first=self.legacy or not ended)
+            ended = text == "</s>"
+            ids, labels = ids + piece, labels + (piece if learned else [IGNORE] * len(piece))
+        return ids, labels
+
+    def __call__(self, messages: list[dict], images=(), labels: bool = False) -> dict:
+        """messages [{"role": "user" | "assistant", "content": "<image>\\nWhat is it?"}, ...] and PIL
+        images in reading order -> input_ids [1, T], images, image_sizes and, if asked for, labels
+        [1, T], all as Llava takes them."""
+        ids, learned = self.tokenize(messages)
+        if (slots := ids.count(self.config.image_token_id)) != len(images):
+            raise ValueError(f"{slots} <image> in the text, but {len(images)} pictures")
+        return {"input_ids": torch.tensor([ids]), "images": [normalize(self.pixels(i)) for i in images],
+                "image_sizes": [(i.height, i.width) for i in images],
+                **({"labels": torch.tensor([learned])} if labels else {})}
+
+    def save_pretrained(self, folder) -> None:
+        """The tokenizer, and for transformers what its processors want to know."""
+        c, folder, S = self.config, Path(folder), self.config.vision.image_size
+        full = Tokenizer.from_str(self.tokenizer_json)
+        full.add_special_tokens(["<image>", "<pad>"])
+        words = {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "image_token": "<image>"}
+        anyres = "Next" if c.image_mode == "anyres" else ""
+        pictures = {"image_processor_type": f"Llava{anyres}ImageProcessor", "size": {"shortest_edge": S},
+                    "crop_size": {"height": S, "width": S}, "do_pad": c.image_mode != "crop",
+                    "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "image_grid_pinpoints": [(h, w) for w, h in c.grids]}
+        processor = {"processor_class": f"Llava{anyres}Processor", "patch_size": c.vision.patch_size, "image_token": "<image>",
+                     "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (("tokenizer.json", json.loads(full.to_str())), ("tokenizer_config.json", words), ("preprocessor_config.json", pictures), ("processor_config.json", processor)):
+            with replacing(folder / name) as file:
+                file.write_text(json.dumps(content, indent=1))
+
+
+def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token [B] from logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0         # the likeliest tokens that together have top_p
+    return order.gather(-1, torch.multinomial(p, 1))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. The command line
+
+
+def command_line(main) -> None:
+    """Run a program's main(); a mistake of its user ends in one sentence and exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every program which opens a model understands."""
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--tokenizer", metavar="ID", help="folder or hub id with the tokenizer.json, if the model has none")
+    parser.add_argument("--prune", default="none", choices=("none", "prumerge", "prumerge+"), help="merge visual tokens (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def open_model(args) -> tuple[Llava, Processor]:
+    torch.manual_seed(args.seed)
+    model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device, prune=args.prune)
+    return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
+
+
+def say(model: Llava, processor: Processor, messages, images, **decoding) -> str:
+    """Print the answer to a conversation while it is generated, and return it."""
+    ids, text, shown = [], "", ""
+    for token in model.generate(**processor(messages, images), eos_token_id=processor.eos, **decoding):
+        ids.append(token)
+        text = processor.decode(ids)
+        if not text.endswith("\ufffd"):      # half a character waits for its other half
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print()
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask a LLaVA about pictures; without a prompt, talk with it.")
+    parser.add_argument("prompt", nargs="?", help="the question; if absent, a conversation begins")
+    parser.add_argument("--model", required=True, metavar="ID", help="folder, run or hub id (id@revision), e.g. llava-hf/llava-v1.6-mistral-7b-hf")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, shown before the first question")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) always takes the likeliest word")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest words that together have P")
+    add_model_flags(parser)
+    args = parser.parse_args()
+    images = [open_image(file) for file in args.image]
+    model, processor = open_model(args)
+    messages = []
+    for question in [args.prompt] if args.prompt is not None else iter(ask, ""):
+        shown = "<image>\n" * len(images) if not messages and "<image>" not in question else ""
+        messages.append({"role": "user", "content": shown + question})
+        answer = say(model, processor, messages, images, max_new_tokens=args.max_new_tokens,
+                     temperature=args.temperature, top_p=args.top_p)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def ask() -> str:
+    try:
+        return input("> ").strip()           # an empty line ends the conversation
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,361 @@
+"""The doll's house: everything a real run downloads, in the same layouts, 10,000 times smaller.
+
+    python tests/toy.py data/toy
+
+makes from a seed, in a minute or two on two cores:
+
+    scienceqa/        problems.json, pid_splits.json, images/{split}/{id}/image.png
+    pretrain.json     captions for stage 1, their pictures in pretrain/
+    clip/             a vision tower, pretrained to tell which caption belongs to which picture
+    mistral/ llama/   two language models of equal depth, pretrained on text alone
+
+A picture shows one to three shapes of one color on one side of a map. The language models can answer
+questions about a scene that is described in words, but have never met a picture; the tower has never
+met a question. Joining them is left to train.py: a picture question answered right was seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from eval import answer, ask, print_table, question, read_scienceqa, score, to_record
+from llava import (HUB_NAMES, IGNORE, SYSTEM, TEMPLATES, LanguageModel, Llava, LlavaConfig, Processor,
+                   TextConfig, VisionConfig, VisionTower, normalize, renamed)
+
+VISION = VisionConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+                      num_attention_heads=4, image_size=56, patch_size=14)
+MISTRAL = dict(model_type="mistral", hidden_size=96, intermediate_size=288, num_hidden_layers=3,
+               num_attention_heads=3, num_key_value_heads=1, head_dim=32, rope_theta=1e4,
+               sliding_window=256, max_position_embeddings=512)
+LLAMA = MISTRAL | dict(model_type="llama", intermediate_size=224, num_key_value_heads=3,
+                       sliding_window=None)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scenes, in pictures and in words
+
+COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 70, 220),
+          "yellow": (235, 210, 40), "purple": (150, 50, 190)}
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = {"north": (28, 14), "east": (42, 28), "south": (28, 42), "west": (14, 28)}
+COUNTS = ("one", "two", "three")
+
+
+def make_scene(rng: random.Random) -> dict[str, str]:
+    return {"count": rng.choice(COUNTS), "color": rng.choice(list(COLORS)),
+            "shape": rng.choice(SHAPES), "place": rng.choice(list(PLACES))}
+
+
+def draw(scene: dict[str, str], rng: random.Random) -> Image.Image:
+    picture = Image.new("RGB", (56, 56), tuple(rng.randint(215, 255) for _ in range(3)))
+    pen, count, turn = ImageDraw.Draw(picture), COUNTS.index(scene["count"]) + 1, rng.random() * math.tau
+    for i in range(count):
+        r = rng.randint(7, 9) if count == 1 else rng.randint(5, 6)
+        x, y = (center + rng.randint(-2, 2) for center in PLACES[scene["place"]])
+        if count > 1:                        # in a ring around the middle
+            x += round(7.5 * math.cos(turn + math.tau * i / count))
+            y += round(7.5 * math.sin(turn + math.tau * i / count))
+        fill = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLORS[scene["color"]])
+        if scene["shape"] == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif scene["shape"] == "square":
+            pen.rectangle((x - r + 1, y - r + 1, x + r - 1, y + r - 1), fill=fill)
+        elif scene["shape"] == "triangle":
+            pen.polygon((x, y - r, x - r, y + r, x + r, y + r), fill=fill)
+        else:
+            pen.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill=fill)
+            pen.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill=fill)
+    return picture
+
+
+def noun(scene: dict[str, str]) -> str:
+    return scene["shape"] + ("" if scene["count"] == "one" else "es" if scene["shape"] == "cross" else "s")
+
+
+def caption(scene: dict[str, str]) -> str:
+    return f"{scene['count']} {scene['color']} {noun(scene)} in the {scene['place']}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Questions, as in ScienceQA
+
+WORDS = {"noun": "cat dog tree house river stone apple lamp chair bird fish cloud".split(),
+         "verb": "run jump sing eat sleep write swim read walk laugh".split(),
+         "adjective": "happy tall cold quiet heavy bright soft clean brave old".split()}
+STUFF = {"solid": "iron wood ice glass sand salt".split(),
+         "liquid": "milk water oil juice honey rain".split(),
+         "gas": "air steam oxygen smoke helium wind".split()}
+OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+MAP = "On a map north is up and east is right."
+
+
+def problem(subject, topic, skill, grade, ask, choices, right, solution, lecture="", hint="") -> dict:
+    choices = list(choices)
+    return {"question": ask, "choices": choices, "answer": choices.index(right), "hint": hint,
+            "image": None, "task": "closed choice", "grade": f"grade{grade}",
+            "subject": f"{subject} science", "topic": topic, "category": skill.split()[0].capitalize(),
+            "skill": skill, "lecture": lecture, "solution": solution}
+
+
+def picture_problem(scene: dict[str, str], rng: random.Random) -> dict:
+    """A question whose answer is in the picture and nowhere else."""
+    count, color, shape, place = scene.values()
+    return rng.choice((
+        problem("natural", "physics", "Identify colors", 2, "What color do you see?", COLORS, color,
+                f"The color is {color}.", "Color is light that reaches the eye."),
+        problem("natural", "geometry", "Identify shapes", 4, "Which shape do you see?", SHAPES, shape,
+                f"The shape is a {shape}.", "A shape is known by its sides."),
+        problem("social", "geography", "Read a map", 6, "Where on the map are they?", PLACES, place,
+                f"They lie in the {place}.", MAP, hint="The picture is a map."),
+        problem("social", "economics", "Count goods", 8, "How many are there?", COUNTS, count,
+                f"The number is {count}.", "To count is to say how many there are."))) | {"image": "image.png"}
+
+
+def text_problem(rng: random.Random) -> dict:
+    kind, state, wind = rng.choice(list(WORDS)), rng.choice(list(STUFF)), rng.choice(list(PLACES))
+    word, stuff = rng.choice(WORDS[kind]), rng.choice(STUFF[state])
+    return rng.choice((
+        problem("language", "grammar", "Classify words", 3, f"What kind of word is {word}?", WORDS, kind,
+                f"The word {word} is a kind of {kind}.", "A noun names, a verb acts, an adjective describes."),
+        problem("natural", "chemistry", "Classify matter", 5, f"Is {stuff} a solid, a liquid or a gas?",
+                STUFF, state, f"Usually {stuff} is a {state}."),
+        problem("social", "geography", "Find directions", 7, f"Which way is opposite to {wind}?",
+                PLACES, OPPOSITE[wind], f"Opposite to {wind} is {OPPOSITE[wind]}.", MAP),
+        problem("natural", "weather", "Name winds", 9, "Where does the wind come from?", PLACES, wind,
+                f"The wind comes from the {wind}.", "A wind is named after where it comes from.",
+                hint=f"Today the {wind} wind blows over the {rng.choice(WORDS['noun'])}.")))
+
+
+def write_scienceqa(folder: Path, sizes=(("train", 1272), ("val", 100), ("test", 424))) -> None:
+    rng, problems, splits = random.Random(1), {}, {}
+    for split, size in sizes:
+        splits[split] = [str(len(problems) + i + 1) for i in range(size)]
+        for name in splits[split]:
+            if rng.random() < 0.5:           # in ScienceQA, too, about half have a picture
+                scene = make_scene(rng)
+                problems[name] = picture_problem(scene, rng) | {"split": split}
+                place = folder / "images" / split / name
+                place.mkdir(parents=True)
+                draw(scene, rng).save(place / "image.png")
+            else:
+                problems[name] = text_problem(rng) | {"split": split}
+    write_json(folder / "problems.json", problems)
+    write_json(folder / "pid_splits.json", splits)
+
+
+def write_captions(folder: Path, size: int = 6000) -> None:
+    """The pictures in the folder, the records beside it."""
+    rng, records = random.Random(2), []
+    folder.mkdir(parents=True)
+    for i in range(size):
+        scene, name = make_scene(rng), f"{i:05}.png"
+        draw(scene, rng).save(folder / name)
+        records.append({"id": name[:5], "image": name, "conversations": [
+            {"from": "human", "value": "Describe the picture in a few words.\n<image>"},
+            {"from": "gpt", "value": caption(scene)}]})
+    write_json(folder.parent / "pretrain.json", records)
+
+
+def write_json(file: Path, content) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Pretrained parts, in the layouts of openai/clip-vit-large-patch14-336 and mistralai/Mistral-7B
+
+
+def train(loss_of_batch, parameters, steps: int, name: str) -> None:
+    """AdamW on whatever loss_of_batch() returns, with a short warm-up and a linear decay."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in tqdm(range(steps), desc=f"pretraining {name}"):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 30, 1 - step / steps)
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def write_clip(folder: Path, steps: int = 500, size: int = 6000, batch: int = 96) -> None:
+    """CLIP's objective: which of the batch's captions belongs to which picture?"""
+    torch.manual_seed(3)
+    rng, words = random.Random(3), [*COUNTS, *COLORS, *SHAPES, *PLACES]
+    scenes = [make_scene(rng) for _ in range(size)]
+    pixels = torch.stack([torch.from_numpy(np.array(draw(s, rng))).permute(2, 0, 1) for s in scenes])
+    texts = torch.tensor([[words.index(word) for word in scene.values()] for scene in scenes])
+    tower, bag_of_words = VisionTower(VISION), nn.EmbeddingBag(len(words), 48)
+    project, scale = nn.Linear(VISION.hidden_size, 48, bias=False), nn.Parameter(torch.tensor(2.3))
+
+    def loss_of_batch() -> torch.Tensor:
+        pick = torch.randint(size, (batch,))
+        states = tower(normalize(pixels[pick]), feature_layer=-1)
+        seen = F.normalize(project(tower.post_layernorm(states[:, 0])), dim=-1)
+        match = scale.exp() * seen @ F.normalize(bag_of_words(texts[pick]), dim=-1).T
+        same = (texts[pick][:, None] == texts[pick]).all(-1).float()      # some captions are equal
+        same = same / same.sum(1, keepdim=True)
+        return F.cross_entropy(match, same) + F.cross_entropy(match.T, same)
+
+    learning = nn.ModuleList([tower, bag_of_words, project])
+    train(loss_of_batch, [*learning.parameters(), scale], steps, folder.name)
+    tensors = {renamed(f"vision_tower.{name}", HUB_NAMES).removeprefix("vision_tower."): tensor
+               for name, tensor in tower.state_dict().items()}
+    tensors |= {"text_model.embeddings.token_embedding.weight": bag_of_words.weight.detach(),
+                "visual_projection.weight": project.weight.detach(), "logit_scale": scale.detach()}
+    write_json(folder / "config.json", {"model_type": "clip", "vision_config": {
+        "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **asdict(VISION)}})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int = 450, batch: int = 32) -> None:
+    """A decoder that has read descriptions of scenes, captions, questions and their answers."""
+    torch.manual_seed(4)
+    rng, text = random.Random(4), TextConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
+    processor = Processor(tokenizer.to_str(), LlavaConfig(
+        text=text, image_token_id=text.vocab_size, template=TEMPLATES[text.model_type]))
+    model = LanguageModel(text)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:                      # words must stand out from what the layers add to them
+            deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=1.0 if "embed" in name else (0.3 if deep else 1.0) * p.shape[1] ** -0.5)
+
+    def loss_of_batch() -> torch.Tensor:
+        rows = [read(rng, processor) for _ in range(batch)]
+        ids, labels = (pad_sequence([torch.tensor(row[i]) for row in rows], batch_first=True,
+                                    padding_value=padding) for i, padding in ((0, 0), (1, IGNORE)))
+        learned = labels[:, 1:] != IGNORE
+        logits = model.lm_head(model(model.embed_tokens(ids))[:, :-1][learned])
+        return F.cross_entropy(logits, labels[:, 1:][learned])
+
+    train(loss_of_batch, model.parameters(), steps, folder.name)
+    write_json(folder / "config.json", asdict(text) | {"hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2})
+    write_json(folder / "tokenizer.json", json.loads(tokenizer.to_str()))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    save_file({renamed(f"language_model.{name}", HUB_NAMES).removeprefix("language_model."): tensor
+               for name, tensor in model.state_dict().items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read(rng: random.Random, processor: Processor) -> tuple[list[int], list[int]]:
+    """A page of the decoder's library: ids, and labels where there is something to learn."""
+    scene = make_scene(rng)
+    words = [scene["count"], scene["color"], noun(scene), scene["place"]]
+    described = caption(scene) if rng.random() < 0.4 else " ".join(rng.sample(words, 4))
+    if rng.random() < 0.3:
+        before, after = processor.encode(described), processor.encode(caption(scene) + "\n")
+        return [processor.bos, *before, *after], [IGNORE] * (1 + len(before)) + after
+    asked = text_problem(rng) if rng.random() < 0.36 else picture_problem(scene, rng)
+    before = described + "\n" if asked["image"] else ""
+    return processor.tokenize([{"role": "user", "content": before + question(asked | {"image": None})},
+                               {"role": "assistant", "content": answer(asked)}])
+
+
+def make_tokenizer(size: int = 1000) -> Tokenizer:
+    """A BPE with byte fallback like Mistral's: specials, 256 bytes, then the pieces it learns."""
+    rng, corpus = random.Random(5), [f"{SYSTEM} USER: ASSISTANT: [INST] [/INST]"] * 9
+    for _ in range(3000):
+        asked = text_problem(rng), picture_problem(scene := make_scene(rng), rng)
+        corpus += [caption(scene), *(text(p) for p in asked for text in (question, answer))]
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[A-Za-z]+|▁|[^▁A-Za-z]"), "isolated")
+    learner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size - 259, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
+              *sorted(learned["vocab"], key=learned["vocab"].get)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)},
+                                     [tuple(merge) for merge in learned["merges"]],
+                                     unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = learner.normalizer
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def build(folder: Path, parts=("scienceqa", "pretrain", "clip", "mistral", "llama")) -> None:
+    """Make the parts that are not there yet; each appears whole or not at all."""
+    tokenizer = make_tokenizer()
+    write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "clip": write_clip,
+             "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer),
+             "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer)}
+    for part in parts:
+        unfinished = folder / f"unfinished-{part}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not (folder / part).exists():
+            write[part](unfinished)
+            unfinished.rename(folder / part)
+
+
+# ---------------------------------------------------------------------------------------------
+# `python train.py` without flags
+
+
+def play(run, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
+    """Both stages, then the test questions, with their pictures and with white ones instead."""
+    began = time.perf_counter()
+    build(data, ("scienceqa", "pretrain", "clip", "mistral"))
+    shutil.rmtree(runs, ignore_errors=True)
+    write_json(runs / "train.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", "train")])
+    for flags in (f"--stage 1 --vision {data}/clip --language {data}/mistral --lr 6e-3 --epochs 3 "
+                  f"--data {data}/pretrain.json --images {data}/pretrain --out {runs}/stage1",
+                  f"--stage 2 --init {runs}/stage1 --lr 1e-3 --epochs 8 "
+                  f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2"):
+        print(f"\n$ python train.py {flags}")
+        run(parse(flags.split()))
+    draw_losses([runs / "stage1", runs / "stage2"], runs / "loss.png")
+    model = Llava.from_pretrained(runs / "stage2", dtype=torch.float32).eval()
+    processor = Processor.from_pretrained(runs / "stage2", model.config)
+    problems, tables = read_scienceqa(data / "scienceqa", "test"), {}
+    for name, blank in (("seen", False), ("blanked", True)):
+        answers = ask(model, processor, problems, batch_size=64, max_new_tokens=48, blank=blank)
+        tables[name] = score(problems, {p["id"]: text for p, _, text in answers})
+    print_table(tables)
+    result = {"IMG": tables["seen"]["IMG"], "IMG_blank": tables["blanked"]["IMG"],
+              "Avg": tables["seen"]["Avg"], "seconds": round(time.perf_counter() - began, 1)}
+    write_json(runs / "result.json", result)
+    print(f"{runs / 'result.json'}: {result}")
+
+
+def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 260) -> None:
+    """A panel per run: the loss of every step, faint, and its running mean."""
+    picture = Image.new("RGB", (width * len(runs), height), "white")
+    for i, folder in enumerate(runs):
+        losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+        means = list(accumulate(losses, lambda mean, loss: mean + 0.1 * (loss - mean)))
+        panel = Image.new("RGB", (width, height), "white")
+        pen, right, bottom, top = ImageDraw.Draw(panel), width - 15, height - 25, max(losses)
+        for values, color, thickness in ((losses, "#c8d8f0", 1), (means, "#2050b0", 2)):
+            pen.line([(50 + (right - 50) * step / len(losses), bottom - (bottom - 30) * value / top)
+                      for step, value in enumerate(values)], color, thickness)
+        pen.line([(50, 30), (50, bottom), (right, bottom)], "black")
+        pen.text((50, 8), f"{folder.name}: loss, {len(losses)} steps, at the end {means[-1]:.3f}", "black")
+        for share in (0.0, 0.5, 1.0):
+            pen.text((12, bottom - (bottom - 30) * share - 6), f"{top * share:.2f}", "black")
+        picture.paste(panel, (i * width, 0))
+    picture.save(file)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1] if len(sys.argv) > 1 else "data/toy"))
