@@ -30,7 +30,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -91,14 +91,19 @@ class LlavaConfig:
     """The whole: LLaVA-1.5's ways by default."""
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    projector: str = "mlp2x_gelu"            # or "linear": LLaVA 1
     vision_feature_layer: int = -2           # the tower's states before its last block
     image_token_id: int = 32000              # stands for one whole picture in input_ids
+    projector: str = "mlp2x_gelu"            # or "linear": LLaVA 1
     image_mode: str = "pad"                  # or "crop": LLaVA 1; "anyres": LLaVA 1.6
     grids: tuple[tuple[int, int], ...] = ()  # AnyRes: the (width, height) to choose from, in order
     round_grids: bool = False                # AnyRes: transformers rounds where LLaVA truncates
     template: str = "mistral_instruct"       # or "v1": Vicuna; "plain": stage 1
     prune: str = "none"                      # or "prumerge", "prumerge+"
+
+    def __post_init__(self):
+        if self.image_mode == "anyres" and not self.grids:               # as released
+            tiles, S = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), self.vision.image_size
+            object.__setattr__(self, "grids", tuple((S * w, S * h) for w, h in tiles))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -138,7 +143,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D].
 
     Rows are padded on the right, where causality hides the padding: no mask is needed. Beyond the
-    window the rows are cut into blocks of W tokens, and the cost grows with T instead of T². Each
+    window the rows are cut into blocks of W tokens, so the cost grows with T instead of T². Each
     block reads the one before and itself through a band; for W = 3:    . x x x . .
                                                                         . . x x x .
                                                                         . . . x x x
@@ -147,7 +152,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     first = causal_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], None)
-    k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     q, k, v = (F.pad(x, (0, 0, 0, -T % window)) for x in (q[:, :, window:], k, v))
     q = q.unfold(2, window, window).mT                                    # [B, H, blocks-1, W, D]
     k, v = (x.unfold(2, 2 * window, window).mT for x in (k, v))           # [B, H, blocks-1, 2W, D]
@@ -178,9 +183,10 @@ class KVCache:
         """Store the one new token per row, at `positions` [B]; its q [B, H, 1, D] sees the cache."""
         rows, slot = torch.arange(len(k), device=k.device), positions % self.slots
         self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
-        filled = torch.arange(self.slots, device=k.device) <= positions[:, None]       # [B, S]
+        filled = torch.arange(self.slots, device=k.device) <= positions[:, None]         # [B, S]
         groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
-        return F.scaled_dot_product_attention(groups, self.k, self.v, filled[:, None, None]).view_as(q)
+        y = F.scaled_dot_product_attention(groups, self.k, self.v, filled[:, None, None])
+        return y.view_as(q)
 
 
 class Attention(nn.Module):
@@ -208,28 +214,22 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))                  # [B, T, C]
 
 
-class GatedMLP(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        C, inner = config.hidden_size, config.intermediate_size
+        self.input_layernorm = RMSNorm(C, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        self.post_attention_layernorm = RMSNorm(C, config.rms_norm_eps)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(C, inner, bias=False),
+                                  "up_proj": nn.Linear(C, inner, bias=False),
+                                  "down_proj": nn.Linear(inner, C, bias=False)})
 
     def forward(self, x: Tensor, angles, cache=None, positions=None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), angles, cache, positions)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)     # [B, T, inner]
+        return x + self.mlp["down_proj"](y)
 
 
 class LanguageModel(nn.Module):
@@ -247,8 +247,8 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, caches: list[KVCache] | None = None, positions=None) -> Tensor:
         """x [B, T, C] -> normed hidden states [B, T, C]: whole rows, kept in `caches` if given;
         or with positions [B] the next token of each row, x [B, 1, C]."""
-        at = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None, None]
-        angles = rope(at, self.config, x.dtype)
+        where = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None, None]
+        angles = rope(where, self.config, x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, angles, caches[i] if caches else None, positions)
         return self.norm(x)
@@ -276,15 +276,13 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(C, config.layer_norm_eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(C, inner), "fc2": nn.Linear(inner, C)})
 
-    def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(self.self_attn[name](x), self.head_dim)    # [N, H, 1+P, D]
-                   for name in ("q_proj", "k_proj", "v_proj"))
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.self_attn.out_proj(y.transpose(1, 2).flatten(2))      # [N, 1+P, C]
-
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attend(self.layer_norm1(x))
-        return x + self.mlp.fc2(quick_gelu(self.mlp.fc1(self.layer_norm2(x))))
+        y = self.layer_norm1(x)
+        q, k, v = (split_heads(self.self_attn[name](y), self.head_dim)    # [N, H, 1+P, D]
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.self_attn["out_proj"](y)                             # [N, 1+P, C]
+        return x + self.mlp["fc2"](quick_gelu(self.mlp["fc1"](self.layer_norm2(x))))
 
 
 class VisionTower(nn.Module):
@@ -301,7 +299,7 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(C, config.layer_norm_eps)
 
-    def forward(self, pixels: Tensor, feature_layer: int) -> Tensor:
+    def forward(self, pixels: Tensor, feature_layer: int = -2) -> Tensor:
         """pixels [N, 3, image_size, image_size] -> states [N, 1+P, C], the CLS token first;
         feature_layer -1 means after the last block, -2 before it."""
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)       # [N, P, C], row by row
@@ -334,9 +332,9 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
     columns, rows = (side // config.vision.patch_size for side in choose_grid(size, config.grids))
     wide = size[1] / size[0] > columns / rows
     exact = size[0] * (columns / size[1]) if wide else size[1] * (rows / size[0])
-    border = ((rows if wide else columns) - int(round(exact, 7) if config.round_grids else exact)) // 2
-    whole, part = slice(0, columns if wide else rows), slice(border, (rows if wide else columns) - border)
-    return (part, whole) if wide else (whole, part)
+    covered = int(round(exact, 7) if config.round_grids else exact)
+    y, x = ((rows - covered) // 2, 0) if wide else (0, (columns - covered) // 2)
+    return slice(y, rows - y), slice(x, columns - x)
 
 
 def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
@@ -366,8 +364,8 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool, neighbours: int = 32) 
     directions = F.normalize(keys, dim=-1)
     similarity = (directions[kept] @ directions.T).scatter(1, kept[:, None], -torch.inf)
     near = similarity.topk(min(neighbours, P - 1)).indices                # [m, 32]
-    mix = torch.zeros_like(similarity).scatter(1, near, attention[near]).scatter(1, kept[:, None], 1.0)
-    return torch.cat((mix, attention.index_fill(0, kept, 0.0)[None]))
+    mix = torch.zeros_like(similarity).scatter(1, near, attention[near]).scatter(1, kept[:, None], 1)
+    return torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -379,15 +377,14 @@ class Llava(nn.Module):
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        self.config = config
+        self.config, C = config, config.text.hidden_size
         self.vision_tower = VisionTower(config.vision)
-        C_vision, C = config.vision.hidden_size, config.text.hidden_size
-        between = [nn.GELU(), nn.Linear(C, C)] if config.projector == "mlp2x_gelu" else []
-        self.projector = nn.Sequential(nn.Linear(C_vision, C), *between)
+        second = [nn.GELU(), nn.Linear(C, C)] if config.projector == "mlp2x_gelu" else []
+        self.projector = nn.Sequential(nn.Linear(config.vision.hidden_size, C), *second)
         if config.image_mode == "anyres":
-            self.image_newline = nn.Parameter(torch.empty(C))
+            self.image_newline = nn.Parameter(torch.randn(C) / C**0.5)
         self.language_model = LanguageModel(config.text)
-        self.bases: list[str] = []           # the folders or id@revision it was opened from
+        self.bases: list[str] = []           # folders or id@revision that the weights came from
 
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None):
         """One [n, C] per picture: the features that take the place of its id among the words.
@@ -395,62 +392,60 @@ class Llava(nn.Module):
         images: for each picture its tiles [tiles, 3, S, S], normalised, or in uint8 to be
         normalised here; image_sizes: the (height, width) it had; prune: None is the config's.
         """
-        prune = prune or self.config.prune
-        weight = self.vision_tower.patch_embedding.weight
-        pixels = torch.cat(list(images)).to(weight.device, non_blocking=True)            # [N, 3, S, S]
+        prune, like = prune or self.config.prune, self.vision_tower.class_embedding
+        pixels = torch.cat(list(images)).to(like.device, non_blocking=True)              # [N, 3, S, S]
         pixels = normalize(pixels) if pixels.dtype == torch.uint8 else pixels
-        states = self.vision_tower(pixels.to(weight.dtype), self.config.vision_feature_layer)
+        states = self.vision_tower(pixels.to(like.dtype), self.config.vision_feature_layer)
         if prune == "none":
-            tokens = self.projector(states[:, 1:])                        # [N, P, C]
+            tiles = iter(self.projector(states[:, 1:]))                   # N x [P, C], without CLS
         else:
-            tokens = [self.projector(mix @ x) for mix, x in
-                      zip(self.prune_matrices(states, prune), states[:, 1:])]  # N x [m + 1, C]
-        ends = np.cumsum([len(image) for image in images])
-        groups = [tokens[end - len(image):end] for end, image in zip(ends, images)]
+            mixes = self.prune_matrices(states, prune)
+            tiles = (self.projector(mix @ x) for mix, x in zip(mixes, states[:, 1:]))
+        pictures = [[next(tiles) for _ in image] for image in images]
         if self.config.image_mode == "anyres" and prune == "none":
-            return [self.arrange_tiles(group, size) for group, size in zip(groups, image_sizes)]
-        return [torch.cat(tuple(group)) for group in groups]
+            return [self.arrange_tiles(torch.stack(p), size) for p, size in zip(pictures, image_sizes)]
+        return [torch.cat(picture) for picture in pictures]
 
     def prune_matrices(self, states: Tensor, prune: str) -> list[Tensor]:
         """Each tile's `prumerge`, from the states [N, 1+P, C] before the last block, whose q and k
         are taken as one head of width C: so does the released code."""
         block = self.vision_tower.layers[-1]
         x = block.layer_norm1(states)
-        q, k = block.self_attn.q_proj(x[:, :1]), block.self_attn.k_proj(x)
-        attention = (q @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]  # [N, P]
+        q, k = block.self_attn["q_proj"](x[:, :1]), block.self_attn["k_proj"](x)
+        attention = (q @ k.mT * k.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]               # [N, P]
         return [prumerge(a, keys, prune == "prumerge+") for a, keys in zip(attention, k[:, 1:])]
 
     def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """AnyRes: tiles [1 + rows * columns, P, C] -> the whole picture squashed into the first
-        tile, then the others as one map, row by row, without border, a newline after each row."""
-        side, grid = self.config.vision.side, choose_grid(size, self.config.grids)
-        y, x = anyres_window(self.config, size)
-        map_ = tiles[1:].unflatten(0, (-1, grid[0] // self.config.vision.image_size))
-        map_ = map_.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)[y, x]
-        newlines = self.image_newline.expand(len(map_), 1, -1)            # map_ [rows, columns, C]
-        return torch.cat((tiles[0], torch.cat((map_, newlines), dim=1).flatten(0, 1)))
+        """AnyRes: tiles [1 + rows * columns, P, C] -> the squashed whole of the first one, then the
+        others as one map, row by row, without black border, a newline after each row."""
+        side, columns = self.config.vision.side, choose_grid(size, self.config.grids)[0]
+        x = tiles[1:].unflatten(0, (-1, columns // self.config.vision.image_size))
+        x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        x = x[anyres_window(self.config, size)]                           # [rows, columns, C]
+        x = torch.cat((x, self.image_newline.expand(len(x), 1, -1)), dim=1)
+        return torch.cat((tiles[0], x.flatten(0, 1)))
 
     def splice(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
         """Ids [B, T] -> embeddings [B, T', C] with the pictures' features in place of their ids;
         also the rows' lengths [B], and the labels [B, T'] with nothing to learn at pictures."""
-        device = self.language_model.embed_tokens.weight.device
-        input_ids, labels, attention_mask = (x if x is None else x.to(device, non_blocking=True)
+        embed = self.language_model.embed_tokens
+        input_ids, labels, attention_mask = (x if x is None else x.to(embed.weight.device)
                                              for x in (input_ids, labels, attention_mask))
         is_image = input_ids == self.config.image_token_id
         features = self.encode_images(images, image_sizes) if images else []
-        if int(is_image.sum()) != len(features):
-            raise ValueError(f"{int(is_image.sum())} <image> in the text, but {len(features)} pictures")
+        if (marks := int(is_image.sum())) != len(features):
+            raise ValueError(f"{marks} <image> in the text, but {len(features)} pictures")
         counts = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         counts[is_image] = counts.new_tensor([len(f) for f in features])
         lengths = counts.sum(1)
         real = torch.arange(int(lengths.max()), device=counts.device) < lengths[:, None]  # [B, T']
 
         def stretch(values: Tensor, padding: int) -> Tensor:              # [B, T] -> [B, T']
-            return torch.full_like(real, padding, dtype=values.dtype).masked_scatter(
-                real, values.flatten().repeat_interleave(counts.flatten()))
+            repeated = values.flatten().repeat_interleave(counts.flatten())
+            return values.new_full(real.shape, padding).masked_scatter(real, repeated)
 
         slots = stretch(is_image, False)
-        x = self.language_model.embed_tokens(stretch(input_ids.masked_fill(is_image, 0), 0))
+        x = embed(stretch(input_ids.masked_fill(is_image, 0), 0))
         if features:
             x = x.masked_scatter(slots[..., None], torch.cat(features).to(x.dtype))
         if labels is not None:
@@ -475,9 +470,9 @@ class Llava(nn.Module):
     @torch.inference_mode()
     def decode(self, input_ids, images=None, image_sizes=None, attention_mask=None,
                max_new_tokens=256, temperature=0.0, top_p=1.0) -> Iterator[Tensor]:
-        """The next token [B] of every row, max_new_tokens times; rows of any lengths and pictures,
-        right-padded, for each goes on from its own position. Temperature 0 takes the likeliest
-        token, others draw from the likeliest that together have probability top_p."""
+        """The next token [B] of every row, max_new_tokens times. The rows, right-padded, may have
+        any lengths and pictures: each goes on from its own position. Temperature 0 takes the
+        likeliest token, others draw from the likeliest that together have probability top_p."""
         x, lengths, _ = self.splice(input_ids, images, image_sizes, attention_mask)
         window = self.config.text.sliding_window or sys.maxsize
         slots = min(int(lengths.max()) + max_new_tokens, window)
@@ -487,7 +482,7 @@ class Llava(nn.Module):
             token = sample(self.language_model.lm_head(hidden), temperature, top_p)
             yield token
             if i + 1 < max_new_tokens:
-                x = self.language_model.embed_tokens(token)[:, None]                      # [B, 1, C]
+                x = self.language_model.embed_tokens(token)[:, None]                     # [B, 1, C]
                 hidden = self.language_model(x, caches, positions=lengths + i)[:, 0]
 
     def generate(self, input_ids, images=None, image_sizes=None, eos_token_id: int | None = 2,
@@ -501,16 +496,14 @@ class Llava(nn.Module):
     def generate_batch(self, input_ids, images=None, image_sizes=None, attention_mask=None,
                        eos_token_id: int | None = 2, **decoding) -> list[list[int]]:
         """What `generate` yields for each row, all rows at once."""
-        answers, unfinished = [[] for _ in input_ids], set(range(len(input_ids)))
+        rows, ended = [[] for _ in input_ids], [False] * len(input_ids)
         for tokens in self.decode(input_ids, images, image_sizes, attention_mask, **decoding):
-            for row, token in enumerate(tokens.tolist()):
-                if token == eos_token_id:
-                    unfinished.discard(row)
-                elif row in unfinished:
-                    answers[row].append(token)
-            if not unfinished:
+            ended = [end or token == eos_token_id for end, token in zip(ended, tokens.tolist())]
+            for row, end, token in zip(rows, ended, tokens.tolist()):
+                row += [] if end else [token]
+            if all(ended):
                 break
-        return answers
+        return rows
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None,
@@ -525,31 +518,23 @@ class Llava(nn.Module):
             raise ValueError("name one LLaVA, or a vision tower and a language model")
         parts, stored, bases = {}, {}, []
         for source in [path_or_repo_id] if path_or_repo_id else [vision, language]:
-            more, tensors, name = open_checkpoint(source)
+            more, tensors, name = open_checkpoint(str(source))
             parts, stored, bases = parts | more, stored | tensors, [*bases, name]
         if missing := {"vision", "text"} - parts.keys():
             raise ValueError(f"{bases[0]} holds no {' or '.join(missing)} model: name both halves")
+        config, state = LlavaConfig(**parts | overrides), {}
         with torch.device("meta"):
-            model = cls(LlavaConfig(**parts | overrides))
-        model.bases = bases
-        if vision:
-            model.start_connector()
-        expected = model.state_dict()
-        state = {name: t for name, t in expected.items() if not t.is_meta}
-        check_tensors(expected, state, stored, " and ".join(bases))
-        for name in [*state, *stored]:
-            state[name] = (stored[name].read() if name in stored else state[name]).to(device, dtype)
+            model = cls(config)
+        if vision:                           # a LLaVA without layers lends its untrained projector
+            empty = cls(replace(config, vision=replace(config.vision, num_hidden_layers=0),
+                                text=replace(config.text, num_hidden_layers=0, vocab_size=1)))
+            state = {n: t for n, t in empty.state_dict().items() if n.startswith(("projector", "image"))}
+        check_tensors(model.state_dict(), state, stored, " and ".join(bases))
+        state = {name: (stored[name].read() if name in stored else state[name]).to(device, dtype)
+                 for name in [*state, *stored]}
         model.load_state_dict(state, assign=True)
+        model.bases = bases
         return model
-
-    def start_connector(self) -> None:
-        """Fresh weights for what lies between two pretrained halves."""
-        self.projector.to_empty(device="cpu")
-        for linear in self.projector[::2]:
-            linear.reset_parameters()
-        if self.config.image_mode == "anyres":
-            C = self.config.text.hidden_size
-            self.image_newline = nn.Parameter(torch.randn(C) / C**0.5)
 
     def save_pretrained(self, folder, trained_only: bool = False) -> None:
         """Write llava-hf's layout (llava, or with AnyRes llava_next), which transformers opens.
@@ -557,12 +542,11 @@ class Llava(nn.Module):
         trained_only: just the weights that require a gradient, and in config.json the bases that
         hold the others: a run folder, which from_pretrained opens like any checkpoint.
         """
-        folder = Path(folder)
+        folder, config = Path(folder), hub_config(self.config, whole=not trained_only)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as sizes:
-            save_file(hub_tensors(self, trained_only), weights, metadata={"format": "pt"})
-            bases = {"bases": self.bases} if trained_only else {}
-            sizes.write_text(json.dumps(hub_config(self.config, not trained_only) | bases, indent=2))
+        with replacing(folder / "model.safetensors") as file:
+            save_file(hub_tensors(self, whole=not trained_only), file, metadata={"format": "pt"})
+        write_json(folder / "config.json", config | ({"bases": self.bases} if trained_only else {}))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -590,6 +574,16 @@ HUB_NAMES = (                                # and from here to llava-hf
     (r"projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.(?!lm_head)", "language_model.model."),
 )
+OURS = ("projector", "image_mode", "grids", "round_grids", "template", "prune")   # unknown to the hub
+TEMPLATES = {"mistral": "mistral_instruct", "llama": "v1"}
+# What transformers takes for granted where a config.json is silent. Beware: not the released models'
+# values; and an absent sliding_window is 4096, while a null one is none.
+ABSENT = {
+    "mistral": TextConfig(rms_norm_eps=1e-6, rope_theta=1e4, sliding_window=4096),
+    "llama": TextConfig("llama", intermediate_size=11008, num_key_value_heads=32, rms_norm_eps=1e-6,
+                        rope_theta=1e4, max_position_embeddings=2048),
+    "clip": VisionConfig(768, 3072, 12, 12, 224, 32),
+}
 
 
 def renamed(name: str, table) -> str | None:
@@ -604,20 +598,18 @@ def fetch(source: str, weights: bool = True) -> Path:
     or its cache (HF_HUB_OFFLINE=1: only from there)."""
     if Path(source).is_dir():
         return Path(source)
-    repo, _, revision = str(source).partition("@")
-
-    def get(*patterns: str) -> Path:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns,
-                                      ignore_patterns="*/*"))
+    repo, _, revision = source.partition("@")
+    wanted = ["*.json"] + ["model*.safetensors", "adapter_model.*", "mm_projector.bin",
+                           "non_lora_trainables.bin"] * weights
     try:
-        folder = get("*.json")
-        if weights:
-            get("model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin")
-            if not list(folder.glob("model*.safetensors")):
-                get("pytorch_model*.bin")
+        for patterns in (wanted, ["pytorch_model*.bin"]):
+            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns,
+                                            ignore_patterns="*/*"))
+            if not weights or list(folder.glob("model*.safetensors")):
+                break
         return folder
     except (OSError, ValueError) as error:
-        raise OSError(f"{source} is no folder here, and the hub does not give it: "
+        raise OSError(f"{source} is no folder here and the hub does not give it: "
                       f"{first_line(error)}") from None
 
 
@@ -634,10 +626,16 @@ def read_json(file: Path):
         raise ValueError(f"{file} is not JSON, or not all of it: {error}") from None
 
 
+def write_json(file: Path, content) -> None:
+    with replacing(Path(file)) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A temporary name to write to, which takes the file's place only when all went well."""
     temporary = file.with_name(f".{file.name}.part")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         os.replace(temporary, file)
@@ -653,11 +651,12 @@ class Stored(NamedTuple):
     lora: tuple[Stored, Stored, float] | None = None
 
     def read(self) -> Tensor:
+        """Mapped into memory on its own, so that nothing stays behind when it is cast."""
         tensor = open_file(self.file)[self.key]
         if self.lora is None:
             return tensor
         a, b, scale = self.lora
-        return (tensor.float() + scale * (b.read().float() @ a.read().float())).to(tensor.dtype)
+        return tensor.float() + scale * (b.read().float() @ a.read().float())
 
 
 def open_file(file: Path) -> dict[str, Tensor]:
@@ -670,13 +669,13 @@ def open_file(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise OSError(f"{file} is missing") from None
     except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
-        raise OSError(f"{file} is damaged, or not a file of tensors: {first_line(error)}") from None
+        raise OSError(f"{file} is damaged, or no file of tensors: {first_line(error)}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    names = ["adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin",
-             "non_lora_trainables.bin"]
-    names = [name for name in names if (folder / name).exists()]
+    """The files of a checkpoint: small parts, and the model whole or in the shards of its index."""
+    names = [name for name in ("adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin",
+                               "non_lora_trainables.bin") if (folder / name).exists()]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{whole}.index.json").exists():
             return [folder / n for n in (*names, *sorted(set(read_json(index)["weight_map"].values())))]
@@ -688,12 +687,11 @@ def weight_files(folder: Path) -> list[Path]:
 def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, Stored], str]:
     """What a folder or hub id holds: fields of LlavaConfig, tensors by our names, its exact name.
 
-    One that holds only a part (a projector, LoRA, a LLaVA without its tower) names its bases: they
-    are opened first and it is laid over them.
+    One that holds only a part (a projector, LoRA, a LLaVA without its tower) names its bases in its
+    configs: they are opened first, and it is laid over them.
     """
     folder = fetch(source, weights)
-    local = folder == Path(source)
-    name = str(folder.resolve()) if local else f"{source.partition('@')[0]}@{folder.name}"
+    name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
     raw, adapter, own = read_json(folder / "config.json"), {}, {}
     if (folder / "adapter_config.json").exists():
         adapter = read_json(folder / "adapter_config.json")
@@ -701,162 +699,138 @@ def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, 
         for key, tensor in open_file(file).items():
             own[renamed(key.removeprefix("base_model.model."), NAMES)] = Stored(file, key, tensor.shape)
     own.pop(None, None)
-    bases = {base: weights for base in raw.get("bases", [])}
-    if "mm_vision_tower" in raw:             # liuhaotian: 1.6 brings its own tower, 1.5 does not
-        bases[raw["mm_vision_tower"]] = weights and not any(n.startswith("vision_tower.l") for n in own)
-        if not any(n.startswith("language_model.e") for n in own):
+    bases = dict.fromkeys(raw.get("bases", []), weights)
+    if "mm_vision_tower" in raw:             # liuhaotian: 1.6 brings its tower along, 1.5 does not
+        bases[raw["mm_vision_tower"]] = weights and "vision_tower.class_embedding" not in own
+        if "language_model.norm.weight" not in own:
             bases[adapter.get("base_model_name_or_path", raw.get("_name_or_path"))] = weights
     parts, stored = {}, {}
-    for base, with_weights in bases.items():
-        more, tensors, _ = open_checkpoint(base, with_weights)
+    for base, needed in bases.items():
+        more, tensors, _ = open_checkpoint(base, needed)
         parts, stored = parts | more, stored | tensors
     parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
-        if key.endswith(".lora_A.weight"):
-            target, b = key.replace(".lora_A", ""), own[key.replace(".lora_A", ".lora_B")]
-            stored[target] = stored[target]._replace(
-                lora=(tensor, b, adapter["lora_alpha"] / adapter["r"]))
-        elif not key.endswith(".lora_B.weight"):
+        if key.endswith("lora_A.weight"):
+            target, b = key.replace("lora_A.", ""), own[key.replace("lora_A", "lora_B")]
+            scale = adapter["lora_alpha"] / adapter["r"]
+            stored[target] = stored[target]._replace(lora=(tensor, b, scale))
+        elif not key.endswith("lora_B.weight"):
             stored[key] = tensor
-    if parts.get("projector") == "linear":   # in llava-hf's layout the second layer does nothing
+    if parts.get("projector") == "linear":   # llava-hf has a second layer, which then does nothing
         stored = {n: t for n, t in stored.items() if not n.startswith("projector.2.")}
     return parts, stored, name
+
+
+def check_tensors(expected, fresh, stored: dict[str, Stored], where: str) -> None:
+    """Every tensor is there, none is left over, all have the right shape; or one error lists them."""
+    wrong = [f"{n} is missing" for n in expected if n not in stored and n not in fresh]
+    wrong += [f"{n} is not part of the model" for n in stored if n not in expected]
+    wrong += [f"{n} is {list(t.shape)} instead of {list(expected[n].shape)}"
+              for n, t in stored.items() if n in expected and t.shape != expected[n].shape]
+    if wrong:
+        raise ValueError(f"{where} does not hold the model its config describes: {'; '.join(wrong)}")
 
 
 def read_config(raw: dict, file: Path) -> dict:
     """The fields of LlavaConfig that a publisher's config.json tells."""
     kind = raw.get("model_type", "")
     if "text_config" in raw and kind in ("llava", "llava_next"):         # llava-hf
-        expect(raw, file, projector_hidden_act="gelu", vision_feature_select_strategy="default")
-        text = text_config({"model_type": "llama"} | raw["text_config"], file, nested=True)
-        grids = raw.get("image_grid_pinpoints") or ()                    # (height, width) in there
-        found = {"vision": vision_config(raw["vision_config"], file, nested=True),
+        expect(raw, file, vision_feature_select_strategy=("default",),
+               projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
+        text = sizes(raw["text_config"].get("model_type", "llama"), raw["text_config"], file, nested=True)
+        found = {"vision": sizes("clip", raw["vision_config"], file, nested=True),
                  "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
                  "vision_feature_layer": raw.get("vision_feature_layer", -2),
-                 "image_mode": "anyres" if kind == "llava_next" else "crop",
-                 "grids": [(w, h) for h, w in grids], "round_grids": True}
+                 "image_mode": "anyres" if kind == "llava_next" else "crop", "round_grids": True,
+                 "grids": [(w, h) for h, w in raw.get("image_grid_pinpoints") or ()]}
     elif "mm_vision_tower" in raw:                                       # liuhaotian
-        expect(raw, file, mm_vision_select_feature="patch", mm_use_im_start_end=False)
-        text = text_config(raw | {"model_type": "mistral" if "mistral" in kind else "llama"}, file)
+        expect(raw, file, mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
+               mm_patch_merge_type=("flat", "spatial_unpad"))
+        text = sizes("mistral" if "mistral" in kind else "llama", raw, file, nested=False)
         mode = raw.get("image_aspect_ratio", "square")
-        if mode == "anyres":
-            expect(raw, file, mm_patch_merge_type="spatial_unpad")
-        found = {"projector": raw.get("mm_projector_type", "linear"),
+        found = {"image_token_id": text.vocab_size,
                  "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
-                 "image_token_id": text.vocab_size,
+                 "projector": raw.get("mm_projector_type", "linear"),
                  "image_mode": "crop" if mode == "square" else mode,
                  "grids": json.loads(str(raw.get("image_grid_pinpoints") or []))}
-    elif kind in ("mistral", "llama"):
-        text = text_config(raw, file)
+    elif kind in TEMPLATES:
+        text = sizes(kind, raw, file, nested=False)
         found = {"image_token_id": text.vocab_size}
     elif kind in ("clip", "clip_vision_model"):
-        return {"vision": vision_config(raw.get("vision_config", raw), file, nested=kind == "clip")}
+        return {"vision": sizes("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     else:
         raise ValueError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama, clip")
-    found |= {"text": text, "template": TEMPLATES[text.model_type]}
-    found |= raw.get("llava.py", {})
+    found |= {"text": text, "template": TEMPLATES[text.model_type]} | raw.get("llava.py", {})
     return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
 
 
-def expect(raw: dict, file: Path, **values) -> None:
-    for key, value in values.items():
-        if raw.get(key, value) != value:
-            raise ValueError(f"{file}: {key} is {raw[key]!r}, and only {value!r} is supported")
+def expect(raw: dict, file: Path, **supported) -> None:
+    for key, values in supported.items():
+        if raw.get(key, values[0]) not in values:
+            raise ValueError(f"{file}: {key} is {raw[key]!r}; only {' or '.join(map(repr, values))} works here")
 
 
-def text_config(raw: dict, file: Path, nested: bool = False) -> TextConfig:
-    """An absent key means what it means to transformers (beware: not the released models' values);
-    only nested configs leave out sizes. A null sliding_window is none, an absent one 4096."""
-    mistral = raw["model_type"] == "mistral"
-    absent = {"rms_norm_eps": 1e-6, "sliding_window": 4096, "max_position_embeddings": 2048}
-    if nested:
-        absent |= {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-                   "intermediate_size": 14336 if mistral else 11008, "num_key_value_heads": 8 if mistral else 32}
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    expect(rope, file, rope_type="default", type="default")
-    expect(raw, file, hidden_act="silu", tie_word_embeddings=False)
-    raw = absent | {"rope_theta": rope.get("rope_theta", 1e4)} | raw | ({} if mistral else {"sliding_window": None})
-    heads = raw.get("num_attention_heads")
-    raw["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
-    raw["head_dim"] = raw.get("head_dim") or (heads and raw.get("hidden_size", 0) // heads)
-    return known_fields(TextConfig, raw, file)
+def sizes(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
+    """The dataclass of a config; only a nested one may leave out sizes, as transformers does."""
+    turns = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    expect(raw | turns, file, rope_type=("default",), type=("default",),
+           hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
+    usual, found = ABSENT[kind], {k: v for k, v in (raw | turns).items() if v is not None or "window" in k}
+    if not nested:
+        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [name for name in needed if name not in found]:
+            raise ValueError(f"{file} lacks {', '.join(missing)}")
+        found = {"num_key_value_heads": found["num_attention_heads"]} | found
+    if kind != "clip":
+        heads = found.get("num_attention_heads", usual.num_attention_heads)
+        found = {"head_dim": found.get("hidden_size", usual.hidden_size) // heads} | found
+    return replace(usual, **{f.name: found[f.name] for f in fields(usual)
+                              if f.name in found and f.name != "model_type"})
 
 
-def vision_config(raw: dict, file: Path, nested: bool = False) -> VisionConfig:
-    absent = {"layer_norm_eps": 1e-5}
-    if nested:
-        absent |= {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                   "num_attention_heads": 12, "image_size": 224, "patch_size": 32}
-    expect(raw, file, hidden_act="quick_gelu")
-    return known_fields(VisionConfig, absent | raw, file)
-
-
-def known_fields(kind: type, raw: dict, file: Path):
-    names = [field.name for field in fields(kind)]
-    if missing := [name for name in names if name not in raw]:
-        raise ValueError(f"{file} lacks {', '.join(missing)}")
-    return kind(**{name: raw[name] for name in names})
-
-
-def check_tensors(expected, state, stored: dict[str, Stored], where: str) -> None:
-    """Every tensor there, none left over, all of the right shape; or one error that lists them."""
-    wrong = [f"{n} is missing" for n in expected if n not in stored and n not in state]
-    wrong += [f"{n} is not part of this model" for n in stored if n not in expected]
-    wrong += [f"{n} is {list(t.shape)} but its config says {list(expected[n].shape)}"
-              for n, t in stored.items() if n in expected and t.shape != expected[n].shape]
-    if wrong:
-        raise ValueError(f"{where} does not fit its config: {'; '.join(wrong)}")
-
-
-def hub_config(config: LlavaConfig, full: bool) -> dict:
-    """config.json in llava-hf's layout, readable by transformers 4 and 5."""
-    anyres, text, vision = config.image_mode == "anyres", asdict(config.text), asdict(config.vision)
-    if full:
-        text["vocab_size"] = hub_vocabulary(config)
+def hub_config(config: LlavaConfig, whole: bool) -> dict:
+    """config.json as llava-hf writes it, for transformers 4 and 5, and what only this file knows."""
+    anyres, rows = config.image_mode == "anyres", hub_rows(config) if whole else config.text.vocab_size
+    turns = {"rope_type": "default", "rope_theta": config.text.rope_theta}
     return {
-        "architectures": [f"Llava{'Next' if anyres else ''}ForConditionalGeneration"],
+        "architectures": [f"Llava{'Next' * anyres}ForConditionalGeneration"],
         "model_type": "llava_next" if anyres else "llava",
-        "text_config": text | {"rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
-                               "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2},
-        "vision_config": vision | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"},
-        "image_token_index": config.image_token_id,
-        "image_seq_length": config.vision.side**2,
+        "image_token_index": config.image_token_id, "image_seq_length": config.vision.side**2,
         "image_grid_pinpoints": [(h, w) for w, h in config.grids],
-        "projector_hidden_act": "gelu" if config.projector == "mlp2x_gelu" else "linear",
+        "projector_hidden_act": "linear" if config.projector == "linear" else "gelu",
         "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-        "llava.py": {name: getattr(config, name) for name in    # what the layout has no word for
-                     ("projector", "image_mode", "grids", "round_grids", "template", "prune")}}
+        "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
+        "text_config": {**asdict(config.text), "vocab_size": rows, "rope_parameters": turns,
+                        "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2},
+        "vision_config": {**asdict(config.vision), "model_type": "clip_vision_model",
+                          "hidden_act": "quick_gelu", "projection_dim": 768},
+        "llava.py": {name: getattr(config, name) for name in OURS}}
 
 
-def hub_vocabulary(config: LlavaConfig) -> int:
-    """llava-hf gives <image> a row of its own in the vocabulary, padded to a multiple of 64."""
+def hub_rows(config: LlavaConfig) -> int:
+    """Rows of the vocabulary in llava-hf: <image> and <pad> get their own, up to a multiple of 64."""
     if config.image_token_id < config.text.vocab_size:
         return config.text.vocab_size
-    return math.ceil((config.image_token_id + 2) / 64) * 64              # <image>, then <pad>
+    return math.ceil((config.image_token_id + 2) / 64) * 64
 
 
-def hub_tensors(model: Llava, trained_only: bool) -> dict[str, Tensor]:
-    tensors = {renamed(name, HUB_NAMES): p.detach().cpu().contiguous() for name, p in model.named_parameters()
-               if p.requires_grad or not trained_only}
-    if trained_only:
-        return tensors
-    if model.config.projector == "linear":   # llava-hf always has two layers: the second does nothing
+def hub_tensors(model: Llava, whole: bool) -> dict[str, Tensor]:
+    tensors = {renamed(name, HUB_NAMES): p.detach().cpu().contiguous()
+               for name, p in model.named_parameters() if whole or p.requires_grad}
+    if whole and model.config.projector == "linear":         # llava-hf always has two layers
         one = tensors["multi_modal_projector.linear_1.bias"]
         tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(one), dtype=one.dtype)
         tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(one)
-    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
-        rows = tensors[name]                 # new words get the mean row: never the likeliest word
-        new = hub_vocabulary(model.config) - len(rows)
-        tensors[name] = torch.cat((rows, rows.float().mean(0, keepdim=True).to(rows.dtype).expand(new, -1)))
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight") * whole:
+        rows = tensors[name]                 # new words get the mean row: never the likeliest
+        mean = rows.float().mean(0).to(rows.dtype)
+        tensors[name] = torch.cat((rows, mean.expand(hub_rows(model.config) - len(rows), -1)))
     return tensors
 
 
 # ---------------------------------------------------------------------------------------------
 # 7. Words and pictures to tensors
 
-TEMPLATES = {"mistral": "mistral_instruct", "llama": "v1"}
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -869,13 +843,13 @@ def open_image(file: Path) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise OSError(f"{file}: there is no such picture") from None
+        raise OSError(f"there is no picture {file}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{file} is not a readable picture: {first_line(error)}") from None
 
 
 def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
-    """An RGB picture as squares of image_size. Resizing is bicubic on 8 bits, as CLIP was trained."""
+    """An RGB picture as squares of image_size; resized in 8 bits, bicubic, as CLIP was trained."""
     S, (w, h) = config.vision.image_size, image.size
     if config.image_mode == "pad":           # the mean colour around, truncated as LLaVA does
         canvas = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * mean) for mean in CLIP_MEAN))
@@ -901,21 +875,21 @@ def normalize(pixels: Tensor) -> Tensor:
 
 def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
     """A conversation as pieces of text and whether the model is to learn them; "<image>" and "</s>"
-    are pieces of their own. A lone <image> moves to the front of its message, as LLaVA does."""
+    are pieces of their own. A lone <image> moves to the front of its message, as in LLaVA."""
     pieces = []
     for i, message in enumerate(messages):
-        text = message["content"]
-        if message["role"] != ("user", "assistant")[i % 2]:
+        text, answers = message["content"], i % 2 == 1
+        if message["role"] != ("assistant" if answers else "user"):
             raise ValueError(f"message {i + 1} is the {message['role']}'s: user and assistant must alternate")
-        if i % 2 == 0 and text.count("<image>") == 1:
+        if not answers and text.count("<image>") == 1:
             text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-        if template == "plain":              # stage 1: the picture and its caption, not the question
-            pieces += [(text + "\n", True)] if i % 2 else [("<image>", False)]
-        elif i % 2:
-            pieces += [(text + " " if template == "mistral_instruct" else text, True), ("</s>", True)]
+        if template == "plain":              # stage 1: the picture and its caption, no question
+            pieces += [(text + "\n", True)] if answers else [("<image>", False)]
+        elif answers:
+            pieces += [(text + " " * (template == "mistral_instruct"), True), ("</s>", True)]
         else:
-            start = f"{SYSTEM} " if i == 0 else ""
-            text = f"[INST] {text} [/INST]" if template == "mistral_instruct" else f"{start}USER: {text} ASSISTANT:"
+            start = f"{SYSTEM} USER:" if i == 0 else "USER:"
+            text = f"[INST] {text} [/INST]" if template == "mistral_instruct" else f"{start} {text} ASSISTANT:"
             pieces += [(piece, False) for piece in re.split("(<image>)", text)]
     return pieces
 
@@ -928,25 +902,26 @@ class Processor:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))
         if None in (self.bos, self.eos):
-            raise ValueError("the tokenizer has no <s> and </s>: it is not one of LLaMA or Mistral")
+            raise ValueError("the tokenizer has no <s> or no </s>: it is not one of LLaMA or Mistral")
         self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode sets the first one
         self.tokenizer.pre_tokenizer = None
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, config: LlavaConfig | None = None) -> Processor:
         """The tokenizer of a folder or hub id; `config` is that of the model it is to serve."""
-        folder = fetch(path_or_repo_id, weights=False)
-        config = config or LlavaConfig(**open_checkpoint(path_or_repo_id, weights=False)[0])
+        folder = fetch(str(path_or_repo_id), weights=False)
+        config = config or LlavaConfig(**open_checkpoint(str(path_or_repo_id), weights=False)[0])
         if not (folder / "tokenizer.json").exists():
-            raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has one with "
-                          "--tokenizer, such as llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
-        options = folder / "tokenizer_config.json"
-        legacy = (read_json(options) if options.exists() else {}).get("legacy")
-        return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy is not False)
+            raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has, such as "
+                          "--tokenizer llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
+        more = folder / "tokenizer_config.json"
+        legacy = read_json(more).get("legacy") is not False if more.exists() else True
+        return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy)
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of a piece of text; SentencePiece puts a space before the first word of a text."""
-        return self.tokenizer.encode("\u2581" * (first and text > "") + text, add_special_tokens=False).ids
+        text = "\u2581" + text if first and text else text
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -975,28 +950,34 @@ class Processor:
         images in reading order -> input_ids [1, T], images, image_sizes and, if asked for, labels
         [1, T], all as Llava takes them."""
         ids, learned = self.tokenize(messages)
-        if (slots := ids.count(self.config.image_token_id)) != len(images):
-            raise ValueError(f"{slots} <image> in the text, but {len(images)} pictures")
-        return {"input_ids": torch.tensor([ids]), "images": [normalize(self.pixels(i)) for i in images],
-                "image_sizes": [(i.height, i.width) for i in images],
-                **({"labels": torch.tensor([learned])} if labels else {})}
+        if (marks := ids.count(self.config.image_token_id)) != len(images):
+            raise ValueError(f"{marks} <image> in the text, but {len(images)} pictures")
+        inputs = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([learned]),
+                  "images": [normalize(self.pixels(image)) for image in images],
+                  "image_sizes": [(image.height, image.width) for image in images]}
+        return inputs if labels else {k: v for k, v in inputs.items() if k != "labels"}
 
     def save_pretrained(self, folder) -> None:
-        """The tokenizer, and for transformers what its processors want to know."""
-        c, folder, S = self.config, Path(folder), self.config.vision.image_size
-        full = Tokenizer.from_str(self.tokenizer_json)
-        full.add_special_tokens(["<image>", "<pad>"])
-        words = {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "image_token": "<image>"}
-        anyres = "Next" if c.image_mode == "anyres" else ""
-        pictures = {"image_processor_type": f"Llava{anyres}ImageProcessor", "size": {"shortest_edge": S},
-                    "crop_size": {"height": S, "width": S}, "do_pad": c.image_mode != "crop",
-                    "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "image_grid_pinpoints": [(h, w) for w, h in c.grids]}
-        processor = {"processor_class": f"Llava{anyres}Processor", "patch_size": c.vision.patch_size, "image_token": "<image>",
-                     "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (("tokenizer.json", json.loads(full.to_str())), ("tokenizer_config.json", words), ("preprocessor_config.json", pictures), ("processor_config.json", processor)):
-            with replacing(folder / name) as file:
-                file.write_text(json.dumps(content, indent=1))
+        """The tokenizer, with <image> and <pad>, and what transformers' processors ask for."""
+        S, crop = self.config.vision.image_size, self.config.image_mode == "crop"
+        kind = "LlavaNext" if self.config.image_mode == "anyres" else "Llava"
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        tokenizer.add_special_tokens(["<image>", "<pad>"])
+        files = {
+            "tokenizer.json": json.loads(tokenizer.to_str()),
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>",
+                "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+            "preprocessor_config.json": {
+                "image_processor_type": f"{kind}ImageProcessor", "size": {"shortest_edge": S},
+                "crop_size": {"height": S, "width": S}, "do_pad": not crop, "image_mean": CLIP_MEAN,
+                "image_std": CLIP_STD, "image_grid_pinpoints": [(h, w) for w, h in self.config.grids]},
+            "processor_config.json": {
+                "processor_class": f"{kind}Processor", "patch_size": self.config.vision.patch_size,
+                "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_json(Path(folder) / name, content)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -1013,7 +994,7 @@ def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def command_line(main) -> None:
-    """Run a program's main(); a mistake of its user ends in one sentence and exit code 1."""
+    """Run a program; a mistake of its user ends in one sentence and exit code 1."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -1023,53 +1004,37 @@ def command_line(main) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every program which opens a model understands."""
+    """The flags of every program that opens a model."""
     gpu = torch.cuda.is_available()
-    parser.add_argument("--tokenizer", metavar="ID", help="folder or hub id with the tokenizer.json, if the model has none")
-    parser.add_argument("--prune", default="none", choices=("none", "prumerge", "prumerge+"), help="merge visual tokens (default: %(default)s)")
+    parser.add_argument("--tokenizer", metavar="ID",
+                        help="folder or hub id with the tokenizer.json, if the model has none")
+    parser.add_argument("--image-mode", choices=("pad", "crop"), help="default: the model's")
+    parser.add_argument("--prune", choices=("none", "prumerge", "prumerge+"),
+                        help="merge the tokens of each picture (default: the model's)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32",
+                        choices=("bfloat16", "float16", "float32"),
+                        help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
-def open_model(args) -> tuple[Llava, Processor]:
-    torch.manual_seed(args.seed)
-    model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device, prune=args.prune)
+def open_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
+    chosen = {k: getattr(args, k) for k in ("image_mode", "prune") if getattr(args, k)}
+    model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device, **chosen)
     return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
 
 
 def say(model: Llava, processor: Processor, messages, images, **decoding) -> str:
-    """Print the answer to a conversation while it is generated, and return it."""
-    ids, text, shown = [], "", ""
-    for token in model.generate(**processor(messages, images), eos_token_id=processor.eos, **decoding):
+    """Print the answer to a conversation word by word, as it comes, and return it."""
+    ids, text, shown = [], "", 0
+    inputs = processor(messages, images)
+    for token in model.generate(**inputs, eos_token_id=processor.eos, **decoding):
         ids.append(token)
         text = processor.decode(ids)
         if not text.endswith("\ufffd"):      # half a character waits for its other half
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print()
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print(text[shown:])
     return text
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask a LLaVA about pictures; without a prompt, talk with it.")
-    parser.add_argument("prompt", nargs="?", help="the question; if absent, a conversation begins")
-    parser.add_argument("--model", required=True, metavar="ID", help="folder, run or hub id (id@revision), e.g. llava-hf/llava-v1.6-mistral-7b-hf")
-    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, shown before the first question")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) always takes the likeliest word")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest words that together have P")
-    add_model_flags(parser)
-    args = parser.parse_args()
-    images = [open_image(file) for file in args.image]
-    model, processor = open_model(args)
-    messages = []
-    for question in [args.prompt] if args.prompt is not None else iter(ask, ""):
-        shown = "<image>\n" * len(images) if not messages and "<image>" not in question else ""
-        messages.append({"role": "user", "content": shown + question})
-        answer = say(model, processor, messages, images, max_new_tokens=args.max_new_tokens,
-                     temperature=args.temperature, top_p=args.top_p)
-        messages.append({"role": "assistant", "content": answer})
 
 
 def ask() -> str:
@@ -1077,6 +1042,31 @@ def ask() -> str:
         return input("> ").strip()           # an empty line ends the conversation
     except EOFError:
         return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask a LLaVA about pictures; without a prompt, talk to it.")
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the question; without one a conversation begins")
+    add("--model", required=True, metavar="ID",
+        help="folder, run, or hub id such as llava-hf/llava-v1.6-mistral-7b-hf (or id@revision)")
+    add("--image", nargs="+", default=[], metavar="FILE", help="pictures to look at")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest word")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest, P in sum")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add_model_flags(parser)
+    args = parser.parse_args()
+    images = [open_image(file) for file in args.image]
+    model, processor = open_model(args)
+    torch.manual_seed(args.seed)
+    messages = []
+    for question in [args.prompt] if args.prompt is not None else iter(ask, ""):
+        shown = "<image>\n" * len(images) if not messages and "<image>" not in question else ""
+        messages.append({"role": "user", "content": shown + question})
+        answer = say(model, processor, messages, images, max_new_tokens=args.max_new_tokens,
+                     temperature=args.temperature, top_p=args.top_p)
+        messages.append({"role": "assistant", "content": answer})
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from llava import (HUB_NAMES, IGNORE, SYSTEM, TEMPLATES, LanguageModel, Llava, L
                    TextConfig, VisionConfig, VisionTower, normalize, renamed)
 
 VISION = VisionConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-                      num_attention_heads=4, image_size=56, patch_size=14)
+                      num_attention_heads=4, image_size=64, patch_size=16)
 MISTRAL = dict(model_type="mistral", hidden_size=96, intermediate_size=288, num_hidden_layers=3,
                num_attention_heads=3, num_key_value_heads=1, head_dim=32, rope_theta=1e4,
                sliding_window=256, max_position_embeddings=512)
@@ -58,7 +58,7 @@ LLAMA = MISTRAL | dict(model_type="llama", intermediate_size=224, num_key_value_
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 70, 220),
           "yellow": (235, 210, 40), "purple": (150, 50, 190)}
 SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = {"north": (28, 14), "east": (42, 28), "south": (28, 42), "west": (14, 28)}
+PLACES = {"north": (32, 17), "east": (47, 32), "south": (32, 47), "west": (17, 32)}
 COUNTS = ("one", "two", "three")
 
 
@@ -68,14 +68,14 @@ def make_scene(rng: random.Random) -> dict[str, str]:
 
 
 def draw(scene: dict[str, str], rng: random.Random) -> Image.Image:
-    picture = Image.new("RGB", (56, 56), tuple(rng.randint(215, 255) for _ in range(3)))
+    picture = Image.new("RGB", (64, 64), tuple(rng.randint(215, 255) for _ in range(3)))
     pen, count, turn = ImageDraw.Draw(picture), COUNTS.index(scene["count"]) + 1, rng.random() * math.tau
     for i in range(count):
-        r = rng.randint(7, 9) if count == 1 else rng.randint(5, 6)
+        r = rng.randint(8, 10) if count == 1 else rng.randint(6, 7)
         x, y = (center + rng.randint(-2, 2) for center in PLACES[scene["place"]])
         if count > 1:                        # in a ring around the middle
-            x += round(7.5 * math.cos(turn + math.tau * i / count))
-            y += round(7.5 * math.sin(turn + math.tau * i / count))
+            x += round(9 * math.cos(turn + math.tau * i / count))
+            y += round(9 * math.sin(turn + math.tau * i / count))
         fill = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLORS[scene["color"]])
         if scene["shape"] == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
