@@ -28,8 +28,9 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,11 +40,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 IGNORE = -100                                # the label of a token that is read but not learned
 
@@ -98,7 +100,7 @@ class LlavaConfig:
     grids: tuple[tuple[int, int], ...] = ()  # AnyRes: the (width, height) to choose from, in order
     round_grids: bool = False                # AnyRes: transformers rounds where LLaVA truncates
     template: str = "mistral_instruct"       # or "v1": Vicuna; "plain": stage 1
-    prune: str = "none"                      # or "prumerge", "prumerge+"
+    prune: str = "none"                      # or a name in PRUNING
 
     def __post_init__(self):
         if self.image_mode == "anyres" and not self.grids:               # as released
@@ -346,26 +348,56 @@ def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
     return patches + rows * (columns + 1)
 
 
-def prumerge(attention: Tensor, keys: Tensor, plus: bool, neighbours: int = 32) -> Tensor:
-    """PruMerge as a matrix [m + 1, P]: times the features [P, C] it gives the tokens to keep.
+PRUNING = {                                  # the choices of --prune, as arguments of prumerge
+    "prumerge": {},
+    "prumerge+": {"plus": True},
+    "prumerge-fixed": {"ratio": 1 / 8},      # the released training setting: 73 tokens a tile
+    "prumerge+-fixed": {"plus": True, "ratio": 1 / 8},                    # and 145
+    "prumerge-paper": {"paper": True},
+}
 
-    attention [P]: what the CLS token pays to each patch; keys [P, C]. Kept are the m outliers of
-    attention, strongest first, and with `plus` an even sample of the other patches. To each is
-    added the attention-weighted sum of its `neighbours` most similar patches; one last token sums
-    up all that were not kept.
-    """
+
+def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = None,
+                   paper: bool = False) -> Tensor:
+    """The patches [m] to keep, by attention [P] strongest first: its outliers, or the share `ratio`;
+    with `plus` then an even sample of the others. The paper keeps them in the picture's order."""
     P = len(attention)
     q1, q3 = attention.float().quantile(torch.tensor([0.25, 0.75], device=attention.device))
-    outliers = max(1, int((attention > q3 + 1.5 * (q3 - q1)).sum()))
-    kept = attention.argsort(descending=True, stable=True)[:outliers]
-    if plus:
-        even = torch.arange(0, P - 1, max(1, P // outliers // 3), device=kept.device)
-        kept = torch.cat((kept, even[~torch.isin(even, kept)]))           # [m]
-    directions = F.normalize(keys, dim=-1)
+    count = int((attention > q3 + 1.5 * (q3 - q1)).sum()) if ratio is None else int(P * ratio)
+    count = max(1, count)                    # without an outlier the released code crashes
+    kept = attention.argsort(descending=True, stable=True)[:count]
+    if plus and ratio is None:
+        even = torch.arange(0, P - 1, max(1, P // count // 3), device=kept.device)
+        kept = torch.cat((kept, even[~torch.isin(even, kept)]))
+    elif plus:                               # as released: some are there twice
+        even = torch.arange(P // count // 2, P - 1, P // count, device=kept.device)
+        kept = torch.cat((kept, even))
+    return kept.sort().values if paper else kept
+
+
+def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float | None = None,
+             paper: bool = False, neighbours: int = 32, in_order: bool = False,
+             normalized: bool = False) -> Tensor:
+    """PruMerge as a matrix [m + 1, P]: times a tile's features [P, C] it gives its tokens.
+
+    attention [P]: what the CLS token pays to each patch; keys [P, C]. To each chosen patch is added
+    the attention-weighted sum of its `neighbours` most similar patches, and one last token sums up
+    all that were not chosen. So the released code; as the `paper` prints it, patches stay in order,
+    keys are not normalised, a chosen patch weighs like its neighbours, and no token is added.
+    """
+    kept = choose_patches(attention, plus, ratio, paper)
+    kept = kept.sort().values if in_order else kept
+    own = torch.ones_like(attention)
+    if paper:
+        own = attention = attention / attention.sum()                     # CLS left out of the softmax
+    directions = keys if paper else F.normalize(keys, dim=-1)
     similarity = (directions[kept] @ directions.T).scatter(1, kept[:, None], -torch.inf)
-    near = similarity.topk(min(neighbours, P - 1)).indices                # [m, 32]
-    mix = torch.zeros_like(similarity).scatter(1, near, attention[near]).scatter(1, kept[:, None], 1)
-    return torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
+    near = similarity.topk(min(neighbours, len(keys) - 1)).indices        # [m, 32]
+    mix = torch.zeros_like(similarity).scatter(1, near, attention[near])
+    mix = mix.scatter(1, kept[:, None], own[kept, None])                  # [m, P]
+    if not paper:
+        mix = torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
+    return mix / mix.sum(1, keepdim=True) if normalized else mix
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,21 +431,21 @@ class Llava(nn.Module):
         if prune == "none":
             tiles = iter(self.projector(states[:, 1:]))                   # N x [P, C], without CLS
         else:
-            mixes = self.prune_matrices(states, prune)
-            tiles = (self.projector(mix @ x) for mix, x in zip(mixes, states[:, 1:]))
+            tiles = (self.projector(prumerge(*seen, **PRUNING[prune]) @ x)
+                     for *seen, x in zip(*self.watch(states), states[:, 1:]))
         pictures = [[next(tiles) for _ in image] for image in images]
         if self.config.image_mode == "anyres" and prune == "none":
             return [self.arrange_tiles(torch.stack(p), size) for p, size in zip(pictures, image_sizes)]
         return [torch.cat(picture) for picture in pictures]
 
-    def prune_matrices(self, states: Tensor, prune: str) -> list[Tensor]:
-        """Each tile's `prumerge`, from the states [N, 1+P, C] before the last block, whose q and k
-        are taken as one head of width C: so does the released code."""
+    def watch(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What the CLS token pays to each patch [N, P] and the patches' keys [N, P, C] in the last
+        block, whose q and k are taken as one head of width C, as in PruMerge's released code."""
         block = self.vision_tower.layers[-1]
-        x = block.layer_norm1(states)
+        x = block.layer_norm1(states)                                     # as they enter that block
         q, k = block.self_attn["q_proj"](x[:, :1]), block.self_attn["k_proj"](x)
-        attention = (q @ k.mT * k.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]               # [N, P]
-        return [prumerge(a, keys, prune == "prumerge+") for a, keys in zip(attention, k[:, 1:])]
+        attention = (q @ k.mT * k.shape[-1] ** -0.5).softmax(-1)          # [N, 1, 1+P]
+        return attention[:, 0, 1:], k[:, 1:]
 
     def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
         """AnyRes: tiles [1 + rows * columns, P, C] -> the squashed whole of the first one, then the
@@ -1009,7 +1041,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="ID",
                         help="folder or hub id with the tokenizer.json, if the model has none")
     parser.add_argument("--image-mode", choices=("pad", "crop"), help="default: the model's")
-    parser.add_argument("--prune", choices=("none", "prumerge", "prumerge+"),
+    parser.add_argument("--prune", choices=("none", *PRUNING),
                         help="merge the tokens of each picture (default: the model's)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32",
@@ -1044,6 +1076,70 @@ def ask() -> str:
         return ""
 
 
+def trace(model: Llava, inputs: dict) -> None:
+    """Print the way of the picture and the words through the model while they go it: the prompt,
+    then one word of the answer. A silent pass before counts FLOPs, which would spoil the clock."""
+    tower, decoder = model.vision_tower, model.language_model
+    parts = [tower.patch_embedding, tower.pre_layrnorm, *tower.layers, model.projector,
+             decoder.embed_tokens, *decoder.layers, decoder.norm, decoder.lm_head]
+    names = {module: name for name, module in model.named_modules() if module in parts}
+    counter = FlopCounterMode(display=False, custom_mapping={             # unknown to torch 2.13
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
+    flops, clock = [0], [0.0]                # when each part was done, in FLOPs and seconds
+
+    def count(*_) -> None:
+        flops.append(counter.get_total_flops())
+
+    def show(module: nn.Module, _, y: Tensor) -> None:
+        if y.is_cuda:
+            torch.cuda.synchronize()
+        clock.append(time.perf_counter())
+        gflop, ms = (flops[len(clock) - 1] - flops[len(clock) - 2]) / 1e9, 1e3 * (clock[-1] - clock[-2])
+        row(names[module], y.shape, y.dtype, f"{sum(p.numel() for p in module.parameters()):,}",
+            f"{gflop:.3f}", f"{ms:.2f}")
+
+    def row(stage: str, shape, *cells) -> None:
+        print(f"{stage:33}{str(list(shape)):>20}" + "".join(f"{str(cell).removeprefix('torch.'):>14}" for cell in cells))
+
+    print(f"{'done':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
+    for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
+        row(f"picture {width} x {height}", tiles.shape, tiles.dtype)
+    row("words and <image>", inputs["input_ids"].shape, inputs["input_ids"].dtype)
+    for hook, context in ((count, counter), (show, nullcontext())):
+        hooks, clock[0] = [part.register_forward_hook(hook) for part in parts], time.perf_counter()
+        with context:
+            list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
+        for hook in hooks:
+            hook.remove()
+    print()
+
+
+@torch.inference_mode()
+def show_kept(model: Llava, tiles: Tensor) -> Image.Image:
+    """What pruning does to the tiles uint8 [N, 3, S, S] of a picture, a row each. Left: kept patches
+    clear, the others in the tint of the strongest that takes them in. Right: CLS's attention."""
+    S, side, like = tiles.shape[-1], model.config.vision.side, model.vision_tower.class_embedding
+    variant, canvas = PRUNING[model.config.prune], Image.new("RGB", (2 * S, len(tiles) * S))
+    states = model.vision_tower(normalize(tiles.to(like.device)).to(like.dtype), model.config.vision_feature_layer)
+
+    def enlarge(patches: Tensor) -> Image.Image:                          # [P] or [P, 3] of 0...255
+        values = patches.byte().cpu().unflatten(0, (side, side)).numpy()
+        return Image.fromarray(values).resize((S, S), Image.NEAREST)
+
+    for i, (tile, attention, keys) in enumerate(zip(tiles, *model.watch(states))):
+        mix, kept = prumerge(attention, keys, **variant), choose_patches(attention, **variant)
+        hues = torch.tensor([ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))])
+        taken = mix[:len(kept)].cpu() > 0                                 # [m, P]
+        tint = hues[taken.int().argmax(0)].where(taken.any(0)[:, None], torch.tensor(96))
+        clear = torch.zeros(side**2).index_fill(0, kept.cpu(), 255)
+        picture = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
+        dim = Image.blend(picture, enlarge(tint), 0.6)
+        canvas.paste(Image.composite(picture, dim, enlarge(clear)), (0, i * S))
+        canvas.paste(enlarge(255 * attention / attention.max()), (S, i * S))
+    return canvas
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ask a LLaVA about pictures; without a prompt, talk to it.")
     add = parser.add_argument
@@ -1055,15 +1151,23 @@ def main() -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest word")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest, P in sum")
     add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--trace", action="store_true", help="first show the way through the model, step by step")
+    add("--show-kept", metavar="FILE", help="save a picture of what --prune keeps of the first one")
     add_model_flags(parser)
     args = parser.parse_args()
     images = [open_image(file) for file in args.image]
     model, processor = open_model(args)
+    if args.show_kept:
+        if not images or model.config.prune == "none":
+            parser.error("--show-kept needs an --image and a --prune")
+        show_kept(model, processor.pixels(images[0])).save(args.show_kept)
     torch.manual_seed(args.seed)
     messages = []
     for question in [args.prompt] if args.prompt is not None else iter(ask, ""):
         shown = "<image>\n" * len(images) if not messages and "<image>" not in question else ""
         messages.append({"role": "user", "content": shown + question})
+        if args.trace and len(messages) == 1:
+            trace(model, processor(messages, images))
         answer = say(model, processor, messages, images, max_new_tokens=args.max_new_tokens,
                      temperature=args.temperature, top_p=args.top_p)
         messages.append({"role": "assistant", "content": answer})

@@ -57,7 +57,7 @@ LLAMA = MISTRAL | dict(model_type="llama", intermediate_size=224, num_key_value_
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 70, 220),
           "yellow": (235, 210, 40), "purple": (150, 50, 190)}
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "bar", "triangle", "cross")
 PLACES = {"north": (32, 17), "east": (47, 32), "south": (32, 47), "west": (17, 32)}
 COUNTS = ("one", "two", "three")
 
@@ -79,8 +79,8 @@ def draw(scene: dict[str, str], rng: random.Random) -> Image.Image:
         fill = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLORS[scene["color"]])
         if scene["shape"] == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        elif scene["shape"] == "square":
-            pen.rectangle((x - r + 1, y - r + 1, x + r - 1, y + r - 1), fill=fill)
+        elif scene["shape"] == "bar":
+            pen.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill=fill)
         elif scene["shape"] == "triangle":
             pen.polygon((x, y - r, x - r, y + r, x + r, y + r), fill=fill)
         else:
