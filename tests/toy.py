@@ -199,7 +199,7 @@ def train(loss_of_batch, parameters, steps: int, name: str) -> None:
         optimizer.step()
 
 
-def write_clip(folder: Path, steps: int = 500, size: int = 6000, batch: int = 96) -> None:
+def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96) -> None:
     """CLIP's objective: which of the batch's captions belongs to which picture?"""
     torch.manual_seed(3)
     rng, words = random.Random(3), [*COUNTS, *COLORS, *SHAPES, *PLACES]
@@ -318,9 +318,9 @@ def play(run, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
     build(data, ("scienceqa", "pretrain", "clip", "mistral"))
     shutil.rmtree(runs, ignore_errors=True)
     write_json(runs / "train.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", "train")])
-    for flags in (f"--stage 1 --vision {data}/clip --language {data}/mistral --lr 6e-3 --epochs 3 "
+    for flags in (f"--stage 1 --vision {data}/clip --language {data}/mistral --lr 6e-3 --epochs 5 "
                   f"--data {data}/pretrain.json --images {data}/pretrain --out {runs}/stage1",
-                  f"--stage 2 --init {runs}/stage1 --lr 1e-3 --epochs 8 "
+                  f"--stage 2 --init {runs}/stage1 --lr 1e-3 --epochs 12 "
                   f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2"):
         print(f"\n$ python train.py {flags}")
         run(parse(flags.split()))
