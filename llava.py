@@ -577,7 +577,8 @@ class Llava(nn.Module):
         folder, config = Path(folder), hub_config(self.config, whole=not trained_only)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "model.safetensors") as file:
-            save_file(hub_tensors(self, whole=not trained_only), file, metadata={"format": "pt"})
+            save_file(hub_tensors(self, config["text_config"]["vocab_size"], whole=not trained_only), file,
+                      metadata={"format": "pt"})
         write_json(folder / "config.json", config | ({"bases": self.bases} if trained_only else {}))
 
 
@@ -611,7 +612,8 @@ TEMPLATES = {"mistral": "mistral_instruct", "llama": "v1"}
 # What transformers takes for granted where a config.json is silent. Beware: not the released models'
 # values; and an absent sliding_window is 4096, while a null one is none.
 ABSENT = {
-    "mistral": TextConfig(rms_norm_eps=1e-6, rope_theta=1e4, sliding_window=4096),
+    "mistral": TextConfig(rms_norm_eps=1e-6, rope_theta=1e4, sliding_window=4096,
+                          max_position_embeddings=131072),
     "llama": TextConfig("llama", intermediate_size=11008, num_key_value_heads=32, rms_norm_eps=1e-6,
                         rope_theta=1e4, max_position_embeddings=2048),
     "clip": VisionConfig(768, 3072, 12, 12, 224, 32),
@@ -791,7 +793,7 @@ def read_config(raw: dict, file: Path) -> dict:
     elif kind in ("clip", "clip_vision_model"):
         return {"vision": sizes("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     else:
-        raise ValueError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama, clip")
+        raise ValueError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
     found |= {"text": text, "template": TEMPLATES[text.model_type]} | raw.get("llava.py", {})
     return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
 
@@ -804,6 +806,8 @@ def expect(raw: dict, file: Path, **supported) -> None:
 
 def sizes(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
     """The dataclass of a config; only a nested one may leave out sizes, as transformers does."""
+    if kind not in ABSENT:
+        raise ValueError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
     turns = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     expect(raw | turns, file, rope_type=("default",), type=("default",),
            hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
@@ -822,7 +826,9 @@ def sizes(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | Vision
 
 def hub_config(config: LlavaConfig, whole: bool) -> dict:
     """config.json as llava-hf writes it, for transformers 4 and 5, and what only this file knows."""
-    anyres, rows = config.image_mode == "anyres", hub_rows(config) if whole else config.text.vocab_size
+    anyres, rows = config.image_mode == "anyres", config.text.vocab_size
+    if whole and config.image_token_id >= rows:              # <image> and <pad> get rows there
+        rows = math.ceil((config.image_token_id + 2) / 64) * 64
     turns = {"rope_type": "default", "rope_theta": config.text.rope_theta}
     return {
         "architectures": [f"Llava{'Next' * anyres}ForConditionalGeneration"],
@@ -839,14 +845,7 @@ def hub_config(config: LlavaConfig, whole: bool) -> dict:
         "llava.py": {name: getattr(config, name) for name in OURS}}
 
 
-def hub_rows(config: LlavaConfig) -> int:
-    """Rows of the vocabulary in llava-hf: <image> and <pad> get their own, up to a multiple of 64."""
-    if config.image_token_id < config.text.vocab_size:
-        return config.text.vocab_size
-    return math.ceil((config.image_token_id + 2) / 64) * 64
-
-
-def hub_tensors(model: Llava, whole: bool) -> dict[str, Tensor]:
+def hub_tensors(model: Llava, rows: int, whole: bool) -> dict[str, Tensor]:
     tensors = {renamed(name, HUB_NAMES): p.detach().cpu().contiguous()
                for name, p in model.named_parameters() if whole or p.requires_grad}
     if whole and model.config.projector == "linear":         # llava-hf always has two layers
@@ -854,9 +853,9 @@ def hub_tensors(model: Llava, whole: bool) -> dict[str, Tensor]:
         tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(one), dtype=one.dtype)
         tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(one)
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight") * whole:
-        rows = tensors[name]                 # new words get the mean row: never the likeliest
-        mean = rows.float().mean(0).to(rows.dtype)
-        tensors[name] = torch.cat((rows, mean.expand(hub_rows(model.config) - len(rows), -1)))
+        words = tensors[name]                # new words get the mean row: never the likeliest
+        mean = words.float().mean(0).to(words.dtype)
+        tensors[name] = torch.cat((words, mean.expand(rows - len(words), -1)))
     return tensors
 
 
@@ -1120,6 +1119,7 @@ def show_kept(model: Llava, tiles: Tensor) -> Image.Image:
     """What pruning does to the tiles uint8 [N, 3, S, S] of a picture, a row each. Left: kept patches
     clear, the others in the tint of the strongest that takes them in. Right: CLS's attention."""
     S, side, like = tiles.shape[-1], model.config.vision.side, model.vision_tower.class_embedding
+    scale = math.ceil(336 / S)
     variant, canvas = PRUNING[model.config.prune], Image.new("RGB", (2 * S, len(tiles) * S))
     states = model.vision_tower(normalize(tiles.to(like.device)).to(like.dtype), model.config.vision_feature_layer)
 
@@ -1137,7 +1137,7 @@ def show_kept(model: Llava, tiles: Tensor) -> Image.Image:
         dim = Image.blend(picture, enlarge(tint), 0.6)
         canvas.paste(Image.composite(picture, dim, enlarge(clear)), (0, i * S))
         canvas.paste(enlarge(255 * attention / attention.max()), (S, i * S))
-    return canvas
+    return canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST)
 
 
 def main() -> None:
