@@ -98,7 +98,7 @@ class LlavaConfig:
     projector: str = "mlp2x_gelu"            # or "linear": LLaVA 1
     image_mode: str = "pad"                  # or "crop": LLaVA 1; "anyres": LLaVA 1.6
     grids: tuple[tuple[int, int], ...] = ()  # AnyRes: the (width, height) to choose from, in order
-    round_grids: bool = False                # AnyRes: transformers rounds where LLaVA truncates
+    as_transformers: bool = False            # its ways where they differ: rounded grids, white behind
     template: str = "mistral_instruct"       # or "v1": Vicuna; "plain": stage 1
     prune: str = "none"                      # or a name in PRUNING
 
@@ -334,7 +334,7 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
     columns, rows = (side // config.vision.patch_size for side in choose_grid(size, config.grids))
     wide = size[1] / size[0] > columns / rows
     exact = size[0] * (columns / size[1]) if wide else size[1] * (rows / size[0])
-    covered = int(round(exact, 7) if config.round_grids else exact)
+    covered = int(round(exact, 7) if config.as_transformers else exact)
     y, x = ((rows - covered) // 2, 0) if wide else (0, (columns - covered) // 2)
     return slice(y, rows - y), slice(x, columns - x)
 
@@ -596,7 +596,7 @@ NAMES = (
     (r"(model\.)?mm_projector\.(?=\d)", "projector."),                       # liuhaotian, MLP
     (r"(model\.)?mm_projector\.", "projector.0."),                           # liuhaotian, linear
     (r"(model\.)?image_newline", "image_newline"),
-    (r"(language_model\.)?lm_head\.", "language_model.lm_head."),
+    (r"lm_head\.", "language_model.lm_head."),
     (r"(language_model\.model|model\.language_model|model)\.", "language_model."),
 )
 HUB_NAMES = (                                # and from here to llava-hf
@@ -607,7 +607,7 @@ HUB_NAMES = (                                # and from here to llava-hf
     (r"projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.(?!lm_head)", "language_model.model."),
 )
-OURS = ("projector", "image_mode", "grids", "round_grids", "template", "prune")   # unknown to the hub
+OURS = ("projector", "image_mode", "grids", "as_transformers", "template", "prune")   # unknown to the hub
 TEMPLATES = {"mistral": "mistral_instruct", "llama": "v1"}
 # What transformers takes for granted where a config.json is silent. Beware: not the released models'
 # values; and an absent sliding_window is 4096, while a null one is none.
@@ -660,6 +660,16 @@ def read_json(file: Path):
         raise ValueError(f"{file} is not JSON, or not all of it: {error}") from None
 
 
+def read_object(file: Path, *needed: str) -> dict:
+    """A JSON object with the keys `needed`."""
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    if missing := [key for key in needed if key not in content]:
+        raise ValueError(f"{file} lacks {', '.join(missing)}")
+    return content
+
+
 def write_json(file: Path, content) -> None:
     with replacing(Path(file)) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -699,11 +709,16 @@ def open_file(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 return {key: tensors.get_tensor(key) for key in tensors.keys()}
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise OSError(f"{file} is missing") from None
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
+    except UnpicklingError:
+        raise OSError(f"{file} holds more than tensors, perhaps a program: it is not opened") from None
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise OSError(f"{file} is damaged, or no file of tensors: {first_line(error)}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{file} holds other things than tensors by name")
+    return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -712,7 +727,8 @@ def weight_files(folder: Path) -> list[Path]:
                                "non_lora_trainables.bin") if (folder / name).exists()]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{whole}.index.json").exists():
-            return [folder / n for n in (*names, *sorted(set(read_json(index)["weight_map"].values())))]
+            shards = set(read_object(index, "weight_map")["weight_map"].values())
+            return [folder / n for n in (*names, *sorted(shards))]
         if (folder / whole).exists():
             return [folder / n for n in (*names, whole)]
     return [folder / n for n in names]
@@ -726,18 +742,23 @@ def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, 
     """
     folder = fetch(source, weights)
     name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
-    raw, adapter, own = read_json(folder / "config.json"), {}, {}
-    if (folder / "adapter_config.json").exists():
-        adapter = read_json(folder / "adapter_config.json")
+    raw, adapter, own = read_object(folder / "config.json"), {}, {}
+    if list(folder.glob("adapter_*")):
+        adapter = read_object(folder / "adapter_config.json", "r", "lora_alpha", "base_model_name_or_path")
+        expect(adapter, folder / "adapter_config.json", use_rslora=(False,), use_dora=(False,))
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
             own[renamed(key.removeprefix("base_model.model."), NAMES)] = Stored(file, key, tensor.shape)
     own.pop(None, None)
     bases = dict.fromkeys(raw.get("bases", []), weights)
     if "mm_vision_tower" in raw:             # liuhaotian: 1.6 brings its tower along, 1.5 does not
-        bases[raw["mm_vision_tower"]] = weights and "vision_tower.class_embedding" not in own
-        if "language_model.norm.weight" not in own:
-            bases[adapter.get("base_model_name_or_path", raw.get("_name_or_path"))] = weights
+        stems = {".".join(n.split(".")[:2]) for n in own if "lora_" not in n}
+        bases[raw["mm_vision_tower"]] = weights and "vision_tower.layers" not in stems
+        if weights and "language_model.layers" not in stems:
+            language = adapter.get("base_model_name_or_path") or raw.get("_name_or_path")
+            if language is None:
+                raise ValueError(f"{folder} has no language model, its config.json no _name_or_path of one")
+            bases[language] = True
     parts, stored = {}, {}
     for base, needed in bases.items():
         more, tensors, _ = open_checkpoint(base, needed)
@@ -745,7 +766,9 @@ def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, 
     parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
         if key.endswith("lora_A.weight"):
-            target, b = key.replace("lora_A.", ""), own[key.replace("lora_A", "lora_B")]
+            target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
+            if b is None or target not in stored or (b.shape[0], tensor.shape[1]) != stored[target].shape:
+                raise ValueError(f"{tensor.file}: no lora_B, or no weight of the base, fits {tensor.key}")
             scale = adapter["lora_alpha"] / adapter["r"]
             stored[target] = stored[target]._replace(lora=(tensor, b, scale))
         elif not key.endswith("lora_B.weight"):
@@ -769,19 +792,23 @@ def read_config(raw: dict, file: Path) -> dict:
     """The fields of LlavaConfig that a publisher's config.json tells."""
     kind = raw.get("model_type", "")
     if "text_config" in raw and kind in ("llava", "llava_next"):         # llava-hf
-        expect(raw, file, vision_feature_select_strategy=("default",),
+        expect(raw, file, vision_feature_select_strategy=("default",), vision_feature_layer=(-2, -1),
                projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
         text = sizes(raw["text_config"].get("model_type", "llama"), raw["text_config"], file, nested=True)
+        if "vision_config" not in raw:
+            raise ValueError(f"{file} lacks vision_config")
         found = {"vision": sizes("clip", raw["vision_config"], file, nested=True),
                  "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
                  "vision_feature_layer": raw.get("vision_feature_layer", -2),
-                 "image_mode": "anyres" if kind == "llava_next" else "crop", "round_grids": True,
+                 "image_mode": "anyres" if kind == "llava_next" else "crop", "as_transformers": True,
                  "grids": [(w, h) for h, w in raw.get("image_grid_pinpoints") or ()]}
     elif "mm_vision_tower" in raw:                                       # liuhaotian
-        expect(raw, file, mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
-               mm_patch_merge_type=("flat", "spatial_unpad"))
-        text = sizes("mistral" if "mistral" in kind else "llama", raw, file, nested=False)
         mode = raw.get("image_aspect_ratio", "square")
+        expect(raw, file, mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
+               mm_vision_select_layer=(-2, -1), mm_projector_type=("linear", "mlp2x_gelu"),
+               image_aspect_ratio=("square", "pad", "anyres"),
+               mm_patch_merge_type=("spatial_unpad",) if mode == "anyres" else ("flat",))
+        text = sizes("mistral" if "mistral" in kind else "llama", raw, file, nested=False)
         found = {"image_token_id": text.vocab_size,
                  "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
                  "projector": raw.get("mm_projector_type", "linear"),
@@ -816,6 +843,7 @@ def sizes(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | Vision
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in needed if name not in found]:
             raise ValueError(f"{file} lacks {', '.join(missing)}")
+    if kind == "llama" and "num_attention_heads" in found:
         found = {"num_key_value_heads": found["num_attention_heads"]} | found
     if kind != "clip":
         heads = found.get("num_attention_heads", usual.num_attention_heads)
@@ -869,14 +897,21 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def open_image(file: Path) -> Image.Image:
-    """The first frame, in RGB: any mode is converted as PIL does, like the published preprocessing."""
+    """The first frame, as it is: how its mode becomes RGB depends on the publisher (to_rgb)."""
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return image.copy()
     except FileNotFoundError:
         raise OSError(f"there is no picture {file}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{file} is not a readable picture: {first_line(error)}") from None
+
+
+def to_rgb(image: Image.Image, config: LlavaConfig) -> Image.Image:
+    """transformers sees a transparent picture over white, LLaVA's code its colours alone."""
+    if config.as_transformers and ("A" in image.getbands() or "transparency" in image.info):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
@@ -901,7 +936,7 @@ def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 [N, 3, S, S] -> float32 with the mean and spread that CLIP expects."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
-    return (pixels.float() * (1 / 255) - mean) / std
+    return (pixels.float() / 255 - mean) / std       # times 1 / 255 would round half of the values away
 
 
 def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
@@ -947,7 +982,10 @@ class Processor:
                           "--tokenizer llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
         more = folder / "tokenizer_config.json"
         legacy = read_json(more).get("legacy") is not False if more.exists() else True
-        return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy)
+        try:
+            return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy)
+        except Exception as error:           # tokenizers raises nothing more exact
+            raise ValueError(f"{folder / 'tokenizer.json'} does not work: {first_line(error)}") from None
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of a piece of text; SentencePiece puts a space before the first word of a text."""
@@ -959,7 +997,7 @@ class Processor:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """uint8 [tiles, 3, image_size, image_size], to be normalised where the model is."""
-        tiles = np.stack([np.asarray(tile) for tile in cut_tiles(image.convert("RGB"), self.config)])
+        tiles = np.stack([np.asarray(tile) for tile in cut_tiles(to_rgb(image, self.config), self.config)])
         return torch.from_numpy(tiles).permute(0, 3, 1, 2)
 
     def tokenize(self, messages: list[dict]) -> tuple[list[int], list[int]]:
@@ -1146,7 +1184,8 @@ def main() -> None:
     add("prompt", nargs="?", help="the question; without one a conversation begins")
     add("--model", required=True, metavar="ID",
         help="folder, run, or hub id such as llava-hf/llava-v1.6-mistral-7b-hf (or id@revision)")
-    add("--image", nargs="+", default=[], metavar="FILE", help="pictures to look at")
+    add("--image", nargs="+", action="extend", default=[], metavar="FILE",
+        help="pictures to look at; what stands after the last one and is no file is the question")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest word")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest, P in sum")
@@ -1155,6 +1194,8 @@ def main() -> None:
     add("--show-kept", metavar="FILE", help="save a picture of what --prune keeps of the first one")
     add_model_flags(parser)
     args = parser.parse_args()
+    if args.prompt is None and len(args.image) > 1 and not os.path.exists(args.image[-1]):
+        args.prompt = args.image.pop()
     images = [open_image(file) for file in args.image]
     model, processor = open_model(args)
     if args.show_kept:
