@@ -309,28 +309,46 @@ def test_what_the_processor_makes_is_what_the_model_takes(tmp_path):
 # PruMerge
 
 
-def prumerge_by_loops(features, attention, keys, plus):
-    """SPEC in words: keep the outliers, strongest first; with plus every k-th other patch but never
-    the last; add to each its 32 most similar patches, weighted; then the sum of all that is left."""
+def prumerge_by_loops(features, attention, keys, plus=False, ratio=None, paper=False, in_order=False,
+                      normalized=False):
+    """The released code in words: keep the outliers or a share of all, strongest first; with plus an
+    even sample of the others but never the last; add to each its 32 most similar patches, weighted;
+    then the sum of all that is left. The paper: in order, by the plain product of keys, a patch as
+    weighty as its neighbours, and nothing of what is left."""
     P = len(attention)
     a = attention.double().numpy()
     q1, q3 = np.percentile(a, [25, 75])
-    m = max(1, sum(a > q3 + 1.5 * (q3 - q1)))
+    m = max(1, sum(a > q3 + 1.5 * (q3 - q1)) if ratio is None else int(P * ratio))
     kept = sorted(range(P), key=lambda p: -a[p])[:m]
-    if plus:
-        step = max(1, int(int(P / m) / 3))
-        kept += [p for p in range(0, P - 1, step) if p not in kept]
-    unit, tokens = keys.double() / keys.double().norm(dim=1, keepdim=True), []
+    if plus and ratio is None:
+        kept += [p for p in range(0, P - 1, max(1, int(int(P / m) / 3))) if p not in kept]
+    elif plus:
+        kept += range(P // m // 2, P - 1, P // m)
+    kept = sorted(kept) if in_order or paper else kept
+    a = a / a.sum() if paper else a
+    unit = keys.double() if paper else keys.double() / keys.double().norm(dim=1, keepdim=True)
+    tokens = []
     for p in kept:
         others = sorted((q for q in range(P) if q != p), key=lambda q: -float(unit[p] @ unit[q]))[:32]
-        token = features[p].double().clone()
-        for q in others:
-            token += a[q] * features[q].double()
-        tokens.append(token)
-    rest = torch.zeros_like(features[0], dtype=torch.double)
-    for p in set(range(P)) - set(kept):
-        rest += a[p] * features[p].double()
-    return torch.stack([*tokens, rest]).float()
+        weights = {p: a[p] if paper else 1.0} | {q: a[q] for q in others}
+        total = sum(weights.values()) if normalized else 1.0
+        tokens.append(sum(w / total * features[q].double() for q, w in weights.items()))
+    if not paper:
+        rest = [q for q in range(P) if q not in kept]
+        total = sum(a[q] for q in rest) if normalized else 1.0
+        tokens.append(sum((a[q] / total * features[q].double() for q in rest), torch.zeros(features.shape[1])))
+    return torch.stack(tokens).float()
+
+
+@pytest.mark.parametrize("variant", [*llava.PRUNING.values(), {"in_order": True}, {"normalized": True},
+                                     {"plus": True, "in_order": True, "normalized": True}], ids=str)
+def test_every_variant_of_prumerge_is_the_double_loop_of_its_definition(variant):
+    torch.manual_seed(0)
+    attention, keys, features = torch.rand(81) / 10, torch.randn(81, 7), torch.randn(81, 6)
+    attention[torch.randperm(81)[:5]] += 1 + torch.rand(5)
+    attention = attention / 80
+    wanted = prumerge_by_loops(features, attention, keys, **variant)
+    torch.testing.assert_close(llava.prumerge(attention, keys, **variant) @ features, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("plus", [False, True], ids=["prumerge", "prumerge+"])

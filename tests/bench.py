@@ -1,0 +1,392 @@
+"""How fast, and in how much memory: llava.py and train.py on random weights in the shapes of
+CLIP-L/14-336 and of the first layers of Mistral-7B.
+
+    python tests/bench.py                    answers and training steps, beside transformers
+    python tests/bench.py --window           4,096 and 16,384 tokens past a window of 512
+    python tests/bench.py --prune            what fewer visual tokens save
+    python tests/bench.py --layers 1 --vision-layers 2 --repeats 1 --shrink 16     a trial, in seconds
+
+What is compared takes turns, --repeats of them after one that warms up, so that other work on the
+machine disturbs all alike. A time is the median of the turns, a ratio the median of each turn's
+ratio, with the lowest and the highest beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import llava
+import train
+from llava import Llava
+
+TFLOPS = {"A100": 312, "H100": 989, "H200": 989}         # dense bf16, as the data sheets have it
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Clock, memory, table
+
+
+def paired(runs: dict[str, Callable], repeats: int, what: str) -> dict[str, list[float]]:
+    """Seconds of each run, turn by turn; every other turn goes backwards, the first does not count."""
+    seconds = {name: [] for name in runs}
+    for turn in tqdm(range(1 + repeats), desc=what, leave=False):
+        for name in list(runs)[::(-1) ** turn]:
+            wait()
+            began = time.perf_counter()
+            runs[name]()
+            wait()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: taken[1:] for name, taken in seconds.items()}
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peaks(device: str, build: Callable, work: Callable) -> tuple[float, float]:
+    """The most GiB that a fresh process held up to the end of model = build(), and of work(model):
+    on a GPU what torch took of it, on a CPU the whole process. A new process inherits the peak of
+    the one that starts it, so ask before anything large is here."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(measure_peaks, (device, build, work))
+
+
+def measure_peaks(device: str, build: Callable, work: Callable) -> tuple[float, float]:
+    def peak() -> float:
+        if device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated() / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    model = build()
+    before = peak()
+    work(model)
+    return before, peak()
+
+
+def table(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *others in rows:
+        print(f"{first:{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(others, widths[1:])), sep="   ")
+
+
+def ms(seconds: list[float]) -> str:
+    return f"{1e3 * median(seconds):,.1f}"
+
+
+def ratio(these: list[float], those: list[float]) -> list[str]:
+    """How many times these are as large as those, and the range of it."""
+    ratios = [a / b for a, b in zip(these, those)]
+    return [f"{median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}"]
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Models and inputs
+
+
+def make_config(args) -> llava.LlavaConfig:
+    n = args.shrink
+    vision = llava.VisionConfig(1024 // n, 4096 // n, args.vision_layers, 16 // n)
+    text = llava.TextConfig(vocab_size=32064, hidden_size=4096 // n, intermediate_size=14336 // n,
+                            num_hidden_layers=args.layers, num_attention_heads=32 // n,
+                            num_key_value_heads=max(1, 8 // n))
+    if args.window:                          # a narrower model, or it took minutes; and no pictures
+        vision = replace(vision, num_hidden_layers=0)
+        text = replace(text, hidden_size=1024 // n, intermediate_size=3584 // n, head_dim=32,
+                       sliding_window=512)
+    return llava.LlavaConfig(vision, text)
+
+
+def make_inputs(args, rows: int) -> dict[str, dict]:
+    """The same rows for both: <s>, a picture, words, of which the second half is learned. Ours has
+    one id for the picture, transformers' one for each of its patches."""
+    config = make_config(args)
+    P, S = config.vision.side**2, config.vision.image_size
+    pixels = torch.randn(rows, 3, S, S).to(args.device, getattr(torch, args.dtype))
+    ids = torch.randint(3, 32000, (rows, args.tokens - P + 1), device=args.device)
+    ids[:, 1] = config.image_token_id
+    labels = ids.clone()
+    labels[:, :-((args.tokens - P) // 2)] = llava.IGNORE
+    times = torch.tensor([1, P] + [1] * (ids.shape[1] - 2), device=args.device)
+    return {"llava.py": {"input_ids": ids, "labels": labels, "images": list(pixels[:, None]),
+                         "image_sizes": [(S, S)] * rows},
+            "transformers": {"input_ids": ids.repeat_interleave(times, 1), "pixel_values": pixels,
+                             "labels": labels.repeat_interleave(times, 1)}}
+
+
+def question(inputs: dict) -> dict:
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def randomly(args, construct: Callable):
+    """The model that construct() gives, on the device and in the type of args."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    try:
+        with torch.device(args.device):
+            return construct().requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(usual)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Beside transformers
+
+
+def build_ours(args) -> Llava:
+    return randomly(args, partial(Llava, make_config(args)))
+
+
+def build_theirs(args):
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    config = AutoConfig.for_model(**llava.hub_config(make_config(args), whole=True))
+    return randomly(args, partial(AutoModelForImageTextToText.from_config, config,
+                                  dtype=getattr(torch, args.dtype)))
+
+
+def answer_ours(model: Llava, inputs: dict, n: int) -> None:
+    list(model.generate(**question(inputs), max_new_tokens=n, eos_token_id=None))
+
+
+@torch.inference_mode()
+def answer_theirs(model, inputs: dict, n: int) -> None:
+    if n == 1:                               # spared what generate costs besides
+        model(**question(inputs), use_cache=True, logits_to_keep=1)
+    else:
+        model.generate(**question(inputs), max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                       pad_token_id=0)
+
+
+def let_learn(model, stage: int) -> list:
+    """The named parameters that learn in a stage, of either side's model."""
+    parts = ("projector.",) + ("language_model.",) * (stage == 2)
+    for name, p in model.named_parameters():
+        p.requires_grad_(llava.renamed(name, llava.NAMES).startswith(parts))
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def learn_ours(args, model: Llava, inputs: dict, stage: int) -> Callable:
+    """A step as in train.py, in stage 2 with --in-backward. Its lr is next to none: weights are shared."""
+    optimizer = train.Adam(let_learn(model, stage), in_backward=stage == 2)
+    if stage == 2:
+        train.wrap_blocks(model, argparse.Namespace(compile=False, checkpoint_blocks=args.checkpoint_blocks))
+
+    def step() -> None:
+        optimizer.begin(1e-7)
+        model(**inputs).backward()
+        optimizer.step()
+
+    return step
+
+
+def learn_theirs(args, model, inputs: dict, stage: int) -> Callable:
+    """As Trainer does by default, with the fused AdamW; all in bf16, which learns less exactly than ours."""
+    optimizer = torch.optim.AdamW([p for _, p in let_learn(model, stage)], 1e-7, weight_decay=0, fused=True)
+
+    def step() -> None:
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class Side(NamedTuple):
+    build: Callable
+    answer: Callable
+    learn: Callable
+
+
+SIDES = {"llava.py": Side(build_ours, answer_ours, learn_ours),
+         "transformers": Side(build_theirs, answer_theirs, learn_theirs)}
+
+
+def two_steps(args, name: str, model) -> None:
+    step = SIDES[name].learn(args, model, make_inputs(args, args.rows)[name], stage=2)
+    step()
+    step()                                   # the moments are there from its beginning
+
+
+def share_weights(ours: Llava, theirs) -> None:
+    """Theirs becomes the same numbers in the same memory: there is room, and nothing else differs."""
+    weights = dict(ours.named_parameters())
+    for name, p in theirs.named_parameters():
+        p.data = weights[llava.renamed(name, llava.NAMES)].data
+
+
+def beside_transformers(args) -> None:
+    both = bool(importlib.util.find_spec("transformers")) and not args.alone
+    names = list(SIDES) if both else ["llava.py"]
+    sizes = [peaks(args.device, partial(SIDES[name].build, args), partial(two_steps, args, name))
+             for name in tqdm(names, desc="stage-2 memory", leave=False)]
+    models = {name: SIDES[name].build(args) for name in names}
+    one, few, taken = make_inputs(args, 1), make_inputs(args, args.rows), {}
+    if both:
+        share_weights(*models.values())
+        ours, theirs = (model(**one[name]) for name, model in models.items())
+        print(f"loss of the same row: {ours.item():.4f} and {theirs.loss.item():.4f}")
+    for what, n in (("prefill", 1), ("33-token answer", 33)):
+        runs = {name: partial(SIDES[name].answer, model, one[name], n) for name, model in models.items()}
+        taken[f"{what} of {args.tokens}, ms"] = paired(runs, args.repeats, what)
+    for stage in (1, 2):
+        runs = {name: SIDES[name].learn(args, model, few[name], stage) for name, model in models.items()}
+        what = f"stage-{stage} step of {args.rows} x {args.tokens}, ms"
+        taken[what] = paired(runs, args.repeats, f"stage {stage}")
+    rows = [["", *names, *["times", "range"] * both]]
+    for what, t in taken.items():
+        rows.append([what, *map(ms, t.values()), *(ratio(t["transformers"], t["llava.py"]) if both else ())])
+    for what, gib in (("stage-2 step, peak, GiB", [after for _, after in sizes]),
+                      ("  less the model", [after - before for before, after in sizes])):
+        rows.append([what, *(f"{g:.2f}" for g in gib), *[f"{gib[-1] / gib[0]:.2f}", ""] * both])
+    table(rows)
+    efficiency(args, models["llava.py"], *(median(t["llava.py"]) for t in taken.values()))
+
+
+def efficiency(args, model: Llava, first: float, answer: float, *steps: float) -> None:
+    """How much of the machine llava.py uses. P counts the decoder's blocks alone: the tower, the
+    projector and lm_head work unpaid. A decoded token reads the blocks and lm_head once."""
+    blocks = sum(p.numel() for p in model.language_model.layers.parameters())
+    head = model.language_model.lm_head.weight
+    card = torch.cuda.get_device_name() if args.device.startswith("cuda") else ""
+    most = next((tflops for name, tflops in TFLOPS.items() if name in card), None)
+    for stage, seconds in enumerate(steps, 1):
+        speed, passes = args.rows * args.tokens / seconds, 4 if stage == 1 else 6
+        used = speed * passes * blocks / 1e12
+        share = f", MFU {used / most:.1%}" if most else ""
+        print(f"stage {stage}: {speed:,.0f} tokens/s, {used:.2f} TFLOP/s at {passes}P{share}")
+    source = torch.ones(2**29, dtype=torch.int8, device=args.device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / median(paired({"": partial(target.copy_, source)}, 9, "copy")[""])
+    speed = 32 / (answer - first)
+    read = speed * (blocks + head.numel()) * head.element_size()
+    print(f"decoding: {speed:.1f} tokens/s, {read / 1e9:.1f} GB/s, {read / copied:.0%} of those of a copy")
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Beyond the window
+
+
+def prefill_words(args, tokens: int, model: Llava) -> None:
+    answer_ours(model, {"input_ids": torch.full((1, tokens), 5, device=args.device)}, 1)
+
+
+def beyond_the_window(args) -> None:
+    lengths = (16384, 4096)
+    sizes = [peaks(args.device, partial(build_ours, args), partial(prefill_words, args, n)) for n in lengths]
+    model, memory = build_ours(args), [1024 * (after - before) for before, after in sizes]
+    taken = paired({str(n): partial(prefill_words, args, n, model) for n in lengths}, args.repeats, "prefill")
+    table([["window of 512", *(f"{n:,} tokens" for n in lengths), "times", "range"],
+           ["prefill, ms", *map(ms, taken.values()), *ratio(*taken.values())],
+           ["peak less the model, MiB", *(f"{m:.0f}" for m in memory), f"{memory[0] / memory[1]:.2f}", ""]])
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. With fewer visual tokens
+
+
+@torch.inference_mode()
+def with_pruning(args) -> None:
+    words = args.tokens - make_config(args).vision.side**2
+    model, inputs = build_ours(args), make_inputs(args, 1)["llava.py"]
+    decoder, config, pixels = model.language_model, model.config, inputs["images"][0]
+    states = model.vision_tower(pixels)
+    spread_attention(model, states)
+    names = ("none", "prumerge", "prumerge+")
+    features = {name: model.encode_images(inputs["images"], prune=name)[0] for name in names}
+
+    def look(name: str) -> None:             # the tower alone, or what pruning adds to it
+        if name == "none":
+            model.vision_tower(pixels)
+        else:
+            (attention,), (keys,) = model.watch(states)
+            llava.prumerge(attention, keys, **llava.PRUNING[name]) @ states[0, 1:]
+
+    def prefill(name: str) -> None:
+        x = torch.cat((features[name], features["none"][:words]))[None]
+        lengths = torch.tensor([x.shape[1]], device=x.device)
+        decoder(x, [llava.KVCache(x.shape[1], lengths) for _ in decoder.layers])
+
+    def answer(n: int, name: str) -> None:
+        model.config = replace(config, prune=name)
+        answer_ours(model, inputs, n)
+
+    rows = [["", *names, *names[1:]], ["visual tokens", *(str(len(f)) for f in features.values()), "", ""]]
+    for what, run in (("tower, reductions", look), ("language model's prefill", prefill),
+                      ("until the first token", partial(answer, 1)),
+                      ("33-token answer", partial(answer, 33))):
+        taken = paired({name: partial(run, name) for name in names}, args.repeats, what)
+        gains = [f"{float(ratio(taken[name], taken['none'])[0]):.1%} of tower" if run is look
+                 else f"{ratio(taken['none'], taken[name])[0]} x" for name in names[1:]]
+        rows.append([f"{what}, ms", *map(ms, taken.values()), *gains])
+    table(rows)
+
+
+def spread_attention(model: Llava, states: Tensor, spread: float = 0.9) -> None:
+    """A random tower looks everywhere alike. Larger queries make its attention log-normal; spread by
+    0.9, 7% of that is beyond PruMerge's bound for outliers, about 40 of 576 patches."""
+    query = model.vision_tower.layers[-1].self_attn["q_proj"]
+    factor = spread / model.watch(states)[0].float().log().std()
+    query.weight *= factor
+    query.bias *= factor
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The command line
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, gpu = parser.add_argument, torch.cuda.is_available()
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--window", action="store_true", help="the cost of long texts")
+    mode.add_argument("--prune", action="store_true", help="fewer visual tokens, and 40 words")
+    mode.add_argument("--alone", action="store_true", help="without transformers, where two do not fit")
+    add("--layers", type=int, default=4, metavar="N", help="of the decoder (default: %(default)s; all: 32)")
+    add("--vision-layers", type=int, default=24, metavar="N", help="of the tower (default: %(default)s, all)")
+    add("--tokens", type=int, metavar="T", help="576 and text (default: 640; with --prune 628)")
+    add("--rows", type=int, default=2, metavar="B", help="of a training step (default: %(default)s)")
+    add("--checkpoint-blocks", type=int, default=0, metavar="N", help="as of train.py (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="turns that count (default: %(default)s)")
+    add("--shrink", type=int, default=1, choices=(1, 2, 4, 8, 16), help="divide all widths, for a trial")
+    add("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s")
+    args = parser.parse_args()
+    args.tokens = args.tokens or (628 if args.prune else 640)
+    if args.tokens < 578:
+        parser.error("--tokens: a picture takes 576 of them, and its text at least 2")
+    return args
+
+
+def main() -> None:
+    args, load = parse(), os.getloadavg()[0]
+    torch.manual_seed(0)
+    gpu = args.device.startswith("cuda")
+    machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {machine}, {args.dtype}, {args.layers} decoder layers, "
+          f"{args.vision_layers} vision layers, {args.repeats} turns")
+    (beyond_the_window if args.window else with_pruning if args.prune else beside_transformers)(args)
+    if not gpu:
+        print(f"load of the machine: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
+
+
+if __name__ == "__main__":
+    llava.command_line(main)

@@ -1,0 +1,50 @@
+"""What is shown of the model's inside: --trace and --show-kept."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+import llava
+from llava import Llava, LlavaConfig, TextConfig, VisionConfig, show_kept, trace
+
+TEXT = TextConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                  num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+CONFIG = LlavaConfig(VisionConfig(16, 20, 3, 2, 24, 4), TEXT, image_token_id=50, prune="prumerge")
+
+
+def test_the_trace_has_a_row_for_every_part_and_counts_its_flops(capsys):
+    torch.manual_seed(0)
+    model = Llava(llava.replace(CONFIG, prune="none"))
+    trace(model, {"input_ids": torch.tensor([[1, 50, 5, 6]]), "images": [torch.randn(1, 3, 24, 24)],
+                  "image_sizes": [(24, 24)]})
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line]
+    names = [row[0] for row in rows]
+    assert names[1:3] == ["picture 24 x 24", "words and <image>"]
+    assert names.count("language_model.layers.1") == 2, "the prompt and one word of the answer"
+    assert "vision_tower.layers.1" in names and "vision_tower.layers.2" not in names, "the last block is not run"
+    first = next(line.split() for line in rows_of(rows, "language_model.layers.0"))
+    assert first[1:4] == ["[1,", "39,", "24]"], "36 patches and 3 words"
+    linear = 2 * 39 * (24 * 24 * 2 + 24 * 8 * 2 + 3 * 24 * 40)
+    assert float(first[6]) == round((linear + 4 * 39 * 39 * 24) / 1e9, 3)
+    assert first[5] == f"{sum(p.numel() for p in model.language_model.layers[0].parameters()):,}"
+    assert not any(module._forward_hooks for module in model.modules()), "no hook stays"
+
+
+def rows_of(rows, name):
+    return [" ".join(row) for row in rows if row[0] == name]
+
+
+def test_show_kept_leaves_kept_patches_clear_and_dims_the_others():
+    torch.manual_seed(3)
+    model, tiles = Llava(CONFIG), torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
+    picture = np.asarray(show_kept(model, tiles).resize((48, 24), Image.NEAREST))
+    states = model.vision_tower(llava.normalize(tiles))
+    kept = set(llava.choose_patches(model.watch(states)[0][0]).tolist())
+    original = tiles[0].permute(1, 2, 0).numpy()
+    for patch in range(36):
+        y, x = 4 * (patch // 6), 4 * (patch % 6)
+        same = (picture[y:y + 4, x:x + 4] == original[y:y + 4, x:x + 4]).all()
+        assert same == (patch in kept), patch
+    strongest = int(model.watch(states)[0][0].argmax())
+    attention = picture[:, 24:, 0]
+    assert attention[4 * (strongest // 6), 4 * (strongest % 6)] == attention.max() == 255

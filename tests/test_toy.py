@@ -1,0 +1,86 @@
+"""The doll's house has the shapes of the real thing."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from eval import chosen, question, read_scienceqa
+from llava import Llava, LlavaConfig, Processor
+from tests import toy
+from train import read_records
+
+
+def test_scienceqa_is_made_like_the_published_one(tmp_path):
+    toy.write_scienceqa(tmp_path, sizes=(("train", 200), ("val", 8), ("test", 40)))
+    problems = read_scienceqa(tmp_path, "train")
+    assert {p["subject"] for p in problems} == {"natural science", "social science", "language science"}
+    assert 0.35 < np.mean([bool(p["image"]) for p in problems]) < 0.65
+    assert all(p["file"].exists() for p in problems if p["image"])
+    assert {"lecture", "solution", "hint", "task", "grade", "topic", "category", "skill"} <= problems[0].keys()
+    assert all(p["choices"][p["answer"]] in p["solution"] for p in problems)
+    right = Counter((p["skill"], p["answer"]) for p in problems if p["image"])
+    assert len(right) > 12, "no question with a picture has one answer always"
+
+
+def test_a_question_with_a_picture_says_nothing_of_the_answer():
+    rng = random.Random(0)
+    asked = [toy.picture_problem(toy.make_scene(rng), rng) for _ in range(400)]
+    answers = {}
+    for p in asked:
+        answers.setdefault(question(p), set()).add(p["answer"])
+    assert len(answers) == 4, "one wording a kind, so the words decide nothing"
+    assert all(len(possible) >= 3 for possible in answers.values())
+
+
+@pytest.mark.parametrize("shape", toy.SHAPES)
+def test_the_picture_shows_what_the_caption_says(shape):
+    rng = random.Random(1)
+    for place, (x, y) in toy.PLACES.items():
+        scene = {"count": "one", "color": "red", "shape": shape, "place": place}
+        pixels = np.asarray(toy.draw(scene, rng)).astype(int)
+        red = (pixels[..., 0] > 180) & (pixels[..., 1] < 90)
+        middle = np.argwhere(red).mean(0)
+        assert abs(middle[1] - x) < 5 and abs(middle[0] - y) < 5, toy.caption(scene)
+
+
+def test_a_second_build_makes_the_same_bytes_and_an_unfinished_part_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "write_scienceqa", lambda folder: toy.write_captions(folder, size=3))
+    (tmp_path / "a/unfinished-scienceqa").mkdir(parents=True)
+    for name in "ab":
+        toy.build(tmp_path / name, ("scienceqa",))
+    a, b = ({f.name: f.read_bytes() for f in (tmp_path / name / "scienceqa").iterdir()} for name in "ab")
+    assert a == b and len(a) == 3
+
+
+def test_its_parts_open_and_its_captions_are_records(tmp_path):
+    tokenizer = toy.make_tokenizer(size=600)
+    toy.write_captions(tmp_path / "pretrain", size=4)
+    toy.write_clip(tmp_path / "clip", steps=1, size=8, batch=4)
+    toy.write_language(tmp_path / "mistral", toy.MISTRAL, tokenizer, steps=1, batch=2)
+    model = Llava.from_pretrained(vision=tmp_path / "clip", language=tmp_path / "mistral")
+    assert isinstance(model.config, LlavaConfig) and model.config.text.sliding_window == 256
+    processor = Processor.from_pretrained(tmp_path / "mistral", model.config)
+    for record in read_records(tmp_path / "pretrain.json", tmp_path / "pretrain"):
+        ids, labels = processor.tokenize(record["messages"])
+        assert processor.decode([i for i in labels if i >= 0]) == record["messages"][1]["content"]
+        assert ids.count(model.config.image_token_id) == 1
+    text = "Which shape? Döner 🥙"
+    assert processor.decode(processor.encode(text)) == text
+
+
+def test_the_losses_are_drawn(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps({"loss": 3 / i}) + "\n" for i in range(1, 40)))
+    toy.draw_losses([tmp_path / "one", tmp_path / "two"], tmp_path / "loss.png")
+    picture = np.asarray(toy.Image.open(tmp_path / "loss.png"))
+    assert picture.shape == (260, 840, 3)
+    assert all((half.reshape(-1, 3) == (0x20, 0x50, 0xb0)).all(1).sum() > 100 for half in np.split(picture, 2, 1))
+
+
+def test_an_answer_of_the_doll_house_can_be_read():
+    p = toy.text_problem(random.Random(3))
+    assert chosen(toy.answer(p), len(p["choices"])) == p["answer"]

@@ -1,0 +1,500 @@
+"""What train.py promises: exact steps, exact resuming, data that is looked at, memory foretold."""
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig
+from tests.toy import make_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)                     # equal bytes; and a forked process has no other threads
+
+
+def turn(speaker: str, value: str) -> dict:
+    return {"from": speaker, "value": value}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A folder with a LLaVA of random weights, base/, and 22 records, data.json, half with pictures."""
+    folder, tokenizer = tmp_path_factory.mktemp("house"), make_tokenizer()
+    words = tokenizer.get_vocab_size()
+    config = LlavaConfig(
+        vision=VisionConfig(32, 48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16),
+        text=TextConfig("mistral", words, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                        num_attention_heads=3, num_key_value_heads=1, head_dim=16), image_token_id=words)
+    torch.manual_seed(0)
+    Llava(config).save_pretrained(folder / "base")
+    Processor(tokenizer.to_str(), config).save_pretrained(folder / "base")
+    records = []
+    for i in range(22):
+        asked = "<image>\n" * (i % 2) + "What color do you see? " * (1 + i % 5)
+        told = f"The color is {('red', 'blue', 'green')[i % 3]}. " * (1 + i % 4)
+        records.append({"id": f"r{i}", "conversations": [turn("human", asked), turn("gpt", told)]})
+        if i % 2:
+            records[-1]["image"] = f"{i}.png"
+            Image.new("RGB", (40, 20 + i), (i * 9, 0, 200)).save(folder / f"{i}.png")
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+def flags(house: Path, out: Path, more: str = "") -> list[str]:
+    return (f"--stage 2 --init {house}/base --data {house}/data.json --images {house} --epochs 2 "
+            f"--batch-size 5 --lr 1e-2 --device cpu --out {out} {more}").split()
+
+
+def go(house: Path, out: Path, more: str = "") -> dict[str, torch.Tensor]:
+    """Train, and return what the run folder then holds."""
+    train.run(train.parse(flags(house, out, more)))
+    return load_file(next(out.glob("*model.safetensors")))
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(house):
+    """The run that others are compared with: 10 steps, never interrupted."""
+    go(house, house / "whole")
+    return house / "whole"
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes()
+            for name in ("model.safetensors", "trainer/step-000010/optimizer.safetensors")}
+
+
+def refused(house: Path, out: Path, more: str = "", records=None) -> str:
+    """The sentence with which a run is refused."""
+    if records is not None:
+        (out.parent / "bad.json").write_text(records if isinstance(records, str) else json.dumps(records))
+        more += f" --data {out.parent}/bad.json"
+    with pytest.raises((ValueError, OSError)) as error:
+        train.run(train.parse(flags(house, out, more)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# The step
+
+
+def gradients(house: Path, micro_batch_size: int) -> torch.Tensor:
+    """Of one step over the same eight records, all in one row."""
+    model = Llava.from_pretrained(house / "base", dtype=torch.float32)
+    processor = Processor.from_pretrained(house / "base", model.config)
+    samples = train.Samples(train.read_records(house / "data.json", house), processor, 2048)
+    micros, _ = train.weigh(train.Collate(micro_batch_size)([samples[i] for i in range(8)]))
+    for micro, weight in micros:
+        (model(**micro) * weight).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(house, size):
+    together, apart = gradients(house, 8), gradients(house, size)
+    assert (apart - together).norm() / together.norm() < 1e-6
+
+
+def test_what_is_frozen_keeps_its_bytes(house, tmp_path):
+    before = Llava.from_pretrained(house / "base", dtype=torch.float32).state_dict()
+    for stage, moves in (("1 --template v1", ("projector.",)), ("2", ("projector.", "language_model."))):
+        go(house, tmp_path / stage[0], f"--stage {stage}")
+        after = Llava.from_pretrained(tmp_path / stage[0], dtype=torch.float32).state_dict()
+        for name in before:
+            assert torch.equal(before[name], after[name]) != name.startswith(moves), name
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("more", ["", "--in-backward"])
+def test_a_step_that_is_not_finite_is_refused_before_it_is_saved(house, tmp_path, monkeypatch, where, more):
+    forward, calls = Llava.forward, []
+
+    def poisoned(model, **inputs):
+        loss = forward(model, **inputs)
+        calls.append(loss)
+        if len(calls) == 4 and where == "gradient":  # 0 in forward, 0/0 in backward
+            return loss + (0 * model.projector[0].bias.sum()).abs().sqrt()
+        return loss * math.nan if len(calls) == 4 else loss
+
+    updates, update = [], train.Adam.update
+
+    def watched(adam, *weight):
+        updates.append(adam.steps)
+        update(adam, *weight)
+
+    monkeypatch.setattr(Llava, "forward", poisoned)
+    monkeypatch.setattr(train.Adam, "update", watched)
+    sentence = refused(house, tmp_path / "run", f"--save-every 2 {more}")
+    assert re.match(rf"step 4: the {where} is nan.* records (r\d+, ){{4}}r\d+$", sentence)
+    assert 3 in updates
+    assert 4 not in updates or (where, more) == ("gradient", "--in-backward")
+    assert [folder.name for folder in (tmp_path / "run/trainer").iterdir()] == ["step-000002"]
+    Llava.from_pretrained(tmp_path / "run")
+
+
+def simulate(dtype: torch.dtype, split: bool, steps: int = 3000) -> torch.Tensor:
+    """Where weights of std 0.02 end at lr 2e-5 under gradients that shrink a hundredfold."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(4096, generator=generator) * 0.02
+    direction = torch.randn(4096, generator=generator)
+    weight = torch.nn.Parameter(start.bfloat16().to(dtype))
+    adam = train.Adam([("w", weight)]) if split else None
+    plain = None if split else torch.optim.Adam([weight], lr=2e-5)
+    torch.manual_seed(2)
+    for step in range(steps):
+        noise = torch.randn(4096, generator=generator)
+        weight.grad = ((direction + noise) * 100 ** (-step / steps)).to(dtype)
+        if split:
+            adam.begin(2e-5)
+            adam.step()
+        else:
+            plain.step()
+    if split and dtype == torch.bfloat16:
+        return train.join(weight.data, adam.state["w.rest"].view(torch.int16))
+    return weight.detach().float()
+
+
+def test_bf16_weights_end_where_float32_adam_takes_them():
+    generator = torch.Generator().manual_seed(1)
+    start = (torch.randn(4096, generator=generator) * 0.02).bfloat16().float()
+    exact = simulate(torch.float32, split=False)
+    way = (exact - start).norm()
+    assert (simulate(torch.float32, split=True) - exact).norm() / way < 1e-4
+    assert (simulate(torch.bfloat16, split=True) - exact).norm() / way < 0.02
+    assert (simulate(torch.bfloat16, split=False) - exact).norm() / way > 0.9    # what it is there against
+
+
+def test_updating_in_backward_changes_no_bit(house, tmp_path):
+    go(house, tmp_path / "after", "--clip 1e9")
+    go(house, tmp_path / "within", "--in-backward")
+    assert weights(tmp_path / "within") == weights(tmp_path / "after")
+
+
+# ---------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def test_ctrl_c_waits_for_the_step_and_resuming_ends_in_equal_bytes(house, whole, tmp_path, monkeypatch):
+    step, out = train.Adam.step, tmp_path / "run"
+
+    def interrupted(adam):
+        step(adam)
+        if adam.steps == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Adam, "step", interrupted)
+        go(house, out)
+    assert len(log(out)) == 4
+    go(house, out, "--resume")
+    assert weights(out) == weights(whole)
+
+
+def die_at(count: int, function):
+    """`function`, after whose count-th call the process is killed."""
+    calls = []
+
+    def dying(*args):
+        calls.append(function(*args))
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return dying
+
+
+@pytest.mark.parametrize("place, name, count", [
+    (train, "save_file", 3),                 # in the middle of saving
+    (os, "link", 9),                         # some links are old, some new
+])
+def test_a_killed_run_resumes_to_equal_bytes(house, whole, tmp_path, monkeypatch, place, name, count):
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, die_at(count, getattr(place, name)))
+        child = multiprocessing.get_context("fork").Process(target=go, args=(house, tmp_path, "--save-every 2"))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL and (tmp_path / "trainer").exists()
+    go(house, tmp_path, "--resume --save-every 2")
+    assert weights(tmp_path) == weights(whole)
+    assert [line["loss"] for line in log(tmp_path)] == [line["loss"] for line in log(whole)]
+
+
+@pytest.mark.parametrize("more", ["--dtype bfloat16", "--lora-rank 2 --lora-vision --in-backward"])
+def test_every_way_to_train_resumes_to_equal_bytes(house, tmp_path, monkeypatch, more):
+    expected, begin = go(house, tmp_path / "whole", more), train.Adam.begin
+
+    def out_of_power(adam, lr):
+        if adam.steps == 7:
+            raise RuntimeError("out of power")
+        begin(adam, lr)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(train.Adam, "begin", out_of_power)
+        go(house, tmp_path / "run", f"{more} --save-every 3")
+    found = go(house, tmp_path / "run", f"{more} --save-every 3 --resume")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(house, tmp_path, monkeypatch):
+    calls, save_file = [], train.save_file
+
+    def full(tensors, file):
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", full)
+        sentence = refused(house, tmp_path / "run", "--save-every 3")
+    assert sentence.startswith("step 6 could not be saved") and "No space left" in sentence
+    assert [folder.name for folder in (tmp_path / "run/trainer").iterdir()] == ["step-000003"]
+    Llava.from_pretrained(tmp_path / "run")
+    go(house, tmp_path / "run", "--save-every 3 --resume")
+
+
+def test_a_file_system_without_hard_links_gets_copies(house, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    go(house, tmp_path)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "trainer/step-000010" / name).read_bytes()
+
+
+def test_resuming_with_other_flags_or_data_is_refused(house, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert "holds a run already" in refused(house, tmp_path / "run")
+    sentence = refused(house, tmp_path / "run", "--resume --lr 1e-3 --seed 1 --lora-rank 2")
+    assert "lr was 0.01 and is now 0.001" in sentence and "seed was 0 and is now 1" in sentence
+    assert "lora_rank was None and is now 2" in sentence and "clip" not in sentence
+    records = json.loads((house / "data.json").read_text())
+    assert "; data was" not in sentence and "data was" in refused(house, tmp_path / "run", "--resume", records[1:])
+
+
+# ---------------------------------------------------------------------------------------------
+# What learns, and how it fits
+
+
+def inputs(house: Path) -> dict:
+    config = Llava.from_pretrained(house / "base", dtype=torch.float32).config
+    processor = Processor.from_pretrained(house / "base", config)
+    samples = train.Samples(train.read_records(house / "data.json", house), processor, 2048)
+    return train.Collate(4)([samples[i] for i in range(4)])[0]
+
+
+def test_an_adapter_opens_merged(house, tmp_path, monkeypatch):
+    trained, save = [], train.Checkpoints.save
+    monkeypatch.setattr(train.Checkpoints, "save", lambda *all: (trained.append(all[1]), save(*all)))
+    stored = go(house, tmp_path, "--lora-rank 2 --lora-alpha 6 --lora-vision")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], len(config["target_modules"])) == (2, 6, 10)
+    assert all(name.startswith("base_model.model.") for name in stored)
+    # seven layers of each decoder block, six of each tower block but the last; and the projector
+    assert len(stored) == 2 * (3 * 7 + 2 * 6) + 4
+    base, merged = (Llava.from_pretrained(folder, dtype=torch.float32) for folder in (house / "base", tmp_path))
+    batch = inputs(house)
+    with torch.no_grad():
+        before, adapted, opened = (model(**batch) for model in (base, trained[0], merged))
+    assert abs(opened - adapted) < 1e-5 < abs(before - adapted)
+
+
+def test_blocks_computed_twice_give_the_same_bytes(house, whole, tmp_path):
+    go(house, tmp_path, "--checkpoint-blocks 2")
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_every_block_is_compiled(house, whole, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    go(house, tmp_path, "--compile")         # compiling for real takes half a minute
+    assert len(compiled) == 3 + 3 and weights(tmp_path) == weights(whole)
+
+
+@pytest.mark.parametrize("more, message", [
+    ("--in-backward --clip 1", "--clip"), ("--in-backward --micro-batch-size 2", "--micro-batch-size"),
+    ("--stage 1 --lora-rank 4", "stage 2"), ("--lora-vision", "--lora-rank"), ("--card h100", "--plan"),
+    ("--vision x --language y", "--init"),
+])
+def test_flags_that_exclude_each_other_are_refused(house, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as exit:
+        train.parse(flags(house, tmp_path, more))
+    assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("more", ["--stage 1 --template v1", "", "--lora-rank 4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_foretold(house, tmp_path, more, dtype):
+    args = train.parse(flags(house, tmp_path, f"--dtype {dtype} {more}"))
+    config = LlavaConfig(VisionConfig(64, 192, 3, 4, image_size=64, patch_size=16),
+                         TextConfig("mistral", 1000, 256, 896, 4, 8, 2, head_dim=32), image_token_id=1000)
+    model = Llava(config).to(getattr(torch, dtype))
+    train.choose_learning(model, args)
+    processor = Processor.from_pretrained(house / "base", config)
+    samples = train.Samples(train.read_records(house / "data.json", house)[1::2], processor, 2048)
+    batches = [[8] * 4]                      # four times the same record: no padding
+    need = train.fit(model, samples, batches, args)
+    train.wrap_blocks(model, args)
+    batch, kept = train.Collate(4)([samples[i] for i in batches[0]])[0], {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x     # and so alive: no other gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(**batch)
+    for p in model.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    measured = sum(x.untyped_storage().nbytes() for x in kept.values())
+    logits, text = 4 * samples.learned[8] * 4 * 1000, config.text
+    working = 4 * samples.lengths[8] * text.intermediate_size * 4 * (2 if dtype == "bfloat16" else 4)
+    assert measured == pytest.approx(need["activations"] - working + logits, rel=0.08)
+
+
+def test_what_does_not_fit_is_computed_twice_and_then_in_smaller_parts(house, tmp_path, monkeypatch):
+    chosen, seen = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda *all: chosen.append((seen(*all)["peak"], all[-1])) or {"peak": 0})
+    monkeypatch.setattr(train, "print_plan", lambda *_: None)
+
+    def plan(gib: float, more: str = "") -> tuple[float, int, int]:
+        monkeypatch.setitem(train.CARDS, "h100", (989, gib))
+        train.run(train.parse(flags(house, tmp_path, f"--plan --card h100 {more}")))
+        peak, args = chosen.pop()
+        return peak, args.micro_batch_size, args.checkpoint_blocks
+
+    free, *rest = plan(80)
+    twice, *_ = plan(80, "--checkpoint-blocks 3")
+    assert rest == [5, 0] and twice < free
+    assert plan(twice * 1.01 / train.ROOM / 2**30)[1:] == (5, 3)          # just that fits
+    assert plan(twice * 0.9 / train.ROOM / 2**30)[1] < 5
+    assert plan(twice * 0.9 / train.ROOM / 2**30, "--in-backward")[1:] == (5, 3)
+
+
+# ---------------------------------------------------------------------------------------------
+# The data
+
+
+GOOD = [turn("human", "<image>\nWhat?"), turn("gpt", "Red.")]
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"image": "none.png", "conversations": GOOD}, "there is no picture"),
+    ({"image": "../1.png", "conversations": GOOD}, "lies outside"),
+    ({"image": "/1.png", "conversations": GOOD}, "lies outside"),
+    ({"conversations": GOOD}, "1 <image> in the text, but 0 pictures"),
+    ({"image": ["1.png", "3.png"], "conversations": GOOD}, "1 <image> in the text, but 2 pictures"),
+    ({"conversations": [turn("human", "What?"), turn("gpt", " ")]}, "an answer is empty"),
+    ({"conversations": [turn("human", "What?")]}, "there is no answer to learn"),
+    ({"conversations": []}, "there is no answer to learn"),
+    ({"conversations": [turn("human", "What?"), turn("dog", "Wuff.")]}, "'dog' speaks where 'gpt' should"),
+    ({"conversation": GOOD}, "not a LLaVA record (KeyError('conversations'))"),
+])
+def test_a_bad_record_is_named(house, tmp_path, record, message):
+    good = json.loads((house / "data.json").read_text())[:3]
+    sentence = refused(house, tmp_path / "run", records=[*good, {"id": "culprit"} | record])
+    assert "bad.json, record culprit: " in sentence and message in sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("records, message", [
+    ("[{", "not JSON"), ({}, "not a list"), ([], "not a list"), ([7], "record 0: not a LLaVA record")])
+def test_a_bad_file_is_named(house, tmp_path, records, message):
+    assert message in refused(house, tmp_path / "run", records=records)
+
+
+def test_stage_1_refuses_a_record_that_shows_nothing(house, tmp_path):
+    assert "record r0 has 0 pictures, but template 'plain' shows 1" in refused(house, tmp_path, "--stage 1")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_named_during_training(house, tmp_path, workers):
+    shutil.copytree(house, tmp_path / "house", ignore=shutil.ignore_patterns("whole"))
+    (tmp_path / "house/7.png").write_bytes((house / "7.png").read_bytes()[:60])
+    sentence = refused(tmp_path / "house", tmp_path / "run", f"--workers {workers}")
+    assert "7.png is not a readable picture" in sentence
+
+
+def test_what_is_too_long_is_cut_counted_and_listed(house, tmp_path, capsys):
+    records = json.loads((house / "data.json").read_text())
+    late = {"id": "late", "image": "1.png", "conversations": [
+        turn("human", "Hello, who are you?"), turn("gpt", "Red."),
+        turn("human", "What? " * 30 + "<image>"), turn("gpt", "Red.")]}
+    (tmp_path / "long.json").write_text(json.dumps([*records, late]))
+    go(house, tmp_path, f"--data {tmp_path}/long.json --max-length 50")
+    listed = json.loads((tmp_path / "cut.json").read_text())
+    assert set(listed["left out"]) < set(listed["cut"]) and "late" in listed["cut"]
+    assert f"{len(listed['cut'])} records are longer" in capsys.readouterr().out
+
+
+def test_check_data_lists_everything(house, tmp_path, capsys):
+    shutil.copytree(house, tmp_path / "house", ignore=shutil.ignore_patterns("whole"))
+    folder = tmp_path / "house"
+    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
+    frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
+    Image.new("CMYK", (9, 9)).save(folder / "cmyk.jpg")
+    (folder / "cut.png").write_bytes((house / "1.png").read_bytes()[:60])
+    records = json.loads((house / "data.json").read_text())
+    records += [records[0], *({"id": name, "image": name, "conversations": GOOD}
+                              for name in ("moves.gif", "cmyk.jpg", "cut.png", "none.png"))]
+    records += [{"id": "mute", "conversations": [turn("human", "What?"), turn("gpt", "")]}]
+    sentence = refused(folder, tmp_path / "run", "--check-data", records)
+    found = json.loads((tmp_path / "run/check.json").read_text())
+    assert [line.split(":")[0] for line in found["wrong"]] == ["record cut.png", "record none.png", "record mute"]
+    assert "moves.gif moves" in " ".join(found["odd"]) and "cmyk.jpg is in mode CMYK" in " ".join(found["odd"])
+    assert len(found["duplicates"]) == 1 and "record cut.png" in sentence
+    printed = capsys.readouterr().out
+    assert "28 records: 3 wrong" in printed
+    assert sum(int(count) for count in re.findall(r"tokens +(\d+)", printed)) == 25
+
+
+def test_show_names_every_piece(house, tmp_path, capsys):
+    train.run(train.parse(flags(house, tmp_path, "--show 1")))
+    shown = re.sub(r"\033\[\d+m", "", capsys.readouterr().out).splitlines()
+    assert [line.split()[0] for line in shown[:3]] == ["start", "prompt", "picture"]
+    assert any(line.startswith("learned learned  The color is blue.") for line in shown)
+    assert any(line == "end     learned </s>" for line in shown)
+    assert "records are 0 to 21" in refused(house, tmp_path, "--show 22")
+
+
+def test_a_plan_needs_no_weights(house, tmp_path, capsys):
+    shutil.copytree(house / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    train.run(train.parse(flags(house, tmp_path / "run", f"--init {tmp_path}/base --plan --card h100")))
+    printed = capsys.readouterr().out
+    model = Llava.from_pretrained(house / "base", dtype=torch.float32)
+    learning = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("vision"))
+    assert f"{learning:,} of {sum(p.numel() for p in model.parameters()):,} weights" in printed
+    assert re.search(r"peak +\d", printed) and "hours" in printed and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# More than one process
+
+
+def test_two_processes_lose_what_one_does(house, whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+               *flags(house, tmp_path, "--micro-batch-size 2")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert finished.returncode == 0, finished.stderr
+    for one, two in zip(log(whole), log(tmp_path), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
