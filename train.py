@@ -8,7 +8,8 @@
         --data scienceqa_train.json --images ScienceQA/images/train --out runs/stage2
 
 Records are LLaVA's: [{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}]. A run
-may be stopped at any moment (Ctrl-C saves first); --resume goes on as if nothing had happened.
+may be stopped at any moment (Ctrl-C saves first); --resume goes on as if nothing had happened. On
+several GPUs: torchrun --nproc-per-node N train.py ..., with the same losses.
 """
 
 from __future__ import annotations
@@ -22,25 +23,42 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
+from collections import Counter
+from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava import (IGNORE, TEMPLATES, Llava, Processor, command_line, count_image_tokens,
-                   open_image, read_json, replacing)
+from eval import language_flops, peak_memory, projector_flops, vision_flops
+from llava import (IGNORE, NAMES, TEMPLATES, Llava, LlavaConfig, Processor, command_line,
+                   count_image_tokens, open_checkpoint, open_image, read_json, renamed, replacing)
 
 RECIPE = {                                   # the seed paper's: 558k captions, then ScienceQA
-    1: {"lr": 1e-3, "batch_size": 64, "epochs": 1},
-    2: {"lr": 2e-5, "batch_size": 32, "epochs": 15},
+    "1": {"lr": 1e-3, "batch_size": 64, "epochs": 1},
+    "2": {"lr": 2e-5, "batch_size": 32, "epochs": 15},
+    "lora": {"lr": 2e-4, "batch_size": 32, "epochs": 15},                 # LLaVA-1.5's rate
 }
+CARDS = {                                    # TFLOP/s of dense bf16 in the data sheet, GB
+    "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "rtx4090": (165, 24),
+    "cpu": (0.1, None),                      # two cores
+}
+ROOM = 0.95                                  # of a card; the rest is the allocator's
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
+progress = partial(tqdm, leave=False, disable=RANK > 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -50,18 +68,29 @@ RECIPE = {                                   # the seed paper's: 558k captions, 
 def read_records(file: Path, folder: Path) -> list[dict]:
     """LLaVA's records as {"id", "messages", "pictures"}. Whatever can be wrong with one without
     decoding its pictures is found here, before any model is loaded."""
+    records = []
+    for number, raw in enumerate(progress(read_list(file), desc=f"reading {file.name}")):
+        record = try_record(raw, number, folder)
+        if isinstance(record, ValueError):
+            raise ValueError(f"{file}, {record}; --check-data lists everything that is wrong")
+        records.append(record)
+    return records
+
+
+def read_list(file: Path) -> list:
     raw = read_json(file)
     if not isinstance(raw, list) or not raw:
         raise ValueError(f"{file} is not a list of records")
-    records = []
-    for number, record in enumerate(tqdm(raw, desc=f"reading {Path(file).name}", leave=False)):
-        try:
-            records.append(read_record(record, folder))
-        except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-            name = record.get("id", number) if isinstance(record, dict) else number
-            reason = error if isinstance(error, (ValueError, OSError)) else f"not a LLaVA record ({error!r})"
-            raise ValueError(f"{file}, record {name}: {reason}") from None
-    return records
+    return raw
+
+
+def try_record(raw, number: int, folder: Path) -> dict | ValueError:
+    try:
+        return read_record(raw, folder)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        name = raw.get("id", number) if isinstance(raw, dict) else number
+        reason = error if isinstance(error, ValueError) else f"not a LLaVA record ({error!r})"
+        return ValueError(f"record {name}: {reason}")
 
 
 def read_record(record: dict, folder: Path) -> dict:
@@ -90,38 +119,44 @@ def read_record(record: dict, folder: Path) -> dict:
 
 class Samples(Dataset):
     """Records as ids, labels and uint8 pictures, cut to max_length tokens as they are after the
-    splice. `lengths` holds how many those are; `cut` the records that lost some, `usable` those
-    with an answer left to learn from."""
+    splice. `lengths` holds how many those are and `learned` how many of them are labels; `cut` the
+    records that lost some, `usable` those with an answer left to learn from."""
 
     def __init__(self, records: list[dict], processor: Processor, max_length: int):
         self.records, self.processor, self.max_length = records, processor, max_length
-        self.lengths, self.cut, self.usable = [], [], []
-        for i, record in enumerate(tqdm(records, desc="measuring", leave=False)):
-            ids, labels, length = self.tokenize(record)
+        self.lengths, self.learned, self.cut = [], [], []
+        for i, record in enumerate(progress(records, desc="measuring")):
+            ids, labels, length, whole = self.tokenize(record)
             self.lengths.append(length)
-            self.usable += [i] * any(label != IGNORE for label in labels)
-            self.cut += [i] * (len(ids) < len(processor.tokenize(record["messages"])[0]))
+            self.learned.append(len(labels) - labels.count(IGNORE))
+            self.cut += [] if whole else [i]
+        self.usable = [i for i, learned in enumerate(self.learned) if learned]
 
-    def tokenize(self, record: dict) -> tuple[list[int], list[int], int]:
-        """Ids, labels, and the number of tokens that they become with the pictures spliced in."""
+    def tokenize(self, record: dict) -> tuple[list[int], list[int], int, bool]:
+        """Ids, labels, the number of tokens that they become with the pictures spliced in, and
+        whether that is all of them."""
         ids, labels = self.processor.tokenize(record["messages"])
         config, sizes, length = self.processor.config, iter(picture_sizes(record, self.processor)), 0
+        if (marks := ids.count(config.image_token_id)) != len(record["pictures"]):
+            raise ValueError(f"record {record['id']} has {len(record['pictures'])} pictures, but template "
+                             f"{config.template!r} shows {marks}: leave it out, or choose another --template")
         for i, token in enumerate(ids):
             more = count_image_tokens(config, next(sizes)) if token == config.image_token_id else 1
             if length + more > self.max_length:
-                return ids[:i], labels[:i], length
+                return ids[:i], labels[:i], length, False
             length += more
-        return ids, labels, length
+        return ids, labels, length, True
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> dict | Exception:
+        ids, labels, *_ = self.tokenize(self.records[i])
+        shown = ids.count(self.processor.config.image_token_id)           # the cut may have taken some
         try:
-            pictures = [open_image(file) for file in self.records[i]["pictures"]]
+            pictures = [open_image(file) for file in self.records[i]["pictures"][:shown]]
         except OSError as error:             # raised in a worker it would come with a long traceback
             return error
-        ids, labels, _ = self.tokenize(self.records[i])
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
                 "images": [self.processor.pixels(p) for p in pictures],
                 "image_sizes": [(p.height, p.width) for p in pictures]}
@@ -179,47 +214,63 @@ class Adam:
 
     A bf16 weight and 16 more bits kept here are together an exact float32: in bf16 alone, steps of
     lr 2e-5 are rounded away. The moments of such weights are bf16 too, rounded up or down at
-    random so that small changes survive on average. 8 bytes a weight with everything.
+    random so that small changes survive on average. 8 bytes a weight with everything, if each is
+    updated `in_backward`, as soon as its gradient is there: then that is gone before the next comes.
     """
 
-    def __init__(self, named_parameters, betas=(0.9, 0.999), eps: float = 1e-8):
+    def __init__(self, named_parameters, betas=(0.9, 0.999), eps: float = 1e-8, in_backward: bool = False):
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
-        self.betas, self.eps, self.steps = betas, eps, 0
-        self.state = {}
+        self.betas, self.eps, self.steps, self.squares = betas, eps, 0, 0.0
+        self.in_backward, self.state = in_backward, {}
         for name, p in self.parameters.items():
             self.state[f"{name}.m"], self.state[f"{name}.v"] = torch.zeros_like(p), torch.zeros_like(p)
-            if p.dtype == torch.bfloat16:
-                self.state[f"{name}.rest"] = torch.zeros_like(p, dtype=torch.int16)
+            if p.dtype == torch.bfloat16:    # 16 bits, called bf16 because processes exchange no int16
+                self.state[f"{name}.rest"] = torch.zeros_like(p)
+            if in_backward:
+                p.register_post_accumulate_grad_hook(partial(self.update, name))
 
-    def load(self, checkpoint: Path) -> None:
-        self.steps = int(checkpoint.name.removeprefix("step-"))
-        for name, saved in load_file(checkpoint / "optimizer.safetensors").items():
-            self.state[name].copy_(saved)
+    def load(self, folder: Path) -> None:
+        self.steps = int(folder.name.removeprefix("step-"))
+        for name, saved in load_file(folder / "optimizer.safetensors").items():
+            state = self.state[name]
+            if PROCESSES > 1:
+                saved = distribute_tensor(saved.to(state.device), state.device_mesh, state.placements)
+            state.copy_(saved)
 
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update from the gradients, which it clears."""
-        self.steps += 1
+    def begin(self, lr: float) -> None:
+        self.steps, self.lr, self.squares = self.steps + 1, lr, 0.0
+
+    def clip(self, most: float | None) -> float:
+        """The norm of the whole gradient, which is scaled down to `most`; in backward that is too late."""
+        if self.in_backward:
+            return math.sqrt(total(float(self.squares)))
+        return whole(nn.utils.clip_grad_norm_(self.parameters.values(), most)).item()
+
+    def step(self) -> None:
+        """Update what has a gradient."""
         for name, p in self.parameters.items():
             if p.grad is not None:
-                self.update(name, p, lr)
-            p.grad = None
+                self.update(name, p)
 
-    def update(self, name: str, p: Tensor, lr: float) -> None:
-        (beta1, beta2), gradient = self.betas, p.grad.float()
-        m, v = self.state[f"{name}.m"], self.state[f"{name}.v"]
+    @torch.no_grad()
+    def update(self, name: str, p: Tensor) -> None:
+        """One weight from its gradient, which it clears."""
+        gradient, (beta1, beta2) = own(p.grad).float(), self.betas
+        p.grad, p = None, own(p)
+        if self.in_backward:
+            self.squares += gradient.square().sum()
+        m, v = own(self.state[f"{name}.m"]), own(self.state[f"{name}.v"])
         new_m = m.float().lerp_(gradient, 1 - beta1)
         new_v = v.float().lerp_(gradient.square_(), 1 - beta2)
         change = new_m / (1 - beta1**self.steps)
         change /= (new_v / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
         if p.dtype == torch.bfloat16:
-            rest = self.state[f"{name}.rest"]
-            master = join(p, rest).sub_(change, alpha=lr)
-            split(master, p, rest)
+            rest = own(self.state[f"{name}.rest"]).view(torch.int16)
+            split(join(p, rest).sub_(change, alpha=self.lr), p, rest)
             round_at_random(new_m, m)
             round_at_random(new_v, v)
         else:
-            p.sub_(change, alpha=lr)
+            p.sub_(change, alpha=self.lr)
             m.copy_(new_m)
             v.copy_(new_v)
 
@@ -253,61 +304,313 @@ def schedule(step: int, steps: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. The run
+# 3. What learns, and how it fits
 
 
-def train(model: Llava, optimizer: Adam, batches, steps: int, args, save) -> None:
-    """The loop. Every step leaves a line in log.jsonl, every args.save_every steps a checkpoint."""
-    stop = []                                # Ctrl-C and kill wait for the end of the step
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(True))
-    bar = tqdm(total=steps, initial=optimizer.steps, desc=f"stage {args.stage}", unit="step")
-    began = time.perf_counter()
-    for batch in batches:
-        if isinstance(batch, Exception):
-            raise batch
-        waited = time.perf_counter() - began
-        step, lr = optimizer.steps + 1, args.lr * schedule(optimizer.steps, steps)
-        torch.manual_seed(args.seed + step)  # chance depends on the step alone, so resuming is exact
-        learned = [int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in batch]
-        loss = torch.zeros((), device=args.device)
-        for micro, count in zip(batch, learned):     # every answer token of the step weighs the same
-            part = model(**micro) * (count / sum(learned))
-            part.backward()
-            loss += part.detach()
-        norm = nn.utils.clip_grad_norm_(optimizer.parameters.values(), args.clip)
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"step {step}: loss {loss:.4g}, gradient {norm:.4g}; the weights are as "
-                             f"before this step and {args.out} as last saved")
-        optimizer.step(lr)
-        seconds = time.perf_counter() - began
-        line = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(),
-                "tokens": sum(learned), "seconds": seconds, "waited": waited}
-        with (args.out / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        bar.write(f"step {step:6}/{steps} | loss {loss:7.4f} | gradient {norm:8.3f} | lr {lr:.2e} | "
-                  f"{sum(learned) / seconds:8.0f} answer tokens/s | waited {waited:5.2f} s")
-        bar.update()
-        if stop or step == steps or step % args.save_every == 0:
-            save()
-        if stop:
-            print(f"stopped after step {step}; --resume goes on from here")
-            raise KeyboardInterrupt
+class LoRA(nn.Linear):
+    """A linear layer that stays as it is, and beside it one of low rank that learns (Hu et al. 2021,
+    arXiv:2106.09685): y = W x + alpha / rank · B A x, where B starts at zero."""
+
+    def __init__(self, frozen: nn.Linear, rank: int, alpha: float):
+        super().__init__(frozen.in_features, frozen.out_features, device="meta")
+        self.weight, self.bias, self.scale = frozen.weight, frozen.bias, alpha / rank
+        like = {"bias": False, "device": frozen.weight.device, "dtype": frozen.weight.dtype}
+        self.lora_A = nn.Linear(self.in_features, rank, **like)
+        self.lora_B = nn.Linear(rank, self.out_features, **like)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
+
+
+def choose_learning(model: Llava, args: argparse.Namespace) -> None:
+    """Stage 1: the projector. Stage 2: also the language model, or LoRA on each of its layers."""
+    learning = ["projector.", "image_newline"]
+    if args.stage == 2 and not args.lora_rank:
+        learning.append("language_model.")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(tuple(learning)))
+    blocks = list(model.language_model.layers) * bool(args.lora_rank)
+    if args.lora_vision:                     # not in the blocks that LLaVA never runs
+        tower = model.vision_tower.layers
+        blocks += tower[:len(tower) + 1 + model.config.vision_feature_layer]
+    for block in blocks:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear):
+                block.set_submodule(name, LoRA(module, args.lora_rank, args.lora_alpha))
+
+
+def wrap_blocks(model: Llava, args: argparse.Namespace) -> None:
+    """Block by block: compiled, computed twice instead of remembered, spread over all processes."""
+    model.language_model.register_forward_pre_hook(partial(touch_eyes, model))
+    for layer in [*model.vision_tower.layers, *model.language_model.layers] * args.compile:
+        layer.forward = torch.compile(layer.forward)
+    for layer in model.language_model.layers[:args.checkpoint_blocks]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    for module in [*model.language_model.layers, model] * (PROCESSES > 1):
+        fully_shard(module)
+
+
+def touch_eyes(model: Llava, _, inputs: tuple[Tensor]) -> Tensor:
+    """Text alone would leave the projector without a gradient, and processes waiting for each other's:
+    nothing of it is added to the words."""
+    eyes = [p for name, p in model.named_parameters() if p.requires_grad and "language_model" not in name]
+    return inputs[0] + 0 * sum(p.sum() for p in eyes)
+
+
+def own(t: Tensor) -> Tensor:
+    """This process's part of a sharded tensor."""
+    return t.to_local() if PROCESSES > 1 else t
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if PROCESSES > 1 else t
+
+
+def total(number: float, op=dist.ReduceOp.SUM) -> float:
+    """A number that every process has, summed over all."""
+    if PROCESSES == 1:
+        return number
+    cell = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(cell, op)
+    return cell.item()
+
+
+def weigh(batch: list[dict]) -> tuple[list[tuple[dict, float]], int]:
+    """A step's micro-batches with their weights, and its number of answer tokens, each of which
+    counts the same wherever it is learned. Gradients are averaged over processes, and all must take
+    part in every pass: who has fewer repeats its last one, at weight 0."""
+    counts = [int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in batch]
+    learned, missing = total(sum(counts)), int(total(len(batch), dist.ReduceOp.MAX)) - len(batch)
+    weights = [PROCESSES * count / learned for count in counts] + [0.0] * missing
+    return list(zip(batch + batch[-1:] * missing, weights)), int(learned)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Before the run: what it will take, what the data is
+
+
+def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> dict[str, float]:
+    """Bytes on one card by what takes them, in the micro-batch that takes most; "peak": at once.
+    The model may be without memory itself (device meta). Activations are what autograd keeps."""
+    text, vision, size = model.config.text, model.config.vision, 2 if args.dtype == "bfloat16" else 4
+    C, D, inner, layers = text.hidden_size, text.head_dim, text.intermediate_size, text.num_hidden_layers
+    micros = [sorted(batch, key=lambda i: -samples.lengths[i])[:args.micro_batch_size] for batch in batches]
+    tokens = max(len(micro) * samples.lengths[micro[0]] for micro in micros)
+    learned = max(sum(samples.learned[i] for i in micro) for micro in micros)
+    pictures = max(sum(len(samples.records[i]["pictures"]) for i in micro) for micro in micros)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    # a token in a block: two norms in float32; q, k, v, y; three of the MLP; what learning layers read
+    block = 8 * C + size * (2 * D * (text.num_attention_heads + text.num_key_value_heads) + 3 * inner)
+    block += size * (args.stage == 2) * (2 * C + inner + 2 * C * (not args.lora_rank))
+    twice = args.checkpoint_blocks           # of those only the input, and one whole while it is redone
+    blocks = block * (layers - twice + (twice > 0)) + size * (C * (twice + 3) + 4 * inner)
+    tower = (8 * vision.hidden_size + 3 * vision.intermediate_size) * vision.num_hidden_layers
+    patch = size * (tower * args.lora_vision + vision.hidden_size + 2 * C)
+    need = {"weights": size * sum(p.numel() for p in model.parameters()) / PROCESSES,
+            "optimizer": (6 if size == 2 else 8) * sum(trained) / PROCESSES,
+            "gradients": size * (max(trained) if args.in_backward else sum(trained)) / PROCESSES,
+            "activations": tokens * blocks + pictures * vision.side**2 * patch,
+            "logits": learned * text.vocab_size * (14 if size == 2 else 12)}
+    forward, backward = need["activations"] + need["logits"], need["gradients"]
+    both = args.micro_batch_size < args.batch_size       # gradients of the first wait for the second
+    need["peak"] = need["weights"] + need["optimizer"] + max(forward + backward * both, backward)
+    return need
+
+
+def fit(model: Llava, samples: Samples, batches: list[list[int]], args) -> dict[str, float]:
+    """Choose what the flags left open, so that it fits: as few blocks computed twice, then as large
+    micro-batches as possible. Returns the memory needed."""
+    room = (CARDS[args.card][1] or math.inf) * 2**30 if args.card else math.inf
+    if not args.card and torch.device(args.device).type == "cuda":
+        room = torch.cuda.mem_get_info()[1]
+    share, layers = math.ceil(args.batch_size / PROCESSES), len(model.language_model.layers)
+    sizes = [args.micro_batch_size or share]
+    if not args.micro_batch_size and not args.in_backward:
+        sizes = [share >> i for i in range(share.bit_length())]
+    blocks = [args.checkpoint_blocks]
+    if args.checkpoint_blocks is None:
+        blocks = range(0, layers * (args.stage == 2) + 1, max(1, layers // 8))
+    for args.micro_batch_size in sizes:
+        for args.checkpoint_blocks in blocks:
+            need = memory(model, samples, batches, args)
+            if need["peak"] < ROOM * room:
+                return need
+    return need
+
+
+def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args, utilisation=0.5) -> None:
+    """What the run takes on the card that it is planned for. Backward costs as much as forward for what
+    is passed through, and once more for what learns; a picture counts as all tiles that it can have."""
+    introduce(args, samples, steps, 0, model)
+    config, S, (speed, room) = model.config, model.config.vision.image_size, CARDS[args.card]
+    full = args.stage == 2 and not args.lora_rank
+    passes = 2 + full + args.checkpoint_blocks / config.text.num_hidden_layers
+    tile = vision_flops(config.vision, config.vision.num_hidden_layers - 1) * (1 + args.lora_vision)
+    tile += 3 * projector_flops(config, config.vision.side**2)
+    tiles = 1 + max((w * h // S**2 for w, h in config.grids), default=0)
+    work = args.epochs * sum(
+        passes * language_flops(config.text, samples.lengths[i], samples.learned[i])
+        + tile * tiles * len(samples.records[i]["pictures"]) for i in samples.usable)
+    hours = work / (speed * 1e12 * utilisation * PROCESSES) / 3600
+    for name, size in need.items():
+        print(f"  {name:12} {size / 2**30:10.2f} GiB")
+    if room and need["peak"] > ROOM * room * 2**30:
+        print(f"  does not fit in {room} GB: try --in-backward, --lora-rank 128 or a smaller --batch-size")
+    tokens = args.epochs * sum(samples.lengths[i] for i in samples.usable)
+    print(f"  {tokens:,} tokens, {work / 1e15:,.3g} PFLOP: {hours:,.2f} hours on {PROCESSES} x {args.card}, "
+          f"if it does {utilisation:.0%} of {speed:g} TFLOP/s")
+
+
+def inspect(number_and_raw: tuple[int, dict], folder: Path) -> tuple[dict | ValueError, list[str]]:
+    """A record or what is wrong with it, and what is odd about its pictures but will do."""
+    record, odd = try_record(number_and_raw[1], number_and_raw[0], folder), []
+    for file in [] if isinstance(record, ValueError) else record["pictures"]:
+        try:
+            open_image(file)
+            with Image.open(file) as image:
+                odd += [f"{file} is in mode {image.mode}"] * (image.mode not in ("RGB", "L"))
+                odd += [f"{file} moves: its first frame is taken"] * getattr(image, "is_animated", False)
+        except OSError as error:
+            return ValueError(f"record {record['id']}: {error}"), []
+    return record, odd
+
+
+def check_data(args: argparse.Namespace, processor: Processor) -> None:
+    """Read every record and decode every picture once; write what is wrong to RUN/check.json."""
+    raw = read_list(args.data)
+    with ThreadPool(args.workers or os.cpu_count()) as pool:              # Pillow decodes in parallel
+        found = pool.imap(partial(inspect, folder=args.images), enumerate(raw), chunksize=16)
+        found = list(progress(found, total=len(raw), desc="checking"))
+    records = [record for record, _ in found if isinstance(record, dict)]
+    copies = Counter(str((record["messages"], record["pictures"])) for record in records)
+    lists = {"wrong": [str(record) for record, _ in found if isinstance(record, ValueError)],
+             "odd": [line for _, odd in found for line in odd],
+             "duplicates": [text for text, times in copies.items() if times > 1]}
+    args.out.mkdir(parents=True, exist_ok=True)
+    with replacing(args.out / "check.json") as file:
+        file.write_text(json.dumps(lists, indent=1))
+    lengths = Samples(records, processor, sys.maxsize).lengths
+    width = 1 + max(lengths, default=0) // 10
+    bins = Counter(length // width for length in lengths)
+    for i in sorted(bins):
+        bar = "#" * (50 * bins[i] // max(bins.values()))
+        print(f"{i * width:6} to {(i + 1) * width - 1:6} tokens {bins[i]:8} {bar}")
+    summary = ", ".join(f"{len(lines)} {name}" for name, lines in lists.items())
+    print(f"{len(raw)} records: {summary}; listed in {args.out / 'check.json'}")
+    if lists["wrong"]:
+        raise ValueError(f"{args.data} cannot be trained on, first: {lists['wrong'][0]}")
+
+
+def show(samples: Samples, number: int) -> None:
+    """A record as the model gets it: which tokens are picture, prompt, learned and the end."""
+    if not 0 <= number < len(samples):
+        raise ValueError(f"--show {number}: the records are 0 to {len(samples) - 1}")
+    processor, record = samples.processor, samples.records[number]
+    files, (ids, labels, *_) = iter(record["pictures"]), samples.tokenize(record)
+    special = {processor.config.image_token_id: "picture", processor.bos: "start", processor.eos: "end"}
+    colors = {"picture": 35, "start": 31, "end": 31, "prompt": 34, "learned": 32}
+    kinds = [(special.get(token, "prompt" if label == IGNORE else "learned"), label != IGNORE)
+             for token, label in zip(ids, labels)]
+    for (kind, learned), group in groupby(zip(kinds, ids), key=lambda pair: pair[0]):
+        text = "".join(str(next(files)) if kind == "picture" else processor.tokenizer.id_to_token(token)
+                       for _, token in group).replace("▁", " ").replace("<0x0A>", "\n")
+        print(f"{kind:8}{'learned' * learned:8}\033[{colors[kind]}m{text}\033[0m")
+    print(f"{samples.lengths[number]} tokens with the pictures, {samples.learned[number]} of them learned")
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The run
+
+
+@contextmanager
+def deferred_signals():
+    """Ctrl-C and kill wait in the list that this gives, so that a step can end and be saved."""
+    caught = []
+    usual = {number: signal.signal(number, lambda number, _: caught.append(number))
+             for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches the workers, too
+
+
+def train(model: Llava, optimizer: Adam, loader, steps: int, args, refuse, report, save) -> None:
+    """The loop. A step is one update from a batch, in micro-batches that fit into memory."""
+    with deferred_signals() as stop:
         began = time.perf_counter()
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            waited, loss = time.perf_counter() - began, 0.0
+            optimizer.begin(args.lr * schedule(optimizer.steps, steps))
+            step = optimizer.steps
+            torch.manual_seed(args.seed + step)      # chance depends on the step: resuming is exact
+            micros, learned = weigh(batch)
+            for micro, weight in micros:
+                part = model(**to_device(micro, args.device)) * weight
+                if not math.isfinite(part.item()):
+                    refuse(step, "loss", part.item())
+                part.backward()              # with --in-backward this updates, too
+                loss += part.detach()
+            norm = optimizer.clip(args.clip)
+            if not math.isfinite(norm):
+                refuse(step, "gradient", norm)
+            optimizer.step()
+            report(step, loss=total(float(loss)) / PROCESSES, lr=optimizer.lr, grad_norm=norm,
+                   tokens=learned, seconds=time.perf_counter() - began, waited=waited)
+            stopped = total(len(stop))       # all processes stop at the same step
+            if stopped or step == steps or step % args.save_every == 0:
+                save()
+            if stopped:
+                print(f"stopped after step {step}; --resume goes on from here")
+                raise KeyboardInterrupt
+            began = time.perf_counter()
+
+
+def to_device(micro: dict, device: str) -> dict:
+    """Uint8 pictures travel, to be normalised there; pinned memory lets them while others compute."""
+    images = [image.to(device, non_blocking=True) for image in micro["images"]]
+    return {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+            for name, x in micro.items()} | {"images": images}
+
+
+def refuse(samples: Samples, batches: list[list[int]], step: int, what: str, value: float) -> None:
+    names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
+    raise ValueError(f"step {step}: the {what} is {value}, so the run ends as last saved; try a lower "
+                     f"--lr, or leave out the culprit among the records {names}")
+
+
+def report(log: Path, bar: tqdm, device: str, predicted: float, step: int, **line) -> None:
+    """A step as a line in log.jsonl and on the screen."""
+    with log.open("a") as file:
+        file.write(json.dumps({"step": step} | line) + "\n")
+    bar.write(f"step {step:6}/{bar.total} | loss {line['loss']:7.4f} | gradient {line['grad_norm']:8.3f} | "
+              f"lr {line['lr']:.2e} | {line['tokens'] / line['seconds']:8.0f} answer tokens/s | "
+              f"waited {line['waited']:5.2f} s")
+    if step == 1:
+        bar.write(f"memory: {peak_memory(device) / 2**30:.2f} GiB at most so far, predicted "
+                  f"{predicted / 2**30:.2f} GiB")
+    bar.update()
 
 
 class Checkpoints:
     """RUN/trainer/step-000120: all that a run needs to go on to the bit. Each is written under
     another name first; the files of the run folder itself are links into the newest."""
 
-    SETTINGS = ("stage", "vision", "language", "init", "tokenizer", "template", "projector",
-                "image_mode", "epochs", "batch_size", "micro_batch_size", "lr", "clip", "max_length",
-                "seed", "dtype")
+    SETTINGS = ("stage vision language init tokenizer template projector image_mode lora_rank lora_alpha "
+                "lora_vision epochs batch_size micro_batch_size in_backward compile lr clip max_length seed "
+                "dtype").split()
 
     def __init__(self, args: argparse.Namespace):
-        self.out, self.folder = args.out, args.out / "trainer"
+        self.out, self.folder, self.args = args.out, args.out / "trainer", args
         self.run = {name: getattr(args, name) for name in self.SETTINGS}
-        self.run["data"] = hashlib.sha256(args.data.read_bytes()).hexdigest()
+        self.run |= {"processes": PROCESSES, "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
 
     def newest(self, resume: bool) -> Path | None:
         """The checkpoint to go on from, if there is one of this very run."""
@@ -321,88 +624,192 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
+        """Every process gives its shards, the first one writes."""
+        shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.unshard()
+        state = {name: whole(tensor).cpu() for name, tensor in optimizer.state.items()}
+        if RANK == 0:
+            self.write(model, processor, optimizer.steps, state)
+        for module in shards:
+            module.reshard()
+
+    def write(self, model: Llava, processor: Processor, step: int, state: dict[str, Tensor]) -> None:
         part, older = self.folder / "part", list(self.folder.glob("step-*"))
         shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part, trained_only=True)
-        processor.save_pretrained(part)
-        opened_by_others = [file.name for file in part.iterdir()]
-        save_file({k: v.cpu() for k, v in optimizer.state.items()}, part / "optimizer.safetensors")
-        (part / "run.json").write_text(json.dumps(self.run))
-        whole = part.rename(self.folder / f"step-{optimizer.steps:06}")
+        try:
+            model.save_pretrained(part, trained_only=True)
+            processor.save_pretrained(part)
+            if self.args.lora_rank:
+                to_adapter(part, model, self.args)
+            opened_by_others = [file.name for file in part.iterdir()]
+            save_file(state, part / "optimizer.safetensors")
+            (part / "run.json").write_text(json.dumps(self.run))
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"step {step} could not be saved to {self.folder} ({error}): what was saved "
+                          "before is untouched; make room and --resume") from None
+        saved = part.rename(self.folder / f"step-{step:06}")
         for name in opened_by_others:
             with replacing(self.out / name) as file:
-                os.link(whole / name, file)
+                link(saved / name, file)
         for folder in older:
             shutil.rmtree(folder)
 
 
-def open_parts(args: argparse.Namespace, checkpoint: Path | None) -> tuple[Llava, Processor]:
-    """The model to train and its processor: of the checkpoint, of --init, or of two halves."""
-    wanted = {"dtype": getattr(torch, args.dtype), "device": args.device}
-    for name in ("projector", "image_mode", "template"):
-        wanted |= {name: getattr(args, name)} if getattr(args, name) else {}
-    if checkpoint:
-        model = Llava.from_pretrained(checkpoint, **wanted)
-        model.bases = read_json(checkpoint / "config.json")["bases"]
-    elif args.init:
-        model = Llava.from_pretrained(args.init, **wanted)
-    else:
-        model = Llava.from_pretrained(vision=args.vision, language=args.language, **wanted)
-    if args.stage == 2 and not args.template and model.config.template == "plain":
-        model.config = replace(model.config, template=TEMPLATES[model.config.text.model_type])
-    words = checkpoint or args.tokenizer or args.init or args.language
-    return model, Processor.from_pretrained(words, model.config)
+def link(file: Path, name: Path) -> None:
+    try:
+        os.link(file, name)
+    except OSError:                          # a file system without hard links
+        shutil.copyfile(file, name)
+
+
+def to_adapter(folder: Path, model: Llava, args: argparse.Namespace) -> None:
+    """Make what save_pretrained wrote a LoRA adapter as PEFT lays it out, the projector included."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    layers = {name.rsplit(".", 1)[1] for name, module in model.named_modules() if isinstance(module, LoRA)}
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "base_model_name_or_path": model.bases[0], "r": args.lora_rank,
+        "lora_alpha": args.lora_alpha, "target_modules": sorted(layers), "bias": "none",
+        "modules_to_save": ["multi_modal_projector"]}, indent=1))
+
+
+def load_trained(model: Llava, folder: Path) -> None:
+    """Lay a checkpoint's weights, an adapter's unmerged, over a model as it was when training began."""
+    parameters = dict(model.named_parameters())
+    for file in folder.glob("*model.safetensors"):
+        for name, saved in load_file(file).items():
+            parameters[renamed(name.removeprefix("base_model.model."), NAMES)].data.copy_(saved)
+
+
+def open_config(args: argparse.Namespace) -> LlavaConfig:
+    """Of the model to train, from config.json alone."""
+    parts = {}
+    for source in [args.init] if args.init else [args.vision, args.language]:
+        parts |= open_checkpoint(source, weights=False)[0]
+    if args.stage == 2 and parts.get("template") == "plain":
+        parts["template"] = TEMPLATES[parts["text"].model_type]
+    chosen = {name: getattr(args, name) for name in ("projector", "image_mode", "template")}
+    return LlavaConfig(**parts | {name: value for name, value in chosen.items() if value})
+
+
+def open_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
+    """The model to train, in whose parameters is marked what learns."""
+    torch.manual_seed(args.seed)
+    how = {"dtype": getattr(torch, args.dtype), "device": args.device} | vars(config)
+    model = (Llava.from_pretrained(args.init, **how) if args.init else
+             Llava.from_pretrained(vision=args.vision, language=args.language, **how))
+    choose_learning(model, args)
+    for p in model.parameters():
+        p.data = p.data.clone()              # into memory: until now they are mapped files
+    return model
 
 
 def run(args: argparse.Namespace) -> None:
     """One stage, from records to a run folder."""
-    records, checkpoints = read_records(args.data, args.images), Checkpoints(args)
-    checkpoint = checkpoints.newest(args.resume)
-    torch.manual_seed(args.seed)
-    model, processor = open_parts(args, checkpoint)
-    learning = ("projector.", "image_newline") + ("language_model.",) * (args.stage == 2)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(learning))
-    samples = Samples(records, processor, args.max_length)
+    config, before = open_config(args), peak_memory(args.device)
+    processor = Processor.from_pretrained(args.tokenizer or args.init or args.language, config)
+    if args.check_data:
+        return check_data(args, processor)
+    samples = Samples(read_records(args.data, args.images), processor, args.max_length)
+    if args.show is not None:
+        return show(samples, args.show)
     batches = [batch for epoch in range(args.epochs) for batch in make_batches(
         samples.usable, samples.lengths, args.batch_size, args.seed + epoch)]
-    optimizer = Adam(model.named_parameters())
-    if checkpoint:
-        optimizer.load(checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "log.jsonl"             # without the steps after the checkpoint
-    kept = log.read_text().splitlines(True)[:optimizer.steps] if log.exists() else []
-    log.write_text("".join(kept))
-    introduce(args, samples, batches, optimizer, model)
-    loader = DataLoader(samples, batch_sampler=batches[optimizer.steps:], num_workers=args.workers,
-                        collate_fn=Collate(args.micro_batch_size))
-    train(model, optimizer, loader, len(batches), args,
+    if not batches or len(batches[-1]) < PROCESSES:
+        raise ValueError(f"{len(samples.usable)} records with an answer cannot be dealt out to {PROCESSES} "
+                         f"processes in batches of {args.batch_size}: choose another --batch-size")
+    with torch.device("meta"):
+        sketch = Llava(config)
+    choose_learning(sketch, args)
+    need = fit(sketch, samples, batches, args)
+    if args.plan:
+        return print_plan(sketch, need, samples, len(batches), args)
+    checkpoints = Checkpoints(args)
+    newest = checkpoints.newest(args.resume)
+    model = open_model(args, config)
+    if newest:
+        load_trained(model, newest)
+    wrap_blocks(model, args)
+    optimizer = Adam(model.named_parameters(), in_backward=args.in_backward)
+    if newest:
+        optimizer.load(newest)
+    introduce(args, samples, len(batches), optimizer.steps, sketch)
+    left = [batch[RANK::PROCESSES] for batch in batches[optimizer.steps:]]
+    loader = DataLoader(samples, batch_sampler=left, collate_fn=Collate(args.micro_batch_size),
+                        num_workers=args.workers, worker_init_fn=ignore_interrupts,
+                        pin_memory=torch.device(args.device).type == "cuda")
+    bar = progress(total=len(batches), initial=optimizer.steps, desc=f"stage {args.stage}", unit="step")
+    log = open_log(args.out, optimizer.steps)
+    train(model, optimizer, loader, len(batches), args, refuse=partial(refuse, samples, batches),
+          report=partial(report, log, bar, args.device, before + need["peak"]),
           save=partial(checkpoints.save, model, processor, optimizer))
 
 
-def introduce(args: argparse.Namespace, samples: Samples, batches, optimizer: Adam, model) -> None:
+def open_log(folder: Path, steps: int) -> Path:
+    """log.jsonl without the lines after the checkpoint; only one process writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.jsonl" if RANK == 0 else Path(os.devnull)
+    log.write_text("".join(log.read_text().splitlines(True)[:steps]) if log.exists() else "")
+    return log
+
+
+def introduce(args: argparse.Namespace, samples: Samples, steps: int, done: int, model: Llava) -> None:
     """What is about to happen, and what of the data will not take part."""
-    learned = sum(p.numel() for p in optimizer.parameters.values())
-    print(f"stage {args.stage}: {learned:,} of {sum(p.numel() for p in model.parameters()):,} weights "
-          f"learn from {len(samples.usable):,} records in {len(batches):,} steps "
-          f"(from step {optimizer.steps + 1}), on {args.device} in {args.dtype}, to {args.out}")
+    sizes = [(p.numel(), p.requires_grad * p.numel()) for p in model.parameters()]
+    everything, learning = map(sum, zip(*sizes))
+    print(f"stage {args.stage}: {learning:,} of {everything:,} weights learn from "
+          f"{len(samples.usable):,} records in {steps:,} steps (from step {done + 1}), {args.micro_batch_size} "
+          f"at once, {args.checkpoint_blocks} blocks twice, on {args.device} in {args.dtype}, to {args.out}")
     lost = sorted(set(range(len(samples))) - set(samples.usable))
     if samples.cut:
         print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
               f"{len(lost)} of them lose all of their answer and are left out: {args.out / 'cut.json'}")
+    if samples.cut and RANK == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
         with replacing(args.out / "cut.json") as file:
             file.write_text(json.dumps({"cut": [samples.records[i]["id"] for i in samples.cut],
                                         "left out": [samples.records[i]["id"] for i in lost]}))
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The command line
+# 6. The command line
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, gpu = parser.add_argument, torch.cuda.is_available()
-    add("--stage", type=int, choices=(1, 2), required=True, help="1: the projector; 2: also the language model")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    args, cuda = parser.parse_args(argv), torch.cuda.is_available()
+    recipe = RECIPE["lora" if args.lora_rank else str(args.stage)]
+    whole_batch = args.batch_size or recipe["batch_size"]
+    for applies, sentence in (
+            (bool(args.init) == bool(args.vision and args.language),
+             "give either --init, or --vision and --language"),
+            (args.card and not args.plan, "--card is the card of a --plan"),
+            (args.lora_rank and args.stage == 1, "--lora-rank is for stage 2; stage 1 has none"),
+            (not args.lora_rank and (args.lora_alpha or args.lora_vision), "--lora-... without --lora-rank"),
+            (args.in_backward and args.clip, "--in-backward updates before --clip could know the norm"),
+            (args.in_backward and (args.micro_batch_size or whole_batch) != whole_batch,
+             "--in-backward keeps no gradients to add up: --micro-batch-size must be the whole batch")):
+        if applies:
+            parser.error(sentence)
+    args.card = args.card or ("a100" if args.plan else None)
+    gpu = args.card != "cpu" if args.plan else cuda
+    usual = recipe | {"clip": None if args.in_backward else 1.0, "lora_alpha": 2 * (args.lora_rank or 0),
+                      "template": "plain" if args.stage == 1 else None, "device": "cuda" if cuda else "cpu",
+                      "dtype": "bfloat16" if gpu else "float32"}
+    for name, value in usual.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    return args
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--stage", type=int, choices=(1, 2), required=True, help="1: projector; 2: also the language model")
     add("--vision", metavar="ID", help="a CLIP: folder or hub id")
     add("--language", metavar="ID", help="a Mistral, LLaMA or Vicuna: folder or hub id")
     add("--init", metavar="ID", help="a LLaVA or a run to start from, instead of the two")
@@ -411,37 +818,55 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, default=Path("."), metavar="DIR", help="folder of their pictures")
     add("--out", type=Path, required=True, metavar="RUN", help="folder for the run")
     add("--resume", action="store_true", help="go on where the run in --out stopped")
-    add("--epochs", type=int, help="default: 1, 15")
-    add("--batch-size", type=int, metavar="N", help="records per step (default: 64, 32)")
-    add("--micro-batch-size", type=int, metavar="N", help="records at once (default: all of the step)")
-    add("--lr", type=float, help="peak learning rate (default: 1e-3, 2e-5)")
-    add("--clip", type=float, default=1.0, metavar="NORM", help="of the gradient (default: %(default)s)")
-    add("--max-length", type=int, default=2048, metavar="T", help="tokens per record (default: %(default)s)")
-    add("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain in stage 1, then the language model's")
-    add("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
-    add("--image-mode", choices=("pad", "crop", "anyres"), help="default: pad")
-    add("--save-every", type=int, default=500, metavar="STEPS", help="default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
-    add("--dtype", default="bfloat16" if gpu else "float32", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--workers", type=int, default=8 if gpu else 0, metavar="N", help="processes that decode pictures (default: %(default)s)")
-    args = parser.parse_args(argv)
-    for name, value in RECIPE[args.stage].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
-    args.template = args.template or ("plain" if args.stage == 1 else None)
-    if bool(args.init) == bool(args.vision and args.language):
-        parser.error("give either --init, or --vision and --language")
-    return args
+
+    before = parser.add_argument_group("instead of training").add_argument
+    before("--plan", action="store_true", help="memory, FLOPs and hours, from config.json and the records")
+    before("--card", choices=CARDS, help="of the plan (default: a100)")
+    before("--check-data", action="store_true", help="read and decode all once, list what is wrong")
+    before("--show", type=int, metavar="N", help="record N in colours: picture, prompt, learned, end")
+
+    recipe = parser.add_argument_group("the recipe; defaults for stage 1, stage 2").add_argument
+    recipe("--epochs", type=int, help="default: 1, 15")
+    recipe("--batch-size", type=int, metavar="N", help="records per step (default: 64, 32)")
+    recipe("--lr", type=float, help="peak learning rate (default: 1e-3, 2e-5; with LoRA 2e-4)")
+    recipe("--clip", type=float, metavar="NORM", help="of the gradient (default: 1)")
+    recipe("--max-length", type=int, default=2048, metavar="T", help="tokens a record (default: %(default)s)")
+    recipe("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain, the model's")
+    recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
+    recipe("--image-mode", choices=("pad", "crop", "anyres"), help="default: pad")
+    recipe("--lora-rank", type=int, metavar="R", help="train LoRA of this rank instead of the language model")
+    recipe("--lora-alpha", type=float, metavar="A", help="weighs it by A / R (default: 2 R)")
+    recipe("--lora-vision", action="store_true", help="LoRA in the vision tower, too")
+    recipe("--seed", type=int, default=0, help="default: %(default)s")
+
+    fitting = parser.add_argument_group("memory and speed").add_argument
+    fitting("--micro-batch-size", type=int, metavar="N", help="records at once (default: what fits)")
+    fitting("--checkpoint-blocks", type=int, metavar="N",
+            help="blocks computed twice instead of remembered (default: as few as fit)")
+    fitting("--in-backward", action="store_true", help="update each weight as its gradient comes; keep none")
+    fitting("--compile", action="store_true", help="compile each block")
+    fitting("--device", help="default: cuda if there is one, else cpu")
+    fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    fitting("--workers", type=int, default=8 if torch.cuda.is_available() else 0, metavar="N",
+            help="processes that decode pictures (default: %(default)s)")
+    fitting("--save-every", type=int, default=500, metavar="STEPS", help="default: %(default)s")
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        run(parse())
-    else:
+    if not sys.argv[1:]:
         from tests import toy
-        toy.play(run, parse)
+        return toy.play(run, parse)
+    args = parse()
+    if PROCESSES > 1:                        # torchrun: each process has a card, or cores, of its own
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    try:
+        run(args)
+    finally:
+        if PROCESSES > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
