@@ -562,8 +562,12 @@ class Llava(nn.Module):
                                 text=replace(config.text, num_hidden_layers=0, vocab_size=1)))
             state = {n: t for n, t in empty.state_dict().items() if n.startswith(("projector", "image"))}
         check_tensors(model.state_dict(), state, stored, " and ".join(bases))
-        state = {name: (stored[name].read() if name in stored else state[name]).to(device, dtype)
-                 for name in [*state, *stored]}
+        state, opened = {name: tensor.to(device, dtype) for name, tensor in state.items()}, {}
+        for name, tensor in stored.items():
+            on_disk = tensor.read(opened)
+            state[name] = on_disk.to(device, dtype)
+            if state[name] is not on_disk:   # a copy: let go of the file's pages
+                opened.clear()
         model.load_state_dict(state, assign=True)
         model.bases = bases
         return model
@@ -694,13 +698,15 @@ class Stored(NamedTuple):
     shape: torch.Size
     lora: tuple[Stored, Stored, float] | None = None
 
-    def read(self) -> Tensor:
-        """Mapped into memory on its own, so that nothing stays behind when it is cast."""
-        tensor = open_file(self.file)[self.key]
+    def read(self, opened: dict[Path, dict[str, Tensor]]) -> Tensor:
+        """The tensor, mapped into memory; `opened` keeps the files that are."""
+        if self.file not in opened:
+            opened[self.file] = open_file(self.file)
+        tensor = opened[self.file][self.key]
         if self.lora is None:
             return tensor
         a, b, scale = self.lora
-        return tensor.float() + scale * (b.read().float() @ a.read().float())
+        return tensor.float() + scale * (b.read(opened).float() @ a.read(opened).float())
 
 
 def open_file(file: Path) -> dict[str, Tensor]:
