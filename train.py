@@ -412,9 +412,11 @@ def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> di
             "gradients": size * (max(trained) if args.in_backward else sum(trained)) / PROCESSES,
             "activations": tokens * blocks + pictures * vision.side**2 * patch,
             "logits": learned * text.vocab_size * (14 if size == 2 else 12)}
-    forward, backward = need["activations"] + need["logits"], need["gradients"]
-    both = args.micro_batch_size < args.batch_size       # gradients of the first wait for the second
-    need["peak"] = need["weights"] + need["optimizer"] + max(forward + backward * both, backward)
+    update = 24 * max(trained) / PROCESSES   # the largest, six times in float32
+    waiting = args.in_backward or args.micro_batch_size < args.batch_size        # while there are activations
+    early = waiting * need["gradients"] + args.in_backward * update
+    forward, backward = need["activations"] + need["logits"] + early, need["gradients"] + update
+    need["peak"] = need["weights"] + need["optimizer"] + max(forward, backward)
     return need
 
 
@@ -665,16 +667,17 @@ def link(file: Path, name: Path) -> None:
 
 
 def to_adapter(folder: Path, model: Llava, args: argparse.Namespace) -> None:
-    """Make what save_pretrained wrote a LoRA adapter as PEFT lays it out, the projector included."""
+    """Make what save_pretrained wrote an adapter as PEFT saves one of llava-hf, the projector included."""
     tensors = load_file(folder / "model.safetensors")
-    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
-              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file({f"base_model.model.model.{name.replace('language_model.model.', 'language_model.')}": tensor
+               for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "model.safetensors").unlink()
     layers = {name.rsplit(".", 1)[1] for name, module in model.named_modules() if isinstance(module, LoRA)}
+    where = r".*\.(language_model|vision_tower)\." if args.lora_vision else r".*\.language_model\."
     (folder / "adapter_config.json").write_text(json.dumps({
         "peft_type": "LORA", "base_model_name_or_path": model.bases[0], "r": args.lora_rank,
-        "lora_alpha": args.lora_alpha, "target_modules": sorted(layers), "bias": "none",
-        "modules_to_save": ["multi_modal_projector"]}, indent=1))
+        "lora_alpha": args.lora_alpha, "target_modules": rf"{where}.*\.({'|'.join(sorted(layers))})",
+        "bias": "none", "modules_to_save": ["multi_modal_projector"]}, indent=1))
 
 
 def load_trained(model: Llava, folder: Path) -> None:
@@ -700,6 +703,7 @@ def open_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
     """The model to train, in whose parameters is marked what learns."""
     torch.manual_seed(args.seed)
     how = {"dtype": getattr(torch, args.dtype), "device": args.device} | vars(config)
+    del how["vision"], how["text"]           # the files' own
     model = (Llava.from_pretrained(args.init, **how) if args.init else
              Llava.from_pretrained(vision=args.vision, language=args.language, **how))
     choose_learning(model, args)
@@ -761,9 +765,9 @@ def introduce(args: argparse.Namespace, samples: Samples, steps: int, done: int,
     """What is about to happen, and what of the data will not take part."""
     sizes = [(p.numel(), p.requires_grad * p.numel()) for p in model.parameters()]
     everything, learning = map(sum, zip(*sizes))
-    print(f"stage {args.stage}: {learning:,} of {everything:,} weights learn from "
-          f"{len(samples.usable):,} records in {steps:,} steps (from step {done + 1}), {args.micro_batch_size} "
-          f"at once, {args.checkpoint_blocks} blocks twice, on {args.device} in {args.dtype}, to {args.out}")
+    print(f"stage {args.stage}: {learning:,} of {everything:,} weights learn from {len(samples.usable):,} "
+          f"records in {steps:,} steps (from step {done + 1}), {args.micro_batch_size} at once, "
+          f"{args.checkpoint_blocks} blocks twice, on {args.device} in {args.dtype}, to {args.out}")
     lost = sorted(set(range(len(samples))) - set(samples.usable))
     if samples.cut:
         print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "

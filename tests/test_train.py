@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig
-from tests.toy import make_tokenizer
+from tests import toy
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)                     # equal bytes; and a forked process has no other threads
@@ -31,7 +31,7 @@ def turn(speaker: str, value: str) -> dict:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     """A folder with a LLaVA of random weights, base/, and 22 records, data.json, half with pictures."""
-    folder, tokenizer = tmp_path_factory.mktemp("house"), make_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("house"), toy.make_tokenizer()
     words = tokenizer.get_vocab_size()
     config = LlavaConfig(
         vision=VisionConfig(32, 48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16),
@@ -180,10 +180,33 @@ def test_bf16_weights_end_where_float32_adam_takes_them():
     assert (simulate(torch.bfloat16, split=False) - exact).norm() / way > 0.9    # what it is there against
 
 
-def test_updating_in_backward_changes_no_bit(house, tmp_path):
+def test_updating_in_backward_keeps_no_gradient_and_changes_no_bit(house, tmp_path, monkeypatch):
+    held, step = [], train.Adam.step
+
+    def watched(adam):
+        held.append(sum(p.grad is not None for p in adam.parameters.values()) / len(adam.parameters))
+        step(adam)
+
+    monkeypatch.setattr(train.Adam, "step", watched)
     go(house, tmp_path / "after", "--clip 1e9")
     go(house, tmp_path / "within", "--in-backward")
+    assert held == [1.0] * 10 + [0.0] * 10
     assert weights(tmp_path / "within") == weights(tmp_path / "after")
+
+
+def test_both_stages_from_two_halves(house, tmp_path):
+    toy.write_clip(tmp_path / "clip", steps=1, size=50, batch=8)
+    toy.write_language(tmp_path / "mistral", toy.MISTRAL, toy.make_tokenizer(), steps=1, batch=2)
+    records = json.loads((house / "data.json").read_text())[1::2]
+    (tmp_path / "captions.json").write_text(json.dumps(records))
+    train.run(train.parse(
+        f"--stage 1 --vision {tmp_path}/clip --language {tmp_path}/mistral --batch-size 4 "
+        f"--data {tmp_path}/captions.json --images {house} --out {tmp_path}/stage1".split()))
+    stored = load_file(tmp_path / "stage1/model.safetensors")
+    assert {name.split(".")[0] for name in stored} == {"multi_modal_projector"}
+    assert Llava.from_pretrained(tmp_path / "stage1").config.template == "plain"
+    go(house, tmp_path / "stage2", f"--init {tmp_path}/stage1")
+    assert Llava.from_pretrained(tmp_path / "stage2").config.template == "mistral_instruct"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -306,8 +329,10 @@ def test_an_adapter_opens_merged(house, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Checkpoints, "save", lambda *all: (trained.append(all[1]), save(*all)))
     stored = go(house, tmp_path, "--lora-rank 2 --lora-alpha 6 --lora-vision")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], len(config["target_modules"])) == (2, 6, 10)
-    assert all(name.startswith("base_model.model.") for name in stored)
+    assert (config["r"], config["lora_alpha"]) == (2, 6)
+    assert re.fullmatch(config["target_modules"], "model.language_model.layers.0.mlp.up_proj")
+    assert not re.fullmatch(config["target_modules"], "model.multi_modal_projector.linear_1")
+    assert "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in stored
     # seven layers of each decoder block, six of each tower block but the last; and the projector
     assert len(stored) == 2 * (3 * 7 + 2 * 6) + 4
     base = Llava.from_pretrained(house / "base", dtype=torch.float32)
@@ -435,8 +460,7 @@ def test_a_broken_picture_is_named_during_training(house, tmp_path, workers):
 def test_what_is_too_long_is_cut_counted_and_listed(house, tmp_path, capsys):
     records = json.loads((house / "data.json").read_text())
     late = {"id": "late", "image": "1.png", "conversations": [
-        turn("human", "Hello, who are you?"), turn("gpt", "Red."),
-        turn("human", "What? " * 30 + "<image>"), turn("gpt", "Red.")]}
+        turn("human", "What?"), turn("gpt", "Red. " * 50), turn("human", "<image>"), turn("gpt", "Red.")]}
     (tmp_path / "long.json").write_text(json.dumps([*records, late]))
     go(house, tmp_path, f"--data {tmp_path}/long.json --max-length 50")
     listed = json.loads((tmp_path / "cut.json").read_text())
