@@ -956,7 +956,7 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
         if not answers and text.count("<image>") == 1:
             text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
         if template == "plain":              # stage 1: the picture and its caption, no question
-            pieces += [(text + "\n", True)] if answers else [("<image>", False)]
+            pieces += [(text + "\n", True)] if answers else [("<image>", False)] * text.count("<image>")
         elif answers:
             pieces += [(text + " " * (template == "mistral_instruct"), True), ("</s>", True)]
         else:
@@ -1084,6 +1084,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="ID",
                         help="folder or hub id with the tokenizer.json, if the model has none")
     parser.add_argument("--image-mode", choices=("pad", "crop"), help="default: the model's")
+    parser.add_argument("--template", choices=("plain", "mistral_instruct", "v1"), help="default: the model's")
     parser.add_argument("--prune", choices=("none", *PRUNING),
                         help="merge the tokens of each picture (default: the model's)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
@@ -1093,7 +1094,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
-    chosen = {k: getattr(args, k) for k in ("image_mode", "prune") if getattr(args, k)}
+    chosen = {k: getattr(args, k) for k in ("image_mode", "prune", "template") if getattr(args, k)}
     model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device, **chosen)
     return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
 

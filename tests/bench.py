@@ -333,7 +333,7 @@ def with_pruning(args) -> None:
                       ("until the first token", partial(answer, 1)),
                       ("33-token answer", partial(answer, 33))):
         taken = paired({name: partial(run, name) for name in names}, args.repeats, what)
-        gains = [f"{float(ratio(taken[name], taken['none'])[0]):.1%} of tower" if run is look
+        gains = [f"{median(taken[name]) / median(taken['none']):.2%} of tower" if run is look
                  else f"{ratio(taken['none'], taken[name])[0]} x" for name in names[1:]]
         rows.append([f"{what}, ms", *map(ms, taken.values()), *gains])
     table(rows)

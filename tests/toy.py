@@ -296,6 +296,7 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
 
 def build(folder: Path, parts=("scienceqa", "pretrain", "clip", "mistral", "llama")) -> None:
     """Make the parts that are not there yet; each appears whole or not at all."""
+    torch.set_num_threads(1)                 # matrices so small that a second thread only waits
     tokenizer = make_tokenizer()
     write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "clip": write_clip,
              "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer),
