@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from eval import language_flops, peak_memory, projector_flops, vision_flops
-from llava import (IGNORE, NAMES, TEMPLATES, Llava, LlavaConfig, Processor, command_line,
+from llava import (IGNORE, NAMES, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, command_line,
                    count_image_tokens, open_checkpoint, open_image, read_json, renamed, replacing)
 
 RECIPE = {                                   # the seed paper's: 558k captions, then ScienceQA
@@ -605,7 +605,7 @@ class Checkpoints:
     """RUN/trainer/step-000120: all that a run needs to go on to the bit. Each is written under
     another name first; the files of the run folder itself are links into the newest."""
 
-    SETTINGS = ("stage vision language init tokenizer template projector image_mode lora_rank lora_alpha "
+    SETTINGS = ("stage vision language init tokenizer template projector image_mode prune lora_rank lora_alpha "
                 "lora_vision epochs batch_size micro_batch_size in_backward compile lr clip max_length seed "
                 "dtype").split()
 
@@ -695,7 +695,7 @@ def open_config(args: argparse.Namespace) -> LlavaConfig:
         parts |= open_checkpoint(source, weights=False)[0]
     if args.stage == 2 and parts.get("template") == "plain":
         parts["template"] = TEMPLATES[parts["text"].model_type]
-    chosen = {name: getattr(args, name) for name in ("projector", "image_mode", "template")}
+    chosen = {name: getattr(args, name) for name in ("projector", "image_mode", "template", "prune")}
     return LlavaConfig(**parts | {name: value for name, value in chosen.items() if value})
 
 
@@ -838,6 +838,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain, the model's")
     recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
     recipe("--image-mode", choices=("pad", "crop", "anyres"), help="default: pad")
+    recipe("--prune", choices=("none", *PRUNING), help="merge the tokens of each picture (default: the model's)")
     recipe("--lora-rank", type=int, metavar="R", help="train LoRA of this rank instead of the language model")
     recipe("--lora-alpha", type=float, metavar="A", help="weighs it by A / R (default: 2 R)")
     recipe("--lora-vision", action="store_true", help="LoRA in the vision tower, too")
