@@ -137,9 +137,6 @@ class Samples(Dataset):
         whether that is all of them."""
         ids, labels = self.processor.tokenize(record["messages"])
         config, sizes, length = self.processor.config, iter(picture_sizes(record, self.processor)), 0
-        if (marks := ids.count(config.image_token_id)) != len(record["pictures"]):
-            raise ValueError(f"record {record['id']} has {len(record['pictures'])} pictures, but template "
-                             f"{config.template!r} shows {marks}: leave it out, or choose another --template")
         for i, token in enumerate(ids):
             more = count_image_tokens(config, next(sizes)) if token == config.image_token_id else 1
             if length + more > self.max_length:
