@@ -57,6 +57,7 @@ CARDS = {                                    # TFLOP/s of dense bf16 in the data
     "cpu": (0.1, None),                      # two cores
 }
 ROOM = 0.95                                  # of a card; the rest is the allocator's
+PIECE = 1 << 24, 1 << 16                     # weights updated at once: on a GPU, in a CPU's cache
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 progress = partial(tqdm, leave=False, disable=RANK > 0)
 
@@ -251,45 +252,50 @@ class Adam:
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
-        """One weight from its gradient, which it clears."""
-        gradient, (beta1, beta2) = own(p.grad).float(), self.betas
-        p.grad, p = None, own(p)
+        """One weight from its gradient, which it clears. In pieces: the float32 on the way takes little
+        memory, and on a CPU stays in the cache. They share the noise that rounds them."""
+        gradient, p.grad, p = own(p.grad).reshape(-1), None, own(p)
+        size = PIECE[p.device.type == "cpu"]
+        noise = torch.randint(1 << 16, (min(size, p.numel()),), dtype=torch.int32, device=p.device)
+        kinds = ("m", "v", "rest") if p.dtype == torch.bfloat16 else ("m", "v")
+        kept = [p.view(-1), *(own(self.state[f"{name}.{kind}"]).view(-1) for kind in kinds)]
+        for piece in zip(*(tensor.split(size) for tensor in [gradient, *kept])):
+            self.update_piece(noise[:len(piece[0])], *piece)
+
+    def update_piece(self, noise: Tensor, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, rest=None) -> None:
+        gradient, (beta1, beta2) = gradient.float(), self.betas
         if self.in_backward:
             self.squares += gradient.square().sum()
-        m, v = own(self.state[f"{name}.m"]), own(self.state[f"{name}.v"])
         new_m = m.float().lerp_(gradient, 1 - beta1)
         new_v = v.float().lerp_(gradient.square_(), 1 - beta2)
-        change = new_m / (1 - beta1**self.steps)
-        change /= (new_v / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
-        if p.dtype == torch.bfloat16:
-            rest = own(self.state[f"{name}.rest"]).view(torch.int16)
-            split(join(p, rest).sub_(change, alpha=self.lr), p, rest)
-            round_at_random(new_m, m)
-            round_at_random(new_v, v)
-        else:
-            p.sub_(change, alpha=self.lr)
+        change = (new_v / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
+        change = torch.div(new_m, change, out=change)
+        lr = self.lr / (1 - beta1**self.steps)
+        if rest is None:
+            p.sub_(change, alpha=lr)
             m.copy_(new_m)
             v.copy_(new_v)
+        else:
+            split(join(p, rest).sub_(change, alpha=lr), p, rest)
+            round_at_random(new_m, m, noise)
+            round_at_random(new_v, v, noise)
 
 
 def join(high: Tensor, rest: Tensor) -> Tensor:
     """bf16 weights and their other 16 bits -> the float32 they are."""
-    return ((high.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+    return (high.view(torch.int16).int() << 16).add_(rest.view(torch.int16)).view(torch.float32)
 
 
 def split(exact: Tensor, high: Tensor, rest: Tensor) -> None:
     """The reverse, in place: `high` becomes the nearest bf16, `rest` what is left of the bits."""
     bits = exact.view(torch.int32)
-    nearest = (bits + 0x8000) >> 16
-    high.copy_(nearest.short().view(torch.bfloat16))
-    rest.copy_((bits - (nearest << 16)).short())
+    rest.view(torch.int16).copy_(bits)       # the lower half; if negative, the nearest is one higher
+    high.view(torch.int16).copy_(bits.add_(0x8000) >> 16)
 
 
-def round_at_random(exact: Tensor, out: Tensor) -> None:
-    """float32 -> bf16, up or down with the chances that keep the mean (out of torch's generator)."""
-    bits = exact.view(torch.int32)
-    bits += torch.randint_like(bits, 1 << 16)
-    out.copy_((bits >> 16).short().view(torch.bfloat16))
+def round_at_random(exact: Tensor, out: Tensor, noise: Tensor) -> None:
+    """float32 -> bf16, up or down with the chances that keep the mean; noise in 0 ... 65535."""
+    out.view(torch.int16).copy_(exact.view(torch.int32).add_(noise) >> 16)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -409,7 +415,7 @@ def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> di
             "gradients": size * (max(trained) if args.in_backward else sum(trained)) / PROCESSES,
             "activations": tokens * blocks + pictures * vision.side**2 * patch,
             "logits": learned * text.vocab_size * (14 if size == 2 else 12)}
-    update = 24 * max(trained) / PROCESSES   # the largest, six times in float32
+    update = 24 * min(max(trained), PIECE[(args.card or args.device) == "cpu"])            # six times in float32
     waiting = args.in_backward or args.micro_batch_size < args.batch_size        # while there are activations
     early = waiting * need["gradients"] + args.in_backward * update
     forward, backward = need["activations"] + need["logits"] + early, need["gradients"] + update
