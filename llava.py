@@ -150,18 +150,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
                                                                         . . x x x .
                                                                         . . . x x x
     """
-    B, H, T, _ = q.shape
+    T = q.shape[2]
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    first = causal_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], None)
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    q, k, v = (F.pad(x, (0, 0, 0, -T % window)) for x in (q[:, :, window:], k, v))
-    q = q.unfold(2, window, window).mT                                    # [B, H, blocks-1, W, D]
-    k, v = (x.unfold(2, 2 * window, window).mT for x in (k, v))           # [B, H, blocks-1, 2W, D]
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))        # the kernel takes four axes
+    blocks = [causal_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], None)]
     band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).triu(1).tril(window)
-    rest = F.scaled_dot_product_attention(q, k, v, attn_mask=band).unflatten(0, (B, -1))
-    return torch.cat((first, rest.transpose(1, 2).flatten(2, 3)), dim=2)[:, :, :T]
+    for i in range(window, T, window):
+        n, seen = min(window, T - i), slice(i - window, i + window)       # the last may be short
+        blocks.append(F.scaled_dot_product_attention(
+            q[:, :, i:i + n], k[:, :, seen], v[:, :, seen], band[:n, :window + n], enable_gqa=True))
+    return torch.cat(blocks, dim=2)                                       # [B, H, T, D]
 
 
 class KVCache:
