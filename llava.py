@@ -832,7 +832,8 @@ def read_config(raw: dict, file: Path) -> dict:
 def expect(raw: dict, file: Path, **supported) -> None:
     for key, values in supported.items():
         if raw.get(key, values[0]) not in values:
-            raise ValueError(f"{file}: {key} is {raw[key]!r}; only {' or '.join(map(repr, values))} works here")
+            wanted = " or ".join(map(repr, values))
+            raise ValueError(f"{file}: {key} is {raw[key]!r}; only {wanted} works here")
 
 
 def sizes(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
@@ -958,8 +959,9 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
         elif answers:
             pieces += [(text + " " * (template == "mistral_instruct"), True), ("</s>", True)]
         else:
-            start = f"{SYSTEM} USER:" if i == 0 else "USER:"
-            text = f"[INST] {text} [/INST]" if template == "mistral_instruct" else f"{start} {text} ASSISTANT:"
+            start, end = ("[INST]", "[/INST]") if template == "mistral_instruct" else ("USER:", "ASSISTANT:")
+            start = f"{SYSTEM} {start}" if template == "v1" and i == 0 else start
+            text = f"{start} {text} {end}"
             pieces += [(piece, False) for piece in re.split("(<image>)", text)]
     return pieces
 
@@ -1082,7 +1084,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="ID",
                         help="folder or hub id with the tokenizer.json, if the model has none")
     parser.add_argument("--image-mode", choices=("pad", "crop"), help="default: the model's")
-    parser.add_argument("--template", choices=("plain", "mistral_instruct", "v1"), help="default: the model's")
+    parser.add_argument("--template", choices=("plain", "mistral_instruct", "v1"),
+                        help="default: the model's")
     parser.add_argument("--prune", choices=("none", *PRUNING),
                         help="merge the tokens of each picture (default: the model's)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
@@ -1142,7 +1145,8 @@ def trace(model: Llava, inputs: dict) -> None:
             f"{gflop:.3f}", f"{ms:.2f}")
 
     def row(stage: str, shape, *cells) -> None:
-        print(f"{stage:33}{str(list(shape)):>20}" + "".join(f"{str(cell).removeprefix('torch.'):>14}" for cell in cells))
+        cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
+        print(f"{stage:33}{str(list(shape)):>20}", *cells, sep="")
 
     print(f"{'done':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
@@ -1164,7 +1168,8 @@ def show_kept(model: Llava, tiles: Tensor) -> Image.Image:
     S, side, like = tiles.shape[-1], model.config.vision.side, model.vision_tower.class_embedding
     scale = math.ceil(336 / S)
     variant, canvas = PRUNING[model.config.prune], Image.new("RGB", (2 * S, len(tiles) * S))
-    states = model.vision_tower(normalize(tiles.to(like.device)).to(like.dtype), model.config.vision_feature_layer)
+    pixels = normalize(tiles.to(like.device)).to(like.dtype)
+    states = model.vision_tower(pixels, model.config.vision_feature_layer)
 
     def enlarge(patches: Tensor) -> Image.Image:                          # [P] or [P, 3] of 0...255
         values = patches.byte().cpu().unflatten(0, (side, side)).numpy()

@@ -262,7 +262,7 @@ class Adam:
         for piece in zip(*(tensor.split(size) for tensor in [gradient, *kept])):
             self.update_piece(noise[:len(piece[0])], *piece)
 
-    def update_piece(self, noise: Tensor, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, rest=None) -> None:
+    def update_piece(self, noise: Tensor, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, rest=None):
         gradient, (beta1, beta2) = gradient.float(), self.betas
         if self.in_backward:
             self.squares += gradient.square().sum()
@@ -415,7 +415,7 @@ def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> di
             "gradients": size * (max(trained) if args.in_backward else sum(trained)) / PROCESSES,
             "activations": tokens * blocks + pictures * vision.side**2 * patch,
             "logits": learned * text.vocab_size * (14 if size == 2 else 12)}
-    update = 24 * min(max(trained), PIECE[(args.card or args.device) == "cpu"])            # six times in float32
+    update = 24 * PIECE[(args.card or args.device) == "cpu"]              # six times in float32
     waiting = args.in_backward or args.micro_batch_size < args.batch_size        # while there are activations
     early = waiting * need["gradients"] + args.in_backward * update
     forward, backward = need["activations"] + need["logits"] + early, need["gradients"] + update
@@ -608,9 +608,9 @@ class Checkpoints:
     """RUN/trainer/step-000120: all that a run needs to go on to the bit. Each is written under
     another name first; the files of the run folder itself are links into the newest."""
 
-    SETTINGS = ("stage vision language init tokenizer template projector image_mode prune lora_rank lora_alpha "
-                "lora_vision epochs batch_size micro_batch_size in_backward compile lr clip max_length seed "
-                "dtype").split()
+    SETTINGS = ("stage vision language init tokenizer template projector image_mode prune lora_rank "
+                "lora_alpha lora_vision epochs batch_size micro_batch_size in_backward compile lr clip "
+                "max_length seed dtype").split()
 
     def __init__(self, args: argparse.Namespace):
         self.out, self.folder, self.args = args.out, args.out / "trainer", args
@@ -841,7 +841,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain, the model's")
     recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
     recipe("--image-mode", choices=("pad", "crop", "anyres"), help="default: pad")
-    recipe("--prune", choices=("none", *PRUNING), help="merge the tokens of each picture (default: the model's)")
+    recipe("--prune", choices=("none", *PRUNING), help="merge each picture's tokens (default: the model's)")
     recipe("--lora-rank", type=int, metavar="R", help="train LoRA of this rank instead of the language model")
     recipe("--lora-alpha", type=float, metavar="A", help="weighs it by A / R (default: 2 R)")
     recipe("--lora-vision", action="store_true", help="LoRA in the vision tower, too")

@@ -4,6 +4,7 @@ CLIP-L/14-336 and of the first layers of Mistral-7B.
     python tests/bench.py                    answers and training steps, beside transformers
     python tests/bench.py --window           4,096 and 16,384 tokens past a window of 512
     python tests/bench.py --prune            what fewer visual tokens save
+    python tests/bench.py --load --layers 32 memory to open a whole checkpoint, which it writes first
     python tests/bench.py --layers 1 --vision-layers 2 --repeats 1 --shrink 16     a trial, in seconds
 
 What is compared takes turns, --repeats of them after one that warms up, so that other work on the
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -349,7 +351,27 @@ def spread_attention(model: Llava, states: Tensor, spread: float = 0.9) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. The command line
+# 6. Opening
+
+
+def opening(args) -> None:
+    """The memory to open a checkpoint of random weights and to answer about a picture, beside its size."""
+    with tempfile.TemporaryDirectory() as folder:
+        peaks(args.device, partial(build_ours, args), partial(Llava.save_pretrained, folder=folder))
+        size = Path(folder, "model.safetensors").stat().st_size / 2**30
+        how = {"dtype": getattr(torch, args.dtype), "device": args.device}
+        opened, answered = peaks(args.device, partial(Llava.from_pretrained, folder, **how),
+                                 partial(answer_once, question(make_inputs(args, 1)["llava.py"])))
+    print(f"{size:.2f} GiB of weights: {opened:.2f} GiB at the peak when they are open, {answered:.2f} "
+          f"({answered / size:.3f} of their size) when the picture is answered")
+
+
+def answer_once(inputs: dict, model: Llava) -> None:
+    list(model.eval().generate(**inputs, max_new_tokens=4, eos_token_id=None))
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. The command line
 
 
 def parse() -> argparse.Namespace:
@@ -359,6 +381,7 @@ def parse() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--window", action="store_true", help="the cost of long texts")
     mode.add_argument("--prune", action="store_true", help="fewer visual tokens, and 40 words")
+    mode.add_argument("--load", action="store_true", help="the memory that opening takes")
     mode.add_argument("--alone", action="store_true", help="without transformers, where two do not fit")
     add("--layers", type=int, default=4, metavar="N", help="of the decoder (default: %(default)s; all: 32)")
     add("--vision-layers", type=int, default=24, metavar="N", help="of the tower (default: %(default)s, all)")
@@ -383,7 +406,8 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {machine}, {args.dtype}, {args.layers} decoder layers, "
           f"{args.vision_layers} vision layers, {args.repeats} turns")
-    (beyond_the_window if args.window else with_pruning if args.prune else beside_transformers)(args)
+    (beyond_the_window if args.window else with_pruning if args.prune else
+     opening if args.load else beside_transformers)(args)
     if not gpu:
         print(f"load of the machine: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
 

@@ -255,7 +255,7 @@ def test_liuhaotians_config_tells_mode_projector_and_grids(tmp_path):
 
 @pytest.mark.parametrize("name", [None, "nobody/gone"])
 @pytest.mark.parametrize("layout", ["liuhaotian v1.5", "liuhaotian v1.6", "LoRA over v1.6"])
-def test_the_processors_config_is_the_models_though_the_original_language_model_is_gone(layout, name, tmp_path):
+def test_the_processors_config_is_the_models_though_the_language_model_is_gone(layout, name, tmp_path):
     case = LAYOUTS[layout](tmp_path)
     folder = Path(case.source["path_or_repo_id"])
     config = Llava.from_pretrained(folder).config
@@ -291,7 +291,8 @@ def test_transformers_chooses_the_same_grids_from_what_is_saved(layout, opened, 
     utilities = pytest.importorskip("transformers.image_processing_utils")
     model = opened(layout)[1]
     model.save_pretrained(tmp_path)
-    Processor.from_pretrained(layouts.write_tokenizer(tmp_path / "words"), model.config).save_pretrained(tmp_path)
+    words = layouts.write_tokenizer(tmp_path / "words")
+    Processor.from_pretrained(words, model.config).save_pretrained(tmp_path)
     for file in ("config.json", "preprocessor_config.json"):
         grids = json.loads((tmp_path / file).read_text())["image_grid_pinpoints"]
         for size in ((100, 200), (200, 100), (30, 300), (20, 20)):

@@ -1,15 +1,21 @@
 """Every command of the README runs, in its doll's-house form: the names of published models and data
-stand for miniatures of the same layouts. `python train.py` itself takes minutes; .ci/run runs it."""
+stand for miniatures of the same layouts. `python train.py` itself and the study take minutes: .ci/run
+runs these."""
 
+import json
 import re
 import runpy
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from llava import Llava
 from tests import toy
+from tests.layouts import LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,13 +64,37 @@ def run(command: str, monkeypatch) -> None:
         assert not end.code, f"{command}: {end.code}"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "python train.py"])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "python train.py" and "--study" not in c])
 def test_the_command_runs(command, house, monkeypatch):
     monkeypatch.chdir(house)
     run(command, monkeypatch)
 
 
-def test_the_figures_stand_beside_their_commands():
-    """The table of lines is that of the files."""
+def opens_and_saves() -> str:
+    """README's table, from the checkpoints on which tests/test_layouts.py compares with transformers."""
+    rows = ["| opens | from files | as | saves, for transformers |", "|---|---|---|---|"]
+    for layout, build in LAYOUTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            case = build(Path(folder))
+            model = Llava.from_pretrained(**case.source, dtype=torch.float32)
+            files = {re.sub(r"-\d+-of-\d+", "-*", file.name) for source in case.source.values()
+                     for file in Path(source).iterdir() if file.suffix in (".bin", ".safetensors")}
+            model.save_pretrained(Path(folder, "saved"))
+            saved = json.loads(Path(folder, "saved/config.json").read_text())["model_type"]
+            made = f"{model.config.text.model_type}, {model.config.projector}, {model.config.image_mode}"
+            files = ", ".join(f"`{file}`" for file in sorted(files))
+            rows.append(f"| {layout} | {files} | {made} | `{saved}` |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_layouts_is_what_opens_and_what_it_saves():
+    assert opens_and_saves() in README, "python -m tests.test_readme prints the table as it is now"
+
+
+def test_the_table_of_files_has_their_lengths():
     for file, lines in re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.M):
         assert int(lines) == len((ROOT / file).read_text(encoding="utf-8").splitlines()), file
+
+
+if __name__ == "__main__":
+    print(opens_and_saves())

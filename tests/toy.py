@@ -129,7 +129,8 @@ def picture_problem(scene: dict[str, str], rng: random.Random) -> dict:
         problem("social", "geography", "Read a map", 6, "Where on the map are they?", PLACES, place,
                 f"They lie in the {place}.", MAP, hint="The picture is a map."),
         problem("social", "economics", "Count goods", 8, "How many are there?", COUNTS, count,
-                f"The number is {count}.", "To count is to say how many there are."))) | {"image": "image.png"}
+                f"The number is {count}.", "To count is to say how many there are."),
+    )) | {"image": "image.png"}
 
 
 def text_problem(rng: random.Random) -> dict:
@@ -137,7 +138,8 @@ def text_problem(rng: random.Random) -> dict:
     word, stuff = rng.choice(WORDS[kind]), rng.choice(STUFF[state])
     return rng.choice((
         problem("language", "grammar", "Classify words", 3, f"What kind of word is {word}?", WORDS, kind,
-                f"The word {word} is a kind of {kind}.", "A noun names, a verb acts, an adjective describes."),
+                f"The word {word} is a kind of {kind}.",
+                "A noun names, a verb acts, an adjective describes."),
         problem("natural", "chemistry", "Classify matter", 5, f"Is {stuff} a solid, a liquid or a gas?",
                 STUFF, state, f"Usually {stuff} is a {state}."),
         problem("social", "geography", "Find directions", 7, f"Which way is opposite to {wind}?",
@@ -229,7 +231,8 @@ def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int = 450, batch: int = 32) -> None:
+def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int = 450,
+                   batch: int = 32) -> None:
     """A decoder that has read descriptions of scenes, captions, questions and their answers."""
     torch.manual_seed(4)
     rng, text = random.Random(4), TextConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
@@ -250,11 +253,14 @@ def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int =
         return F.cross_entropy(logits, labels[:, 1:][learned])
 
     train(loss_of_batch, model.parameters(), steps, folder.name)
-    write_json(folder / "config.json", asdict(text) | {"hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2})
+    tensors = {renamed(f"language_model.{name}", HUB_NAMES).removeprefix("language_model."): tensor
+               for name, tensor in model.state_dict().items()}
+    write_json(folder / "config.json", asdict(text) | {
+        "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2})
     write_json(folder / "tokenizer.json", json.loads(tokenizer.to_str()))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
-    save_file({renamed(f"language_model.{name}", HUB_NAMES).removeprefix("language_model."): tensor
-               for name, tensor in model.state_dict().items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read(rng: random.Random, processor: Processor) -> tuple[list[int], list[int]]:
