@@ -33,7 +33,7 @@ SMALL = {                                    # what a README name stands for in 
     "data/ScienceQA": "data/toy/scienceqa",
     "data/ScienceQA/images/train": "data/toy/scienceqa/images/train",
     "cat.jpg": "data/toy/pretrain/00000.png",
-    "data/toy/scienceqa/images/test/1374/image.png": "data/toy/pretrain/00000.png",
+    "data/toy/scienceqa/images/test/1373/image.png": "data/toy/pretrain/00000.png",
     "1000": "8",                             # --keep
 }
 
