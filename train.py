@@ -415,7 +415,7 @@ def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> di
             "gradients": size * (max(trained) if args.in_backward else sum(trained)) / PROCESSES,
             "activations": tokens * blocks + pictures * vision.side**2 * patch,
             "logits": learned * text.vocab_size * (14 if size == 2 else 12)}
-    update = 24 * PIECE[(args.card or args.device) == "cpu"]              # six times in float32
+    update = 24 * min(max(trained), PIECE[(args.card or args.device) == "cpu"])  # six times float32
     waiting = args.in_backward or args.micro_batch_size < args.batch_size        # while there are activations
     early = waiting * need["gradients"] + args.in_backward * update
     forward, backward = need["activations"] + need["logits"] + early, need["gradients"] + update
