@@ -45,7 +45,8 @@ from tqdm import tqdm
 
 from eval import language_flops, peak_memory, projector_flops, vision_flops
 from llava import (IGNORE, NAMES, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, command_line,
-                   count_image_tokens, open_checkpoint, open_image, read_json, renamed, replacing)
+                   count_image_tokens, open_checkpoint, open_image, read_json, renamed, replacing,
+                   write_json)
 
 RECIPE = {                                   # the seed paper's: 558k captions, then ScienceQA
     "1": {"lr": 1e-3, "batch_size": 64, "epochs": 1},
@@ -493,8 +494,7 @@ def check_data(args: argparse.Namespace, processor: Processor) -> None:
              "odd": [line for _, odd in found for line in odd],
              "duplicates": [text for text, times in copies.items() if times > 1]}
     args.out.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out / "check.json") as file:
-        file.write_text(json.dumps(lists, indent=1))
+    write_json(args.out / "check.json", lists)
     lengths = Samples(records, processor, sys.maxsize).lengths
     width = 1 + max(lengths, default=0) // 10
     bins = Counter(length // width for length in lengths)
@@ -777,9 +777,8 @@ def introduce(args: argparse.Namespace, samples: Samples, steps: int, done: int,
               f"{len(lost)} of them lose all of their answer and are left out: {args.out / 'cut.json'}")
     if samples.cut and RANK == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        with replacing(args.out / "cut.json") as file:
-            file.write_text(json.dumps({"cut": [samples.records[i]["id"] for i in samples.cut],
-                                        "left out": [samples.records[i]["id"] for i in lost]}))
+        write_json(args.out / "cut.json", {"cut": [samples.records[i]["id"] for i in samples.cut],
+                                           "left out": [samples.records[i]["id"] for i in lost]})
 
 
 # ---------------------------------------------------------------------------------------------
