@@ -257,7 +257,7 @@ def likeliest(model: Llava, processor: Processor, problems: list[dict], inputs: 
     if any(i[:-1] != ids[0][:-1] for i in ids):
         raise ValueError("the tokenizer has no token for each of the letters A to E: use --answer generate")
     x, lengths, _ = model.splice(**collate(inputs, ending=ids[0][:-1]))
-    hidden = model.language_model(x)[torch.arange(len(x)), lengths - 1]                  # [B, C]
+    hidden = model.language_model(x, wanted=(torch.arange(len(x)), lengths - 1))         # [B, C]
     logits = model.language_model.lm_head(hidden)[:, [i[-1] for i in ids]]               # [B, 5]
     return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(problems, logits)]
 

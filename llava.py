@@ -225,8 +225,9 @@ class DecoderLayer(nn.Module):
                                   "up_proj": nn.Linear(C, inner, bias=False),
                                   "down_proj": nn.Linear(inner, C, bias=False)})
 
-    def forward(self, x: Tensor, angles, cache=None, positions=None) -> Tensor:
+    def forward(self, x: Tensor, angles, cache=None, positions=None, wanted=...) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), angles, cache, positions)
+        x = x[wanted]                        # all, or in the last block [n, C]
         y = self.post_attention_layernorm(x)
         y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)     # [B, T, inner]
         return x + self.mlp["down_proj"](y)
@@ -244,13 +245,15 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, caches: list[KVCache] | None = None, positions=None) -> Tensor:
+    def forward(self, x: Tensor, caches: list[KVCache] | None = None, positions=None, wanted=...) -> Tensor:
         """x [B, T, C] -> normed hidden states [B, T, C]: whole rows, kept in `caches` if given;
-        or with positions [B] the next token of each row, x [B, 1, C]."""
+        or with positions [B] the next token of each row, x [B, 1, C]. If only some states are
+        wanted, an index (rows [n], columns [n]), [n, C]: the last block's MLP is spared the others."""
         where = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None, None]
         angles = rope(where, self.config, x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, angles, caches[i] if caches else None, positions)
+            last = layer is self.layers[-1]
+            x = layer(x, angles, caches[i] if caches else None, positions, wanted if last else ...)
         return self.norm(x)
 
 
@@ -490,12 +493,11 @@ class Llava(nn.Module):
         positions whose next token is learned get logits: they are few, and each costs V numbers.
         """
         x, _, labels = self.splice(input_ids, images, image_sizes, attention_mask, labels)
-        hidden = self.language_model(x)
         if labels is None:
-            return self.language_model.lm_head(hidden)
-        learned = labels[:, 1:] != IGNORE
-        logits = self.language_model.lm_head(hidden[:, :-1][learned])
-        return F.cross_entropy(logits.float(), labels[:, 1:][learned])
+            return self.language_model.lm_head(self.language_model(x))
+        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        logits = self.language_model.lm_head(self.language_model(x, wanted=(rows, columns)))
+        return F.cross_entropy(logits.float(), labels[rows, columns + 1])
 
     @torch.inference_mode()
     def decode(self, input_ids, images=None, image_sizes=None, attention_mask=None,
@@ -507,7 +509,8 @@ class Llava(nn.Module):
         window = self.config.text.sliding_window or sys.maxsize
         slots = min(int(lengths.max()) + max_new_tokens, window)
         caches = [KVCache(slots, lengths) for _ in self.language_model.layers]
-        hidden = self.language_model(x, caches)[torch.arange(len(x)), lengths - 1]       # [B, C]
+        last = torch.arange(len(x), device=x.device), lengths - 1
+        hidden = self.language_model(x, caches, wanted=last)              # [B, C]
         for i in range(max_new_tokens):
             token = sample(self.language_model.lm_head(hidden), temperature, top_p)
             yield token

@@ -58,7 +58,8 @@ CARDS = {                                    # TFLOP/s of dense bf16 in the data
     "cpu": (0.1, None),                      # two cores
 }
 ROOM = 0.95                                  # of a card; the rest is the allocator's
-PIECE = 1 << 24, 1 << 16                     # weights updated at once: on a GPU, in a CPU's cache
+HEAP = 1.3                                   # a CPU's: what it takes for tensors that come and go
+PIECE = 1 << 24, 1 << 18                     # weights updated at once: on a GPU, in a CPU's cache
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 progress = partial(tqdm, leave=False, disable=RANK > 0)
 
@@ -238,6 +239,8 @@ class Adam:
 
     def begin(self, lr: float) -> None:
         self.steps, self.lr, self.squares = self.steps + 1, lr, 0.0
+        self.rate, self.scale = (torch.tensor(x) for x in (
+            lr / (1 - self.betas[0]**self.steps), 1 - self.betas[1]**self.steps))
 
     def clip(self, most: float | None) -> float:
         """The norm of the whole gradient, which is scaled down to `most`; in backward that is too late."""
@@ -260,43 +263,44 @@ class Adam:
         noise = torch.randint(1 << 16, (min(size, p.numel()),), dtype=torch.int32, device=p.device)
         kinds = ("m", "v", "rest") if p.dtype == torch.bfloat16 else ("m", "v")
         kept = [p.view(-1), *(own(self.state[f"{name}.{kind}"]).view(-1) for kind in kinds)]
-        for piece in zip(*(tensor.split(size) for tensor in [gradient, *kept])):
-            self.update_piece(noise[:len(piece[0])], *piece)
+        for gradient, *kept in zip(*(tensor.split(size) for tensor in [gradient, *kept])):
+            gradient = gradient.float()
+            if self.in_backward:
+                self.squares += gradient.dot(gradient)
+            self.move(gradient, *kept, noise=noise[:len(gradient)], rate=self.rate, scale=self.scale)
 
-    def update_piece(self, noise: Tensor, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, rest=None):
-        gradient, (beta1, beta2) = gradient.float(), self.betas
-        if self.in_backward:
-            self.squares += gradient.square().sum()
-        new_m = m.float().lerp_(gradient, 1 - beta1)
-        new_v = v.float().lerp_(gradient.square_(), 1 - beta2)
-        change = (new_v / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
-        change = torch.div(new_m, change, out=change)
-        lr = self.lr / (1 - beta1**self.steps)
+    def move(self, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, rest=None, *, noise, rate, scale):
+        """Adam's rule on some weights, in place; the gradient's memory is used up. `rate` and `scale`
+        (of v) are tensors, so that --compile takes them for variables."""
+        new_m = m.float().lerp_(gradient, 1 - self.betas[0])
+        new_v = v.float().lerp_(gradient.square_(), 1 - self.betas[1])
+        change = torch.div(new_v, scale, out=gradient).sqrt_().add_(self.eps)
+        change = torch.div(new_m, change, out=change).mul_(rate)
         if rest is None:
-            p.sub_(change, alpha=lr)
+            p.sub_(change)
             m.copy_(new_m)
             v.copy_(new_v)
         else:
-            split(join(p, rest).sub_(change, alpha=lr), p, rest)
+            split(join(p, rest).sub_(change), p, rest)
             round_at_random(new_m, m, noise)
             round_at_random(new_v, v, noise)
 
 
 def join(high: Tensor, rest: Tensor) -> Tensor:
     """bf16 weights and their other 16 bits -> the float32 they are."""
-    return (high.view(torch.int16).int() << 16).add_(rest.view(torch.int16)).view(torch.float32)
+    return high.float().view(torch.int32).add_(rest.view(torch.int16).int()).view(torch.float32)
 
 
 def split(exact: Tensor, high: Tensor, rest: Tensor) -> None:
     """The reverse, in place: `high` becomes the nearest bf16, `rest` what is left of the bits."""
     bits = exact.view(torch.int32)
     rest.view(torch.int16).copy_(bits)       # the lower half; if negative, the nearest is one higher
-    high.view(torch.int16).copy_(bits.add_(0x8000) >> 16)
+    high.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
 
 def round_at_random(exact: Tensor, out: Tensor, noise: Tensor) -> None:
     """float32 -> bf16, up or down with the chances that keep the mean; noise in 0 ... 65535."""
-    out.view(torch.int16).copy_(exact.view(torch.int32).add_(noise) >> 16)
+    out.view(torch.int16).copy_(exact.view(torch.int32).add_(noise).bitwise_right_shift_(16))
 
 
 def schedule(step: int, steps: int) -> float:
@@ -395,32 +399,38 @@ def weigh(batch: list[dict]) -> tuple[list[tuple[dict, float]], int]:
 
 
 def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> dict[str, float]:
-    """Bytes on one card by what takes them, in the micro-batch that takes most; "peak": at once.
-    The model may be without memory itself (device meta). Activations are what autograd keeps."""
+    """Bytes on one card by what takes them, in the micro-batch that takes most; "peak": the most of
+    them at once. The model may be without memory itself (device meta). Activations are what autograd
+    keeps. Tests hold it within 8% of what is measured."""
     text, vision, size = model.config.text, model.config.vision, 2 if args.dtype == "bfloat16" else 4
+    cpu = (args.card or torch.device(args.device).type) == "cpu"
     C, D, inner, layers = text.hidden_size, text.head_dim, text.intermediate_size, text.num_hidden_layers
     micros = [sorted(batch, key=lambda i: -samples.lengths[i])[:args.micro_batch_size] for batch in batches]
     tokens = max(len(micro) * samples.lengths[micro[0]] for micro in micros)
     learned = max(sum(samples.learned[i] for i in micro) for micro in micros)
     pictures = max(sum(len(samples.records[i]["pictures"]) for i in micro) for micro in micros)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    # a token in a block: two norms in float32; q, k, v, y; three of the MLP; what learning layers read
-    block = 8 * C + size * (2 * D * (text.num_attention_heads + text.num_key_value_heads) + 3 * inner)
-    block += size * (args.stage == 2) * (2 * C + inner + 2 * C * (not args.lora_rank))
-    twice = args.checkpoint_blocks           # of those only the input, and one whole while it is redone
-    blocks = block * (layers - twice + (twice > 0)) + size * (C * (twice + 3) + 4 * inner)
+    # what a token leaves: a norm in float32, q, k, v, y; a norm, three of the MLP; what learns reads more
+    reads, full = args.stage == 2, args.stage == 2 and not args.lora_rank
+    attention = 4 * C + size * (2 * D * (text.num_attention_heads + text.num_key_value_heads) + C * (reads + full))
+    mlp = 4 * C + size * (3 * inner + (C + inner) * reads + C * full)
+    twice = args.checkpoint_blocks           # of those only the input; of the last, the MLP of what is learned
+    blocks = tokens * ((layers - twice) * (attention + mlp) + size * C * (twice + 3))
+    blocks -= (tokens - learned) * mlp * (twice < layers)
     tower = (8 * vision.hidden_size + 3 * vision.intermediate_size) * vision.num_hidden_layers
     patch = size * (tower * args.lora_vision + vision.hidden_size + 2 * C)
     need = {"weights": size * sum(p.numel() for p in model.parameters()) / PROCESSES,
             "optimizer": (6 if size == 2 else 8) * sum(trained) / PROCESSES,
             "gradients": size * (max(trained) if args.in_backward else sum(trained)) / PROCESSES,
-            "activations": tokens * blocks + pictures * vision.side**2 * patch,
+            "activations": blocks + pictures * vision.side**2 * patch,
             "logits": learned * text.vocab_size * (14 if size == 2 else 12)}
-    update = 24 * min(max(trained), PIECE[(args.card or args.device) == "cpu"])  # six times float32
-    waiting = args.in_backward or args.micro_batch_size < args.batch_size        # while there are activations
-    early = waiting * need["gradients"] + args.in_backward * update
-    forward, backward = need["activations"] + need["logits"] + early, need["gradients"] + update
-    need["peak"] = need["weights"] + need["optimizer"] + max(forward, backward)
+    passed = tokens * (size * 4 * inner + (attention + mlp) * (twice > 0))        # to go back through a block
+    update = 24 * min(max(trained), PIECE[cpu])      # six times float32
+    waiting = not args.in_backward and args.micro_batch_size < args.batch_size   # gradients, while others come
+    need["peak"] = need["weights"] + need["optimizer"] + (HEAP if cpu else 1) * max(
+        need["activations"] + need["logits"] + waiting * need["gradients"],
+        need["activations"] + passed + (waiting or args.in_backward) * need["gradients"],
+        need["gradients"] + passed, need["gradients"] + update)
     return need
 
 
@@ -599,7 +609,7 @@ def report(log: Path, bar: tqdm, device: str, predicted: float, step: int, **lin
               f"lr {line['lr']:.2e} | {line['tokens'] / line['seconds']:8.0f} answer tokens/s | "
               f"waited {line['waited']:5.2f} s")
     if step == 1:
-        bar.write(f"memory: {peak_memory(device) / 2**30:.2f} GiB at most so far, predicted "
+        bar.write(f"memory: {peak_memory(device) / 2**30:.2f} GiB at most in this step, predicted "
                   f"{predicted / 2**30:.2f} GiB")
     bar.update()
 
@@ -742,9 +752,11 @@ def run(args: argparse.Namespace) -> None:
         load_trained(model, newest)
     wrap_blocks(model, args)
     optimizer = Adam(model.named_parameters(), in_backward=args.in_backward)
+    optimizer.move = torch.compile(optimizer.move) if args.compile else optimizer.move
     if newest:
         optimizer.load(newest)
     introduce(args, samples, len(batches), optimizer.steps, sketch)
+    predicted = before + memory(sketch, samples, batches[:1], args)["peak"]
     left = [batch[RANK::PROCESSES] for batch in batches[optimizer.steps:]]
     loader = DataLoader(samples, batch_sampler=left, collate_fn=Collate(args.micro_batch_size),
                         num_workers=args.workers, worker_init_fn=ignore_interrupts,
@@ -752,7 +764,7 @@ def run(args: argparse.Namespace) -> None:
     bar = progress(total=len(batches), initial=optimizer.steps, desc=f"stage {args.stage}", unit="step")
     log = open_log(args.out, optimizer.steps)
     train(model, optimizer, loader, len(batches), args, refuse=partial(refuse, samples, batches),
-          report=partial(report, log, bar, args.device, before + need["peak"]),
+          report=partial(report, log, bar, args.device, predicted),
           save=partial(checkpoints.save, model, processor, optimizer))
 
 
@@ -851,7 +863,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     fitting("--checkpoint-blocks", type=int, metavar="N",
             help="blocks computed twice instead of remembered (default: as few as fit)")
     fitting("--in-backward", action="store_true", help="update each weight as its gradient comes; keep none")
-    fitting("--compile", action="store_true", help="compile each block")
+    fitting("--compile", action="store_true", help="compile each block and the update, for GPUs")
     fitting("--device", help="default: cuda if there is one, else cpu")
     fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
     fitting("--workers", type=int, default=8 if torch.cuda.is_available() else 0, metavar="N",
