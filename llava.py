@@ -201,7 +201,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x: Tensor, angles, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, angles, cache: KVCache | None, positions: Tensor | None, wanted) -> Tensor:
         q = rotate(split_heads(self.q_proj(x), self.head_dim), *angles)   # [B, H, T, D]
         k = rotate(split_heads(self.k_proj(x), self.head_dim), *angles)   # [B, K, T, D]
         v = split_heads(self.v_proj(x), self.head_dim)
@@ -211,7 +211,7 @@ class Attention(nn.Module):
             y = causal_attention(q, k, v, self.window)
             if cache is not None:
                 cache.fill(k, v)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                  # [B, T, C]
+        return self.o_proj(y.transpose(1, 2).flatten(2)[wanted])          # [B, T, C], in the last block [n, C]
 
 
 class DecoderLayer(nn.Module):
@@ -226,10 +226,9 @@ class DecoderLayer(nn.Module):
                                   "down_proj": nn.Linear(inner, C, bias=False)})
 
     def forward(self, x: Tensor, angles, cache=None, positions=None, wanted=...) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, cache, positions)
-        x = x[wanted]                        # all, or in the last block [n, C]
+        x = x[wanted] + self.self_attn(self.input_layernorm(x), angles, cache, positions, wanted)
         y = self.post_attention_layernorm(x)
-        y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)     # [B, T, inner]
+        y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)     # [..., inner]
         return x + self.mlp["down_proj"](y)
 
 
@@ -248,7 +247,7 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, caches: list[KVCache] | None = None, positions=None, wanted=...) -> Tensor:
         """x [B, T, C] -> normed hidden states [B, T, C]: whole rows, kept in `caches` if given;
         or with positions [B] the next token of each row, x [B, 1, C]. If only some states are
-        wanted, an index (rows [n], columns [n]), [n, C]: the last block's MLP is spared the others."""
+        wanted, an index (rows [n], columns [n]), [n, C]: the last block drops the others early."""
         where = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None, None]
         angles = rope(where, self.config, x.dtype)
         for i, layer in enumerate(self.layers):

@@ -218,10 +218,11 @@ class Adam:
     updated `in_backward`, as soon as its gradient is there: then that is gone before the next comes.
     """
 
-    def __init__(self, named_parameters, betas=(0.9, 0.999), eps: float = 1e-8, in_backward: bool = False):
+    def __init__(self, named_parameters, betas=(0.9, 0.999), eps=1e-8, in_backward=False, compile=False):
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
         self.betas, self.eps, self.steps, self.squares = betas, eps, 0, 0.0
         self.in_backward, self.state = in_backward, {}
+        self.move = torch.compile(self.move) if compile else self.move
         for name, p in self.parameters.items():
             self.state[f"{name}.m"], self.state[f"{name}.v"] = torch.zeros_like(p), torch.zeros_like(p)
             if p.dtype == torch.bfloat16:    # 16 bits, called bf16 because processes exchange no int16
@@ -751,8 +752,7 @@ def run(args: argparse.Namespace) -> None:
     if newest:
         load_trained(model, newest)
     wrap_blocks(model, args)
-    optimizer = Adam(model.named_parameters(), in_backward=args.in_backward)
-    optimizer.move = torch.compile(optimizer.move) if args.compile else optimizer.move
+    optimizer = Adam(model.named_parameters(), in_backward=args.in_backward, compile=args.compile)
     if newest:
         optimizer.load(newest)
     introduce(args, samples, len(batches), optimizer.steps, sketch)

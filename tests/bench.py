@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,8 +68,8 @@ def peaks(device: str, build: Callable, work: Callable) -> tuple[float, float]:
     """The most GiB that a fresh process held up to the end of model = build(), and of work(model):
     on a GPU what torch took of it, on a CPU the whole process. A new process inherits the peak of
     the one that starts it, so ask before anything large is here."""
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(measure_peaks, (device, build, work))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure_peaks, device, build, work).result()
 
 
 def measure_peaks(device: str, build: Callable, work: Callable) -> tuple[float, float]:
@@ -110,10 +111,8 @@ def make_config(args) -> llava.LlavaConfig:
     text = llava.TextConfig(vocab_size=32064, hidden_size=4096 // n, intermediate_size=14336 // n,
                             num_hidden_layers=args.layers, num_attention_heads=32 // n,
                             num_key_value_heads=max(1, 8 // n))
-    if args.window:                          # a narrower model, or it took minutes; and no pictures
-        vision = replace(vision, num_hidden_layers=0)
-        text = replace(text, hidden_size=1024 // n, intermediate_size=3584 // n, head_dim=32,
-                       sliding_window=512)
+    if args.window:
+        vision, text = replace(vision, num_hidden_layers=0), replace(text, sliding_window=512)
     return llava.LlavaConfig(vision, text)
 
 
@@ -187,9 +186,9 @@ def let_learn(model, stage: int) -> list:
 
 def learn_ours(args, model: Llava, inputs: dict, stage: int) -> Callable:
     """A step as in train.py, in stage 2 with --in-backward. Its lr is next to none: weights are shared."""
-    optimizer = train.Adam(let_learn(model, stage), in_backward=stage == 2)
+    optimizer = train.Adam(let_learn(model, stage), in_backward=stage == 2, compile=args.compile)
     if stage == 2:
-        train.wrap_blocks(model, argparse.Namespace(compile=False, checkpoint_blocks=args.checkpoint_blocks))
+        train.wrap_blocks(model, args)
 
     def step() -> None:
         optimizer.begin(1e-7)
@@ -199,12 +198,15 @@ def learn_ours(args, model: Llava, inputs: dict, stage: int) -> Callable:
     return step
 
 
-def learn_theirs(args, model, inputs: dict, stage: int) -> Callable:
-    """As Trainer does by default, with the fused AdamW; all in bf16, which learns less exactly than ours."""
+def learn_theirs(args, model, inputs: dict, stage: int, mixed=False) -> Callable:
+    """As Trainer does, with the fused AdamW: all in bf16, which learns less exactly than ours, or
+    `mixed`: bf16 products of float32 weights."""
     optimizer = torch.optim.AdamW([p for _, p in let_learn(model, stage)], 1e-7, weight_decay=0, fused=True)
 
     def step() -> None:
-        model(**inputs).loss.backward()
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=mixed):
+            loss = model(**inputs).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -221,8 +223,8 @@ SIDES = {"llava.py": Side(build_ours, answer_ours, learn_ours),
          "transformers": Side(build_theirs, answer_theirs, learn_theirs)}
 
 
-def two_steps(args, name: str, model) -> None:
-    step = SIDES[name].learn(args, model, make_inputs(args, args.rows)[name], stage=2)
+def two_steps(args, name: str, model, **how) -> None:
+    step = SIDES[name].learn(args, model, make_inputs(args, args.rows)[name], stage=2, **how)
     step()
     step()                                   # the moments are there from its beginning
 
@@ -239,6 +241,10 @@ def beside_transformers(args) -> None:
     names = list(SIDES) if both else ["llava.py"]
     sizes = [peaks(args.device, partial(SIDES[name].build, args), partial(two_steps, args, name))
              for name in tqdm(names, desc="stage-2 memory", leave=False)]
+    if both:                                 # also the one that learns as exactly as ours
+        exactly = argparse.Namespace(**vars(args) | {"dtype": "float32"})
+        sizes.append(peaks(args.device, partial(build_theirs, exactly),
+                           partial(two_steps, args, "transformers", mixed=True)))
     models = {name: SIDES[name].build(args) for name in names}
     one, few, taken = make_inputs(args, 1), make_inputs(args, args.rows), {}
     if both:
@@ -255,9 +261,10 @@ def beside_transformers(args) -> None:
     rows = [["", *names, *["times", "range"] * both]]
     for what, t in taken.items():
         rows.append([what, *map(ms, t.values()), *(ratio(t["transformers"], t["llava.py"]) if both else ())])
-    for what, gib in (("stage-2 step, peak, GiB", [after for _, after in sizes]),
-                      ("  less the model", [after - before for before, after in sizes])):
-        rows.append([what, *(f"{g:.2f}" for g in gib), *[f"{gib[-1] / gib[0]:.2f}", ""] * both])
+    (_, ours), *others = sizes
+    rows.append(["stage-2 step, peak, GiB", f"{ours:.2f}", *["", "", ""] * both])
+    for what, (_, size) in zip(("  AdamW on bf16 weights", "  AdamW on float32 weights"), others):
+        rows.append([what, "", f"{size:.2f}", f"{size / ours:.2f}", ""])
     table(rows)
     efficiency(args, models["llava.py"], *(median(t["llava.py"]) for t in taken.values()))
 
@@ -388,6 +395,7 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, metavar="T", help="576 and text (default: 640; with --prune 628)")
     add("--rows", type=int, default=2, metavar="B", help="of a training step (default: %(default)s)")
     add("--checkpoint-blocks", type=int, default=0, metavar="N", help="as of train.py (default: %(default)s)")
+    add("--compile", action="store_true", help="llava.py's stage-2 step as with train.py --compile")
     add("--repeats", type=int, default=5, metavar="N", help="turns that count (default: %(default)s)")
     add("--shrink", type=int, default=1, choices=(1, 2, 4, 8, 16), help="divide all widths, for a trial")
     add("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")

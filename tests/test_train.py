@@ -4,11 +4,13 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -232,6 +234,12 @@ def test_ctrl_c_waits_for_the_step_and_resuming_ends_in_equal_bytes(house, whole
     assert weights(out) == weights(whole)
 
 
+def start(house: Path, out: Path, more: str) -> multiprocessing.Process:
+    child = multiprocessing.get_context("fork").Process(target=go, args=(house, out, more))
+    child.start()
+    return child
+
+
 def die_at(count: int, function):
     """`function`, after whose count-th call the process is killed."""
     calls = []
@@ -250,14 +258,29 @@ def die_at(count: int, function):
 def test_a_killed_run_resumes_to_equal_bytes(house, whole, tmp_path, monkeypatch, place, name, count):
     with monkeypatch.context() as patch:
         patch.setattr(place, name, die_at(count, getattr(place, name)))
-        fork = multiprocessing.get_context("fork")
-        child = fork.Process(target=go, args=(house, tmp_path, "--save-every 2"))
-        child.start()
+        child = start(house, tmp_path, "--save-every 2")
         child.join()
     assert child.exitcode == -signal.SIGKILL and (tmp_path / "trainer").exists()
     go(house, tmp_path, "--resume --save-every 2")
     assert weights(tmp_path) == weights(whole)
     assert [line["loss"] for line in log(tmp_path)] == [line["loss"] for line in log(whole)]
+
+
+@pytest.mark.parametrize("kill", range(int(os.environ.get("LLAVA_TEST_KILLS", 3))))
+def test_a_run_killed_at_a_random_moment_resumes_to_equal_bytes(house, tmp_path, kill):
+    more = "--save-every 1 " + ("--dtype bfloat16", "--dtype bfloat16 --in-backward", "")[kill % 3]
+    began = time.perf_counter()
+    start(house, tmp_path / "whole", more).join()
+    seconds = time.perf_counter() - began
+    child = start(house, tmp_path / "run", more)
+    time.sleep(random.uniform(0, seconds))
+    child.kill()
+    child.join()
+    print(f"killed after step {len(log(tmp_path / 'run')) if (tmp_path / 'run').exists() else 0}")
+    start(house, tmp_path / "run", f"{more} --resume").join()
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    losses = [[line["loss"] for line in log(tmp_path / run)] for run in ("run", "whole")]
+    assert losses[0] == losses[1] and len(losses[1]) == 10
 
 
 @pytest.mark.parametrize("more", ["--dtype bfloat16", "--lora-rank 2 --lora-vision --in-backward"])
