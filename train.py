@@ -644,7 +644,8 @@ class Checkpoints:
         shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in shards:
             module.unshard()
-        state = {name: whole(tensor).cpu() for name, tensor in optimizer.state.items()}
+        gathered = ((name, whole(tensor)) for name, tensor in optimizer.state.items())
+        state = {name: tensor.cpu() for name, tensor in gathered if RANK == 0}
         if RANK == 0:
             self.write(model, processor, optimizer.steps, state)
         for module in shards:

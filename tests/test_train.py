@@ -570,15 +570,17 @@ def test_a_plan_needs_no_weights(house, tmp_path, capsys):
 # More than one process
 
 
-def test_two_processes_lose_what_one_does(house, whole, tmp_path):
+@pytest.mark.parametrize("alone, together", [("", "--micro-batch-size 2"), ("--in-backward",) * 2])
+def test_two_processes_lose_what_one_does(house, tmp_path, alone, together):
+    one, two = tmp_path / "one", tmp_path / "two"
+    expected = go(house, one, alone)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "train.py", *flags(house, tmp_path, "--micro-batch-size 2")]
+    command = [*torchrun, "train.py", *flags(house, two, together)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert finished.returncode == 0, finished.stderr
-    for one, two in zip(log(whole), log(tmp_path), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path))
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    for line, other in zip(log(one), log(two), strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
+    for name, tensor in load_file(two / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
