@@ -405,19 +405,20 @@ def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> di
     keeps. Tests hold it within 8% of what is measured."""
     text, vision, size = model.config.text, model.config.vision, 2 if args.dtype == "bfloat16" else 4
     cpu = (args.card or torch.device(args.device).type) == "cpu"
-    C, D, inner, layers = text.hidden_size, text.head_dim, text.intermediate_size, text.num_hidden_layers
+    C, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    qkvy = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
     micros = [sorted(batch, key=lambda i: -samples.lengths[i])[:args.micro_batch_size] for batch in batches]
     tokens = max(len(micro) * samples.lengths[micro[0]] for micro in micros)
     learned = max(sum(samples.learned[i] for i in micro) for micro in micros)
     pictures = max(sum(len(samples.records[i]["pictures"]) for i in micro) for micro in micros)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    # what a token leaves: a norm in float32, q, k, v, y; a norm, three of the MLP; what learns reads more
+    # a token leaves behind: a norm in float32, q, k, v, y; a norm, three of the MLP; what learning reads
     reads, full = args.stage == 2, args.stage == 2 and not args.lora_rank
-    attention = 4 * C + size * (2 * D * (text.num_attention_heads + text.num_key_value_heads) + C * (reads + full))
+    attention = 4 * C + size * (qkvy + C * (reads + full))
     mlp = 4 * C + size * (3 * inner + (C + inner) * reads + C * full)
-    twice = args.checkpoint_blocks           # of those only the input; of the last, the MLP of what is learned
+    twice = args.checkpoint_blocks           # of those only what enters
     blocks = tokens * ((layers - twice) * (attention + mlp) + size * C * (twice + 3))
-    blocks -= (tokens - learned) * mlp * (twice < layers)
+    blocks -= (tokens - learned) * mlp * (twice < layers)                 # the last drops others early
     tower = (8 * vision.hidden_size + 3 * vision.intermediate_size) * vision.num_hidden_layers
     patch = size * (tower * args.lora_vision + vision.hidden_size + 2 * C)
     need = {"weights": size * sum(p.numel() for p in model.parameters()) / PROCESSES,
@@ -425,9 +426,9 @@ def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> di
             "gradients": size * (max(trained) if args.in_backward else sum(trained)) / PROCESSES,
             "activations": blocks + pictures * vision.side**2 * patch,
             "logits": learned * text.vocab_size * (14 if size == 2 else 12)}
-    passed = tokens * (size * 4 * inner + (attention + mlp) * (twice > 0))        # to go back through a block
+    passed = tokens * (size * 4 * inner + (attention + mlp) * (twice > 0))       # backward in one block
     update = 24 * min(max(trained), PIECE[cpu])      # six times float32
-    waiting = not args.in_backward and args.micro_batch_size < args.batch_size   # gradients, while others come
+    waiting = not args.in_backward and args.micro_batch_size < args.batch_size   # gradients, for more
     need["peak"] = need["weights"] + need["optimizer"] + (HEAP if cpu else 1) * max(
         need["activations"] + need["logits"] + waiting * need["gradients"],
         need["activations"] + passed + (waiting or args.in_backward) * need["gradients"],
@@ -783,7 +784,7 @@ def introduce(args: argparse.Namespace, samples: Samples, steps: int, done: int,
     everything, learning = map(sum, zip(*sizes))
     print(f"stage {args.stage}: {learning:,} of {everything:,} weights learn from {len(samples.usable):,} "
           f"records in {steps:,} steps (from step {done + 1}), {args.micro_batch_size} at once, "
-          f"{args.checkpoint_blocks} blocks twice, on {args.device} in {args.dtype}, to {args.out}")
+          f"{args.checkpoint_blocks} blocks twice, on {args.card or args.device} in {args.dtype}, to {args.out}")
     lost = sorted(set(range(len(samples))) - set(samples.usable))
     if samples.cut:
         print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "

@@ -229,6 +229,20 @@ def two_steps(args, name: str, model, **how) -> None:
     step()                                   # the moments are there from its beginning
 
 
+def foretold(args) -> float:
+    """The GiB that train.py --plan expects of the same step, and an empty process."""
+    with torch.device("meta"):
+        sketch = Llava(make_config(args))
+    let_learn(sketch, 2)
+    learned, rows = (args.tokens - sketch.config.vision.side**2) // 2, args.rows
+    samples = argparse.Namespace(lengths=[args.tokens] * rows, learned=[learned] * rows,
+                                 records=[{"pictures": ["one"]}] * rows)
+    flags = argparse.Namespace(**vars(args), stage=2, lora_rank=None, lora_vision=False, in_backward=True,
+                               card=None, batch_size=rows, micro_batch_size=rows)
+    empty, _ = peaks(args.device, dict, len)
+    return empty + train.memory(sketch, samples, [list(range(rows))], flags)["peak"] / 2**30
+
+
 def share_weights(ours: Llava, theirs) -> None:
     """Theirs becomes the same numbers in the same memory: there is room, and nothing else differs."""
     weights = dict(ours.named_parameters())
@@ -245,7 +259,7 @@ def beside_transformers(args) -> None:
         exactly = argparse.Namespace(**vars(args) | {"dtype": "float32"})
         sizes.append(peaks(args.device, partial(build_theirs, exactly),
                            partial(two_steps, args, "transformers", mixed=True)))
-    models = {name: SIDES[name].build(args) for name in names}
+    plan, models = foretold(args), {name: SIDES[name].build(args) for name in names}
     one, few, taken = make_inputs(args, 1), make_inputs(args, args.rows), {}
     if both:
         share_weights(*models.values())
@@ -263,6 +277,7 @@ def beside_transformers(args) -> None:
         rows.append([what, *map(ms, t.values()), *(ratio(t["transformers"], t["llava.py"]) if both else ())])
     (_, ours), *others = sizes
     rows.append(["stage-2 step, peak, GiB", f"{ours:.2f}", *["", "", ""] * both])
+    rows.append(["  as --plan foretells it", f"{plan:.2f}", *["", "", ""] * both])
     for what, (_, size) in zip(("  AdamW on bf16 weights", "  AdamW on float32 weights"), others):
         rows.append([what, "", f"{size:.2f}", f"{size / ours:.2f}", ""])
     table(rows)
