@@ -13,7 +13,7 @@ from eval import (answer, ask, cache_bytes, chosen, compare, costs, count_parame
                   language_flops, print_table, question, read_answers, read_scienceqa, score, to_record,
                   vision_flops)
 from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig, open_image
-from tests.toy import MISTRAL, make_tokenizer
+from tests.toy import MISTRAL, write_random
 
 torch.set_num_threads(1)
 KEYS = "question choices answer hint image grade subject lecture solution"
@@ -48,18 +48,7 @@ def problems(folder):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """Random, but loud: what it writes depends on every word and patch."""
-    folder, tokenizer = tmp_path_factory.mktemp("model"), make_tokenizer()
-    torch.manual_seed(0)
-    words = tokenizer.get_vocab_size()
-    model = Llava(LlavaConfig(VisionConfig(32, 64, 3, 2, 32, 8), image_token_id=words,
-                              text=TextConfig(**MISTRAL | {"vocab_size": words, "num_hidden_layers": 2})))
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=2 * p[0].numel() ** -0.5)
-    model.save_pretrained(folder)
-    Processor(tokenizer.to_str(), model.config).save_pretrained(folder)
-    return folder
+    return write_random(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from PIL import Image
 
 import prune
 from eval import interval, question, read_scienceqa, to_record
-from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig, command_line, open_image, rope
+from llava import Llava, Processor, command_line, open_image, rope
 from prune import farthest_points, guided, percentiles, stratified
-from tests.toy import MISTRAL, make_tokenizer
+from tests.toy import write_random
 
 torch.set_num_threads(1)
 PLAIN = SimpleNamespace(seed=0, captions=None, model=None, method="guided")
@@ -47,22 +47,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def write_model(folder, seed: int):
-    torch.manual_seed(seed)
-    tokenizer = make_tokenizer(600)
-    text = TextConfig(**MISTRAL | {"vocab_size": tokenizer.get_vocab_size(), "num_hidden_layers": 2})
-    model = Llava(LlavaConfig(VisionConfig(32, 64, 3, 2, 32, 8), text, image_token_id=text.vocab_size))
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=2 * p[0].numel() ** -0.5)
-    model.save_pretrained(folder)
-    Processor(tokenizer.to_str(), model.config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return [write_model(tmp_path_factory.mktemp("model"), seed) for seed in (0, 1)]
+    return [write_random(tmp_path_factory.mktemp("model"), seed) for seed in (0, 1)]
 
 
 def go(monkeypatch, *words) -> None:

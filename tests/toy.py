@@ -201,6 +201,20 @@ def train(loss_of_batch, parameters, steps: int, name: str) -> None:
         optimizer.step()
 
 
+def write_random(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA of random but loud weights: what it writes depends on every word and patch."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    text = TextConfig(**MISTRAL | {"vocab_size": tokenizer.get_vocab_size(), "num_hidden_layers": 2})
+    model = Llava(LlavaConfig(VisionConfig(32, 64, 3, 2, 32, 8), text, image_token_id=text.vocab_size))
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=2 * p[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    Processor(tokenizer.to_str(), model.config).save_pretrained(folder)
+    return folder
+
+
 def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96) -> None:
     """CLIP's objective: which of the batch's captions belongs to which picture?"""
     torch.manual_seed(3)
