@@ -58,7 +58,7 @@ CARDS = {                                    # TFLOP/s of dense bf16 in the data
     "cpu": (0.1, None),                      # two cores
 }
 ROOM = 0.95                                  # of a card; the rest is the allocator's
-HEAP = 1.3                                   # a CPU's: what it takes for tensors that come and go
+HEAP = 1.3                                   # what malloc holds for tensors that come and go, on a CPU
 PIECE = 1 << 24, 1 << 18                     # weights updated at once: on a GPU, in a CPU's cache
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 progress = partial(tqdm, leave=False, disable=RANK > 0)
