@@ -58,7 +58,7 @@ CARDS = {                                    # TFLOP/s of dense bf16 in the data
     "cpu": (0.1, None),                      # two cores
 }
 ROOM = 0.95                                  # of a card; the rest is the allocator's
-HEAP = 1.3                                   # what malloc holds for tensors that come and go, on a CPU
+HEAP = 1.15                                  # of tensors that come and go, on a CPU: malloc holds 1.0 to 1.3
 PIECE = 1 << 24, 1 << 18                     # weights updated at once: on a GPU, in a CPU's cache
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 progress = partial(tqdm, leave=False, disable=RANK > 0)
@@ -425,7 +425,7 @@ def memory(model: Llava, samples: Samples, batches: list[list[int]], args) -> di
             "optimizer": (6 if size == 2 else 8) * sum(trained) / PROCESSES,
             "gradients": size * (max(trained) if args.in_backward else sum(trained)) / PROCESSES,
             "activations": blocks + pictures * vision.side**2 * patch,
-            "logits": learned * text.vocab_size * (14 if size == 2 else 12)}
+            "logits": 12 * learned * text.vocab_size}    # float32: their logarithm, two gradients
     passed = tokens * (size * 4 * inner + (attention + mlp) * (twice > 0))       # backward in one block
     update = 24 * min(max(trained), PIECE[cpu])      # six times float32
     waiting = not args.in_backward and args.micro_batch_size < args.batch_size   # gradients, for more
@@ -730,7 +730,7 @@ def open_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
 
 def run(args: argparse.Namespace) -> None:
     """One stage, from records to a run folder."""
-    config, before = open_config(args), peak_memory(args.device)
+    config = open_config(args)
     processor = Processor.from_pretrained(args.tokenizer or args.init or args.language, config)
     if args.check_data:
         return check_data(args, processor)
@@ -750,7 +750,7 @@ def run(args: argparse.Namespace) -> None:
         return print_plan(sketch, need, samples, len(batches), args)
     checkpoints = Checkpoints(args)
     newest = checkpoints.newest(args.resume)
-    model = open_model(args, config)
+    before, model = peak_memory(args.device), open_model(args, config)
     if newest:
         load_trained(model, newest)
     wrap_blocks(model, args)
