@@ -423,22 +423,26 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("more", [
     "--stage 1 --template v1", "", "--lora-rank 4", "--lora-rank 8 --lora-vision", "--in-backward",
     "--checkpoint-blocks 2", "--checkpoint-blocks 8 --in-backward", "--micro-batch-size 1"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_foretold(house, tmp_path, monkeypatch, more, dtype):
+@pytest.mark.parametrize("dtype, words", [("float32", 1000), ("bfloat16", 1000), ("bfloat16", 16000)])
+def test_memory_is_foretold(house, tmp_path, monkeypatch, more, dtype, words):
     monkeypatch.setattr(train, "HEAP", 1)    # what tensors take, whatever malloc makes of it
     monkeypatch.setattr(train, "PIECE", (1 << 16, 1 << 16))
     args = train.parse(flags(house, tmp_path, f"--dtype {dtype} --batch-size 4 {more}"))
     config = LlavaConfig(VisionConfig(64, 192, 3, 4, image_size=64, patch_size=8),
-                         TextConfig("mistral", 1000, 256, 896, 8, 8, 2, head_dim=32), image_token_id=1000)
+                         TextConfig("mistral", words, 256, 896, 8, 8, 2, head_dim=32), image_token_id=words)
     with Live() as live:
         model = Llava(config).to(getattr(torch, dtype))
         train.choose_learning(model, args)
         samples = train.Samples(train.read_records(house / "data.json", house)[1::2],
                                 Processor.from_pretrained(house / "base", config), 2048)
+        sample = samples[8]
+        if words > 1000:                     # where logits decide: every word is learned
+            sample["labels"] = sample["input_ids"].where(sample["input_ids"] != words, -100)
+            samples.learned[8] = int((sample["labels"][1:] != -100).sum())
         need = train.fit(model, samples, [[8] * 4], args)                 # four alike: no padding
         train.wrap_blocks(model, args)
         optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
-        micros = train.Collate(args.micro_batch_size)([samples[8]] * 4)
+        micros = train.Collate(args.micro_batch_size)([sample] * 4)
         live.most = 0
         for _ in range(2):
             optimizer.begin(1e-3)
