@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from llava import (Llava, LlavaConfig, Processor, TextConfig, VisionConfig, add_model_flags, choose_grid,
-                   command_line, count_image_tokens, open_checkpoint, open_image, open_model, read_json)
+                   command_line, count_image_tokens, open_checkpoint, open_image, load_model, read_json, UserError)
 
 LETTERS = "ABCDE"
 COLUMNS = {                                  # the official table; TXT and IMG overlap
@@ -60,9 +60,9 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
     folder = Path(folder)
     problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
     if split not in splits:
-        raise ValueError(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}")
+        raise UserError(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}")
     if unknown := [i for i in splits[split] if i not in problems]:
-        raise ValueError(f"{folder / 'problems.json'} lacks question {unknown[0]} of split {split!r}")
+        raise UserError(f"{folder / 'problems.json'} lacks question {unknown[0]} of split {split!r}")
     chosen_ones = [problems[i] | {"id": i} for i in splits[split]]
     for p in chosen_ones:
         p["file"] = folder / "images" / p["split"] / p["id"] / p["image"] if p["image"] else None
@@ -98,7 +98,7 @@ def to_record(problem: dict) -> dict:
 # 2. Answers: read them, count them
 
 
-def chosen(text: str, choices: int) -> int | None:
+def parse_choice(text: str, choices: int) -> int | None:
     """The option an answer settles on; None where LLaVA's eval_science_qa.py finds none, -1 for a
     letter that is no option. Exactly one "The answer is X" must stand there; X may be followed by
     any character, since the dot in the published pattern is a wildcard."""
@@ -117,7 +117,7 @@ def chosen(text: str, choices: int) -> int | None:
 
 def grade(problems: list[dict], texts: dict[str, str]) -> list[bool]:
     """Whether each problem was answered right; an answer that cannot be read or is not there is wrong."""
-    return [p["id"] in texts and chosen(texts[p["id"]], len(p["choices"])) == p["answer"] for p in problems]
+    return [p["id"] in texts and parse_choice(texts[p["id"]], len(p["choices"])) == p["answer"] for p in problems]
 
 
 def score(problems: list[dict], texts: dict[str, str]) -> dict[str, float]:
@@ -129,11 +129,11 @@ def score(problems: list[dict], texts: dict[str, str]) -> dict[str, float]:
         table[column] = round(100 * sum(right) / len(right), 2) if right else None
     answered = [p for p in problems if p["id"] in texts]
     return table | {"questions": len(problems), "missing": len(problems) - len(answered),
-                    "unread": sum(chosen(texts[p["id"]], len(p["choices"])) is None for p in answered),
+                    "unread": sum(parse_choice(texts[p["id"]], len(p["choices"])) is None for p in answered),
                     "elsewhere": len(texts) - len(answered)}
 
 
-def print_rows(rows: dict[str, list[float | None]], form: str = ".2f") -> None:
+def print_columns(rows: dict[str, list[float | None]], form: str = ".2f") -> None:
     """The official columns, and an aligned line for each named row."""
     width = max(map(len, rows))
     print(" " * width, *(f"{column:>6}" for column in COLUMNS))
@@ -143,7 +143,7 @@ def print_rows(rows: dict[str, list[float | None]], form: str = ".2f") -> None:
 
 def print_table(tables: dict[str, dict]) -> None:
     """A row for each named table, and below what is behind it."""
-    print_rows({name: [table[column] for column in COLUMNS] for name, table in tables.items()})
+    print_columns({name: [table[column] for column in COLUMNS] for name, table in tables.items()})
     for name, table in tables.items():
         print(f"{name}: {table['questions']} questions, {table['unread']} answers could not be read, "
               f"{table['missing']} missing, {table['elsewhere']} to other questions")
@@ -159,9 +159,9 @@ def read_entries(file: Path, content: bytes) -> list[dict]:
             entry = json.loads(line)
             entry = entry | {"question_id": str(entry["question_id"]), "text": "" + entry["text"]}
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{file}, line {number}: not {{"question_id": ..., "text": ...}}') from None
+            raise UserError(f'{file}, line {number}: not {{"question_id": ..., "text": ...}}') from None
         if entry["question_id"] in entries:
-            raise ValueError(f"{file}, line {number}: question {entry['question_id']} was answered before")
+            raise UserError(f"{file}, line {number}: question {entry['question_id']} was answered before")
         entries[entry["question_id"]] = entry
     return list(entries.values())
 
@@ -192,20 +192,20 @@ def compare(problems: list[dict], files: list[str]) -> None:
     """The tables of two files of answers, and by how many points the first is ahead."""
     a, b = map(read_answers, files)
     if alone := sorted(a.keys() ^ b.keys()):
-        raise ValueError(f"{' and '.join(files)} answer different questions: {len(alone)} are in one of them "
+        raise UserError(f"{' and '.join(files)} answer different questions: {len(alone)} are in one of them "
                          f"only, such as {alone[0]} in {files[alone[0] not in a]}")
     print_table({file: score(problems, texts) for file, texts in zip(files, (a, b))})
     columns = ([p for p in problems if belongs(p)] for belongs in COLUMNS.values())
     ahead = [interval(grade(some, a), grade(some, b)) if some else (None,) * 3 for some in columns]
     print("\nPoints by which the first is ahead, and where 95% of 10,000 resampled tests lie:")
-    print_rows(dict(zip(("ahead", "from", "to"), zip(*ahead))), "+.2f")
+    print_columns(dict(zip(("ahead", "from", "to"), zip(*ahead))), "+.2f")
 
 
 # ---------------------------------------------------------------------------------------------
 # 3. Asking a model
 
 
-def ask(model: Llava, processor: Processor, problems: list[dict], batch_size: int = 16,
+def generate_answers(model: Llava, processor: Processor, problems: list[dict], batch_size: int = 16,
         max_new_tokens: int = 512, blank: bool = False, options: bool = False,
         tally: Counter | None = None) -> Iterator[tuple[dict, str, str]]:
     """Each problem with its prompt and the model's answer, the longest first: the rows of a batch are
@@ -224,7 +224,7 @@ def ask(model: Llava, processor: Processor, problems: list[dict], batch_size: in
             images = [Image.new("RGB", image.size, "white") for image in images] if blank else images
             inputs.append(processor([{"role": "user", "content": prompt}], images))
         if options:
-            texts = likeliest(model, processor, batch, inputs)
+            texts = score_options(model, processor, batch, inputs)
         else:
             answers = model.generate_batch(**collate(inputs), eos_token_id=processor.eos,
                                            max_new_tokens=max_new_tokens)
@@ -245,7 +245,7 @@ def collate(inputs: list[dict], ending=()) -> dict:
 
 
 @torch.inference_mode()
-def likeliest(model: Llava, processor: Processor, problems: list[dict], inputs: list[dict]) -> list[str]:
+def score_options(model: Llava, processor: Processor, problems: list[dict], inputs: list[dict]) -> list[str]:
     """The option X of each problem for which "The answer is X" is the likeliest answer.
 
     Those answers differ in their last token alone. So all options of a question share one row, and
@@ -255,9 +255,9 @@ def likeliest(model: Llava, processor: Processor, problems: list[dict], inputs: 
     """
     ids = [processor.encode(f"The answer is {letter}") for letter in LETTERS]
     if any(i[:-1] != ids[0][:-1] for i in ids):
-        raise ValueError("the tokenizer has no token for each of the letters A to E: use --answer generate")
+        raise UserError("the tokenizer has no token for each of the letters A to E: use --answer generate")
     x, lengths, _ = model.splice(**collate(inputs, ending=ids[0][:-1]))
-    hidden = model.language_model(x, wanted=(torch.arange(len(x)), lengths - 1))         # [B, C]
+    hidden = model.language_model(x, select=(torch.arange(len(x)), lengths - 1))         # [B, C]
     logits = model.language_model.lm_head(hidden)[:, [i[-1] for i in ids]]               # [B, 5]
     return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(problems, logits)]
 
@@ -276,13 +276,13 @@ def resume(file: Path, problems: list[dict], made: dict) -> dict[str, str]:
     whole, prompts = content.rfind(b"\n") + 1, {p["id"]: question(p) for p in problems}
     entries = read_entries(file, content[:whole])
     if not b'{"question_id"'.startswith(content[whole:][:14]):
-        raise ValueError(f"{file} is no file of answers: name another --out")
+        raise UserError(f"{file} is no file of answers: name another --out")
     for entry in entries:
         prompt, metadata = prompts.get(entry["question_id"]), entry.get("metadata") or {}
         differs = [key for key in made if metadata.get(key) != made[key]]
         differs += ["prompt"] * (prompt is not None and entry.get("prompt") != prompt)
         if differs:
-            raise ValueError(f"{file} has an answer to question {entry['question_id']} that was made with "
+            raise UserError(f"{file} has an answer to question {entry['question_id']} that was made with "
                              f"another {differs[0]}: name another --out")
     if whole < len(content):
         os.truncate(file, whole)
@@ -299,13 +299,13 @@ def append(file: Path, entry: dict) -> None:
 
 def answer_all(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
     """Ask the model what args.out does not answer yet, and append each answer there as it comes."""
-    model, processor = open_model(args)
+    model, processor = load_model(args)
     made = {"dtype": args.dtype, "image_mode": model.config.image_mode, "prune": model.config.prune,
             "answer": args.answer, "max_new_tokens": args.max_new_tokens, "blank": args.blank,
             "model": fingerprint(model, processor)}
     texts = resume(args.out, problems, made) if args.out else {}
     left, tally, began = [p for p in problems if p["id"] not in texts], Counter(), time.perf_counter()
-    for p, prompt, text in ask(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
+    for p, prompt, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
                                args.answer == "options", tally):
         texts[p["id"]] = text
         if args.out:
@@ -496,7 +496,7 @@ def main() -> None:
         return None if args.model else print_published()
     problems = read_scienceqa(args.scienceqa, args.split, args.pictures, args.limit)
     if not problems:
-        raise ValueError(f"{args.scienceqa}: no question of split {args.split!r} is left to ask")
+        raise UserError(f"{args.scienceqa}: no question of split {args.split!r} is left to ask")
     if args.compare:
         return compare(problems, args.compare)
     texts = read_answers(args.predictions) if args.predictions else answer_all(args, problems)

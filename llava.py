@@ -50,6 +50,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 IGNORE = -100                                # the label of a token that is read but not learned
 
 
+class UserError(ValueError):
+    """A mistake of the user, in one sentence that the command line prints instead of a traceback."""
+
+
 # ---------------------------------------------------------------------------------------------
 # 1. Sizes. Fields are called what the published config.json files call them.
 
@@ -98,7 +102,7 @@ class LlavaConfig:
     projector: str = "mlp2x_gelu"            # or "linear": LLaVA 1
     image_mode: str = "pad"                  # or "crop": LLaVA 1; "anyres": LLaVA 1.6
     grids: tuple[tuple[int, int], ...] = ()  # AnyRes: the (width, height) to choose from, in order
-    as_transformers: bool = False            # its ways where they differ: rounded grids, white behind
+    hf_preprocessing: bool = False           # its ways where they differ: rounded grids, white behind
     template: str = "mistral_instruct"       # or "v1": Vicuna; "plain": stage 1
     prune: str = "none"                      # or a name in PRUNING
 
@@ -201,9 +205,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x: Tensor, angles, cache: KVCache | None, positions: Tensor | None, wanted) -> Tensor:
-        q = rotate(split_heads(self.q_proj(x), self.head_dim), *angles)   # [B, H, T, D]
-        k = rotate(split_heads(self.k_proj(x), self.head_dim), *angles)   # [B, K, T, D]
+    def forward(self, x: Tensor, cos_sin, cache: KVCache | None, positions: Tensor | None, select) -> Tensor:
+        q = rotate(split_heads(self.q_proj(x), self.head_dim), *cos_sin)  # [B, H, T, D]
+        k = rotate(split_heads(self.k_proj(x), self.head_dim), *cos_sin)  # [B, K, T, D]
         v = split_heads(self.v_proj(x), self.head_dim)
         if positions is not None:            # one new token per row; the others are in the cache
             y = cache.attend(q, k, v, positions)
@@ -211,7 +215,7 @@ class Attention(nn.Module):
             y = causal_attention(q, k, v, self.window)
             if cache is not None:
                 cache.fill(k, v)
-        return self.o_proj(y.transpose(1, 2).flatten(2)[wanted])          # [B, T, C], in the last block [n, C]
+        return self.o_proj(y.transpose(1, 2).flatten(2)[select])          # [B, T, C], in the last block [n, C]
 
 
 class DecoderLayer(nn.Module):
@@ -225,8 +229,8 @@ class DecoderLayer(nn.Module):
                                   "up_proj": nn.Linear(C, inner, bias=False),
                                   "down_proj": nn.Linear(inner, C, bias=False)})
 
-    def forward(self, x: Tensor, angles, cache=None, positions=None, wanted=...) -> Tensor:
-        x = x[wanted] + self.self_attn(self.input_layernorm(x), angles, cache, positions, wanted)
+    def forward(self, x: Tensor, cos_sin, cache=None, positions=None, select=...) -> Tensor:
+        x = x[select] + self.self_attn(self.input_layernorm(x), cos_sin, cache, positions, select)
         y = self.post_attention_layernorm(x)
         y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)     # [..., inner]
         return x + self.mlp["down_proj"](y)
@@ -244,15 +248,15 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, caches: list[KVCache] | None = None, positions=None, wanted=...) -> Tensor:
+    def forward(self, x: Tensor, caches: list[KVCache] | None = None, positions=None, select=...) -> Tensor:
         """x [B, T, C] -> normed hidden states [B, T, C]: whole rows, kept in `caches` if given;
         or with positions [B] the next token of each row, x [B, 1, C]. If only some states are
-        wanted, an index (rows [n], columns [n]), [n, C]: the last block drops the others early."""
+        select, an index (rows [n], columns [n]), [n, C]: the last block drops the others early."""
         where = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None, None]
-        angles = rope(where, self.config, x.dtype)
+        cos_sin = rope(where, self.config, x.dtype)
         for i, layer in enumerate(self.layers):
             last = layer is self.layers[-1]
-            x = layer(x, angles, caches[i] if caches else None, positions, wanted if last else ...)
+            x = layer(x, cos_sin, caches[i] if caches else None, positions, select if last else ...)
         return self.norm(x)
 
 
@@ -334,7 +338,7 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
     columns, rows = (side // config.vision.patch_size for side in choose_grid(size, config.grids))
     wide = size[1] / size[0] > columns / rows
     exact = size[0] * (columns / size[1]) if wide else size[1] * (rows / size[0])
-    covered = int(round(exact, 7) if config.as_transformers else exact)
+    covered = int(round(exact, 7) if config.hf_preprocessing else exact)
     y, x = ((rows - covered) // 2, 0) if wide else (0, (columns - covered) // 2)
     return slice(y, rows - y), slice(x, columns - x)
 
@@ -432,13 +436,13 @@ class Llava(nn.Module):
             tiles = iter(self.projector(states[:, 1:]))                   # N x [P, C], without CLS
         else:
             tiles = (self.projector(prumerge(*seen, **PRUNING[prune]) @ x)
-                     for *seen, x in zip(*self.watch(states), states[:, 1:]))
+                     for *seen, x in zip(*self.cls_attention(states), states[:, 1:]))
         pictures = [[next(tiles) for _ in image] for image in images]
         if self.config.image_mode == "anyres" and prune == "none":
             return [self.arrange_tiles(torch.stack(p), size) for p, size in zip(pictures, image_sizes)]
         return [torch.cat(picture) for picture in pictures]
 
-    def watch(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def cls_attention(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """What the CLS token pays to each patch [N, P] and the patches' keys [N, P, C] in the last
         block, whose q and k are taken as one head of width C, as in PruMerge's released code."""
         block = self.vision_tower.layers[-1]
@@ -466,7 +470,7 @@ class Llava(nn.Module):
         is_image = input_ids == self.config.image_token_id
         features = self.encode_images(images, image_sizes) if images else []
         if (marks := int(is_image.sum())) != len(features):
-            raise ValueError(f"{marks} <image> in the text, but {len(features)} pictures")
+            raise UserError(f"{marks} <image> in the text, but {len(features)} pictures")
         counts = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         counts[is_image] = counts.new_tensor([len(f) for f in features])
         lengths = counts.sum(1)
@@ -495,11 +499,11 @@ class Llava(nn.Module):
         if labels is None:
             return self.language_model.lm_head(self.language_model(x))
         rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        logits = self.language_model.lm_head(self.language_model(x, wanted=(rows, columns)))
+        logits = self.language_model.lm_head(self.language_model(x, select=(rows, columns)))
         return F.cross_entropy(logits.float(), labels[rows, columns + 1])
 
     @torch.inference_mode()
-    def decode(self, input_ids, images=None, image_sizes=None, attention_mask=None,
+    def generate_tokens(self, input_ids, images=None, image_sizes=None, attention_mask=None,
                max_new_tokens=256, temperature=0.0, top_p=1.0) -> Iterator[Tensor]:
         """The next token [B] of every row, max_new_tokens times. The rows, right-padded, may have
         any lengths and pictures: each goes on from its own position. Temperature 0 takes the
@@ -509,7 +513,7 @@ class Llava(nn.Module):
         slots = min(int(lengths.max()) + max_new_tokens, window)
         caches = [KVCache(slots, lengths) for _ in self.language_model.layers]
         last = torch.arange(len(x), device=x.device), lengths - 1
-        hidden = self.language_model(x, caches, wanted=last)              # [B, C]
+        hidden = self.language_model(x, caches, select=last)              # [B, C]
         for i in range(max_new_tokens):
             token = sample(self.language_model.lm_head(hidden), temperature, top_p)
             yield token
@@ -520,7 +524,7 @@ class Llava(nn.Module):
     def generate(self, input_ids, images=None, image_sizes=None, eos_token_id: int | None = 2,
                  **decoding) -> Iterator[int]:
         """The answer to one row, token by token, up to eos_token_id (not yielded; None: no end)."""
-        for token in self.decode(input_ids, images, image_sizes, **decoding):
+        for token in self.generate_tokens(input_ids, images, image_sizes, **decoding):
             if token.item() == eos_token_id:
                 return
             yield token.item()
@@ -529,7 +533,7 @@ class Llava(nn.Module):
                        eos_token_id: int | None = 2, **decoding) -> list[list[int]]:
         """What `generate` yields for each row, all rows at once."""
         rows, ended = [[] for _ in input_ids], [False] * len(input_ids)
-        for tokens in self.decode(input_ids, images, image_sizes, attention_mask, **decoding):
+        for tokens in self.generate_tokens(input_ids, images, image_sizes, attention_mask, **decoding):
             ended = [end or token == eos_token_id for end, token in zip(ended, tokens.tolist())]
             for row, end, token in zip(rows, ended, tokens.tolist()):
                 row += [] if end else [token]
@@ -547,13 +551,13 @@ class Llava(nn.Module):
         type differs, cast one at a time: there is never a second copy in memory.
         """
         if (path_or_repo_id is None) == (vision is None or language is None):
-            raise ValueError("name one LLaVA, or a vision tower and a language model")
+            raise UserError("name one LLaVA, or a vision tower and a language model")
         parts, stored, bases = {}, {}, []
         for source in [path_or_repo_id] if path_or_repo_id else [vision, language]:
             more, tensors, name = open_checkpoint(str(source))
             parts, stored, bases = parts | more, stored | tensors, [*bases, name]
         if missing := {"vision", "text"} - parts.keys():
-            raise ValueError(f"{bases[0]} holds no {' or '.join(missing)} model: name both halves")
+            raise UserError(f"{bases[0]} holds no {' or '.join(missing)} model: name both halves")
         config, state = LlavaConfig(**parts | overrides), {}
         with torch.device("meta"):
             model = cls(config)
@@ -580,7 +584,7 @@ class Llava(nn.Module):
         """
         folder, config = Path(folder), hub_config(self.config, whole=not trained_only)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "model.safetensors") as file:
+        with atomic_write(folder / "model.safetensors") as file:
             save_file(hub_tensors(self, config["text_config"]["vocab_size"], whole=not trained_only), file,
                       metadata={"format": "pt"})
         write_json(folder / "config.json", config | ({"bases": self.bases} if trained_only else {}))
@@ -591,7 +595,7 @@ class Llava(nn.Module):
 
 # What a published name begins with, as a pattern, and what that becomes here; the first that fits
 # counts. None: nothing that LLaVA needs.
-NAMES = (
+FROM_PUBLISHED = (
     (r"(text_model|text_projection|visual_projection|logit_scale)\b", None),  # CLIP's other half
     (r".*\b(inv_freq|position_ids)$", None),                                  # buffers of old files
     (r"(model\.)?((vision_tower|vision_model)\.)+((embeddings|encoder)\.)?", "vision_tower."),
@@ -603,7 +607,7 @@ NAMES = (
     (r"lm_head\.", "language_model.lm_head."),
     (r"(language_model\.model|model\.language_model|model)\.", "language_model."),
 )
-HUB_NAMES = (                                # and from here to llava-hf
+TO_HF = (                                    # and from here to llava-hf
     (r"vision_tower\.(?=layers)", "vision_tower.vision_model.encoder."),
     (r"vision_tower\.(?=\w+_embedding)", "vision_tower.vision_model.embeddings."),
     (r"vision_tower\.", "vision_tower.vision_model."),
@@ -611,11 +615,11 @@ HUB_NAMES = (                                # and from here to llava-hf
     (r"projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.(?!lm_head)", "language_model.model."),
 )
-OURS = ("projector", "image_mode", "grids", "as_transformers", "template", "prune")   # unknown to the hub
+OURS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune")   # unknown to the hub
 TEMPLATES = {"mistral": "mistral_instruct", "llama": "v1"}
 # What transformers takes for granted where a config.json is silent. Beware: not the released models'
 # values; and an absent sliding_window is 4096, while a null one is none.
-ABSENT = {
+HF_DEFAULTS = {
     "mistral": TextConfig(rms_norm_eps=1e-6, rope_theta=1e4, sliding_window=4096,
                           max_position_embeddings=131072),
     "llama": TextConfig("llama", intermediate_size=11008, num_key_value_heads=32, rms_norm_eps=1e-6,
@@ -624,7 +628,7 @@ ABSENT = {
 }
 
 
-def renamed(name: str, table) -> str | None:
+def rename_key(name: str, table) -> str | None:
     for pattern, start in table:
         if match := re.match(pattern, name):
             return start and start + name[match.end():]
@@ -661,26 +665,27 @@ def read_json(file: Path):
     except FileNotFoundError:
         raise OSError(f"{file} is missing") from None
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON, or not all of it: {error}") from None
+        raise UserError(f"{file} is not JSON, or not all of it: {error}") from None
 
 
 def read_object(file: Path, *needed: str) -> dict:
     """A JSON object with the keys `needed`."""
     content = read_json(file)
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object")
+        raise UserError(f"{file} is not a JSON object")
     if missing := [key for key in needed if key not in content]:
-        raise ValueError(f"{file} lacks {', '.join(missing)}")
+        raise UserError(f"{file} lacks {', '.join(missing)}")
     return content
 
 
 def write_json(file: Path, content) -> None:
-    with replacing(Path(file)) as temporary:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(Path(file)) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """A temporary name to write to, which takes the file's place only when all went well."""
     temporary = file.with_name(f".{file.name}.part")
     temporary.unlink(missing_ok=True)
@@ -691,12 +696,12 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-class Stored(NamedTuple):
+class TensorRef(NamedTuple):
     """Where a tensor lies on disk, and what LoRA adds to it: scale * B [out, r] @ A [r, in]."""
     file: Path
     key: str
     shape: torch.Size
-    lora: tuple[Stored, Stored, float] | None = None
+    lora: tuple[TensorRef, TensorRef, float] | None = None
 
     def read(self, opened: dict[Path, dict[str, Tensor]]) -> Tensor:
         """The tensor, mapped into memory; `opened` keeps the files that are."""
@@ -723,7 +728,7 @@ def open_file(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, OSError) as error:
         raise OSError(f"{file} is damaged, or no file of tensors: {first_line(error)}") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{file} holds other things than tensors by name")
+        raise UserError(f"{file} holds other things than tensors by name")
     return tensors
 
 
@@ -740,7 +745,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / n for n in names]
 
 
-def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, Stored], str]:
+def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, TensorRef], str]:
     """What a folder or hub id holds: fields of LlavaConfig, tensors by our names, its exact name.
 
     One that holds only a part (a projector, LoRA, a LLaVA without its tower) names its bases in its
@@ -751,10 +756,11 @@ def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, 
     raw, adapter, own = read_object(folder / "config.json"), {}, {}
     if list(folder.glob("adapter_*")):
         adapter = read_object(folder / "adapter_config.json", "r", "lora_alpha", "base_model_name_or_path")
-        expect(adapter, folder / "adapter_config.json", use_rslora=(False,), use_dora=(False,))
+        require(adapter, folder / "adapter_config.json", use_rslora=(False,), use_dora=(False,))
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
-            own[renamed(key.removeprefix("base_model.model."), NAMES)] = Stored(file, key, tensor.shape)
+            ours = rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)
+            own[ours] = TensorRef(file, key, tensor.shape)
     own.pop(None, None)
     bases = dict.fromkeys(raw.get("bases", []), weights)
     if "mm_vision_tower" in raw:             # liuhaotian: 1.6 brings its tower along, 1.5 does not
@@ -763,7 +769,7 @@ def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, 
         if weights and "language_model.layers" not in stems:
             language = adapter.get("base_model_name_or_path") or raw.get("_name_or_path")
             if language is None:
-                raise ValueError(f"{folder} has no language model, its config.json no _name_or_path of one")
+                raise UserError(f"{folder} has no language model, its config.json no _name_or_path of one")
             bases[language] = True
     parts, stored = {}, {}
     for base, needed in bases.items():
@@ -774,7 +780,7 @@ def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, 
         if key.endswith("lora_A.weight"):
             target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
             if b is None or target not in stored or (b.shape[0], tensor.shape[1]) != stored[target].shape:
-                raise ValueError(f"{tensor.file}: no lora_B, or no weight of the base, fits {tensor.key}")
+                raise UserError(f"{tensor.file}: no lora_B, or no weight of the base, fits {tensor.key}")
             scale = adapter["lora_alpha"] / adapter["r"]
             stored[target] = stored[target]._replace(lora=(tensor, b, scale))
         elif not key.endswith("lora_B.weight"):
@@ -784,72 +790,73 @@ def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, 
     return parts, stored, name
 
 
-def check_tensors(expected, fresh, stored: dict[str, Stored], where: str) -> None:
+def check_tensors(expected, fresh, stored: dict[str, TensorRef], where: str) -> None:
     """Every tensor is there, none is left over, all have the right shape; or one error lists them."""
     wrong = [f"{n} is missing" for n in expected if n not in stored and n not in fresh]
     wrong += [f"{n} is not part of the model" for n in stored if n not in expected]
     wrong += [f"{n} is {list(t.shape)} instead of {list(expected[n].shape)}"
               for n, t in stored.items() if n in expected and t.shape != expected[n].shape]
     if wrong:
-        raise ValueError(f"{where} does not hold the model its config describes: {'; '.join(wrong)}")
+        raise UserError(f"{where} does not hold the model its config describes: {'; '.join(wrong)}")
 
 
 def read_config(raw: dict, file: Path) -> dict:
     """The fields of LlavaConfig that a publisher's config.json tells."""
     kind = raw.get("model_type", "")
     if "text_config" in raw and kind in ("llava", "llava_next"):         # llava-hf
-        expect(raw, file, vision_feature_select_strategy=("default",), vision_feature_layer=(-2, -1),
+        require(raw, file, vision_feature_select_strategy=("default",), vision_feature_layer=(-2, -1),
                projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
-        text = sizes(raw["text_config"].get("model_type", "llama"), raw["text_config"], file, nested=True)
+        kind_of_text = raw["text_config"].get("model_type", "llama")
+        text = parse_config(kind_of_text, raw["text_config"], file, nested=True)
         if "vision_config" not in raw:
-            raise ValueError(f"{file} lacks vision_config")
-        found = {"vision": sizes("clip", raw["vision_config"], file, nested=True),
+            raise UserError(f"{file} lacks vision_config")
+        found = {"vision": parse_config("clip", raw["vision_config"], file, nested=True),
                  "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
                  "vision_feature_layer": raw.get("vision_feature_layer", -2),
-                 "image_mode": "anyres" if kind == "llava_next" else "crop", "as_transformers": True,
+                 "image_mode": "anyres" if kind == "llava_next" else "crop", "hf_preprocessing": True,
                  "grids": [(w, h) for h, w in raw.get("image_grid_pinpoints") or ()]}
     elif "mm_vision_tower" in raw:                                       # liuhaotian
         mode = raw.get("image_aspect_ratio", "square")
-        expect(raw, file, mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
+        require(raw, file, mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
                mm_vision_select_layer=(-2, -1), mm_projector_type=("linear", "mlp2x_gelu"),
                image_aspect_ratio=("square", "pad", "anyres"),
                mm_patch_merge_type=("spatial_unpad",) if mode == "anyres" else ("flat",))
-        text = sizes("mistral" if "mistral" in kind else "llama", raw, file, nested=False)
+        text = parse_config("mistral" if "mistral" in kind else "llama", raw, file, nested=False)
         found = {"image_token_id": text.vocab_size,
                  "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
                  "projector": raw.get("mm_projector_type", "linear"),
                  "image_mode": "crop" if mode == "square" else mode,
                  "grids": json.loads(str(raw.get("image_grid_pinpoints") or []))}
     elif kind in TEMPLATES:
-        text = sizes(kind, raw, file, nested=False)
+        text = parse_config(kind, raw, file, nested=False)
         found = {"image_token_id": text.vocab_size}
     elif kind in ("clip", "clip_vision_model"):
-        return {"vision": sizes("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
+        return {"vision": parse_config("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     else:
-        raise ValueError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
+        raise UserError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
     found |= {"text": text, "template": TEMPLATES[text.model_type]} | raw.get("llava.py", {})
     return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
 
 
-def expect(raw: dict, file: Path, **supported) -> None:
+def require(raw: dict, file: Path, **supported) -> None:
     for key, values in supported.items():
         if raw.get(key, values[0]) not in values:
             wanted = " or ".join(map(repr, values))
-            raise ValueError(f"{file}: {key} is {raw[key]!r}; only {wanted} works here")
+            raise UserError(f"{file}: {key} is {raw[key]!r}; only {wanted} works here")
 
 
-def sizes(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
+def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
     """The dataclass of a config; only a nested one may leave out sizes, as transformers does."""
-    if kind not in ABSENT:
-        raise ValueError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
+    if kind not in HF_DEFAULTS:
+        raise UserError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
     turns = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    expect(raw | turns, file, rope_type=("default",), type=("default",),
+    require(raw | turns, file, rope_type=("default",), type=("default",),
            hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
-    usual, found = ABSENT[kind], {k: v for k, v in (raw | turns).items() if v is not None or "window" in k}
+    usual, found = HF_DEFAULTS[kind], {k: v for k, v in (raw | turns).items() if v is not None or "window" in k}
     if not nested:
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in needed if name not in found]:
-            raise ValueError(f"{file} lacks {', '.join(missing)}")
+            raise UserError(f"{file} lacks {', '.join(missing)}")
     if kind == "llama" and "num_attention_heads" in found:
         found = {"num_key_value_heads": found["num_attention_heads"]} | found
     if kind != "clip":
@@ -881,7 +888,7 @@ def hub_config(config: LlavaConfig, whole: bool) -> dict:
 
 
 def hub_tensors(model: Llava, rows: int, whole: bool) -> dict[str, Tensor]:
-    tensors = {renamed(name, HUB_NAMES): p.detach().cpu().contiguous()
+    tensors = {rename_key(name, TO_HF): p.detach().cpu().contiguous()
                for name, p in model.named_parameters() if whole or p.requires_grad}
     if whole and model.config.projector == "linear":         # llava-hf always has two layers
         one = tensors["multi_modal_projector.linear_1.bias"]
@@ -916,7 +923,7 @@ def open_image(file: Path) -> Image.Image:
 
 def to_rgb(image: Image.Image, config: LlavaConfig) -> Image.Image:
     """transformers sees a transparent picture over white, LLaVA's code its colours alone."""
-    if config.as_transformers and ("A" in image.getbands() or "transparency" in image.info):
+    if config.hf_preprocessing and ("A" in image.getbands() or "transparency" in image.info):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
@@ -953,7 +960,7 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
     for i, message in enumerate(messages):
         text, answers = message["content"], i % 2 == 1
         if message["role"] != ("assistant" if answers else "user"):
-            raise ValueError(f"message {i + 1} is the {message['role']}'s: user and assistant must alternate")
+            raise UserError(f"message {i + 1} is the {message['role']}'s: user and assistant must alternate")
         if not answers and text.count("<image>") == 1:
             text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
         if template == "plain":              # stage 1: the picture and its caption, no question
@@ -976,7 +983,7 @@ class Processor:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))
         if None in (self.bos, self.eos):
-            raise ValueError("the tokenizer has no <s> or no </s>: it is not one of LLaMA or Mistral")
+            raise UserError("the tokenizer has no <s> or no </s>: it is not one of LLaMA or Mistral")
         self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode sets the first one
         self.tokenizer.pre_tokenizer = None
 
@@ -993,7 +1000,7 @@ class Processor:
         try:
             return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy)
         except Exception as error:           # tokenizers raises nothing more exact
-            raise ValueError(f"{folder / 'tokenizer.json'} does not work: {first_line(error)}") from None
+            raise UserError(f"{folder / 'tokenizer.json'} does not work: {first_line(error)}") from None
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of a piece of text; SentencePiece puts a space before the first word of a text."""
@@ -1028,7 +1035,7 @@ class Processor:
         [1, T], all as Llava takes them."""
         ids, learned = self.tokenize(messages)
         if (marks := ids.count(self.config.image_token_id)) != len(images):
-            raise ValueError(f"{marks} <image> in the text, but {len(images)} pictures")
+            raise UserError(f"{marks} <image> in the text, but {len(images)} pictures")
         inputs = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([learned]),
                   "images": [normalize(self.pixels(image)) for image in images],
                   "image_sizes": [(image.height, image.width) for image in images]}
@@ -1074,7 +1081,7 @@ def command_line(main) -> None:
     """Run a program; a mistake of its user ends in one sentence and exit code 1."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1096,13 +1103,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
                         help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
-def open_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
+def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
     chosen = {k: getattr(args, k) for k in ("image_mode", "prune", "template") if getattr(args, k)}
     model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device, **chosen)
     return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
 
 
-def say(model: Llava, processor: Processor, messages, images, **decoding) -> str:
+def stream_answer(model: Llava, processor: Processor, messages, images, **decoding) -> str:
     """Print the answer to a conversation word by word, as it comes, and return it."""
     ids, text, shown = [], "", 0
     inputs = processor(messages, images)
@@ -1116,14 +1123,14 @@ def say(model: Llava, processor: Processor, messages, images, **decoding) -> str
     return text
 
 
-def ask() -> str:
+def read_question() -> str:
     try:
         return input("> ").strip()           # an empty line ends the conversation
     except EOFError:
         return ""
 
 
-def trace(model: Llava, inputs: dict) -> None:
+def print_trace(model: Llava, inputs: dict) -> None:
     """Print the way of the picture and the words through the model while they go it: the prompt,
     then one word of the answer. A silent pass before counts FLOPs, which would spoil the clock."""
     tower, decoder = model.vision_tower, model.language_model
@@ -1164,7 +1171,7 @@ def trace(model: Llava, inputs: dict) -> None:
 
 
 @torch.inference_mode()
-def show_kept(model: Llava, tiles: Tensor) -> Image.Image:
+def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
     """What pruning does to the tiles uint8 [N, 3, S, S] of a picture, a row each. Left: kept patches
     clear, the others in the tint of the strongest that takes them in. Right: CLS's attention."""
     S, side, like = tiles.shape[-1], model.config.vision.side, model.vision_tower.class_embedding
@@ -1177,7 +1184,7 @@ def show_kept(model: Llava, tiles: Tensor) -> Image.Image:
         values = patches.byte().cpu().unflatten(0, (side, side)).numpy()
         return Image.fromarray(values).resize((S, S), Image.NEAREST)
 
-    for i, (tile, attention, keys) in enumerate(zip(tiles, *model.watch(states))):
+    for i, (tile, attention, keys) in enumerate(zip(tiles, *model.cls_attention(states))):
         mix, kept = prumerge(attention, keys, **variant), choose_patches(attention, **variant)
         hues = torch.tensor([ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))])
         taken = mix[:len(kept)].cpu() > 0                                 # [m, P]
@@ -1209,19 +1216,19 @@ def main() -> None:
     if args.prompt is None and len(args.image) > 1 and not os.path.exists(args.image[-1]):
         args.prompt = args.image.pop()
     images = [open_image(file) for file in args.image]
-    model, processor = open_model(args)
+    model, processor = load_model(args)
     if args.show_kept:
         if not images or model.config.prune == "none":
             parser.error("--show-kept needs an --image and a --prune")
-        show_kept(model, processor.pixels(images[0])).save(args.show_kept)
+        draw_kept_patches(model, processor.pixels(images[0])).save(args.show_kept)
     torch.manual_seed(args.seed)
     messages = []
-    for question in [args.prompt] if args.prompt is not None else iter(ask, ""):
+    for question in [args.prompt] if args.prompt is not None else iter(read_question, ""):
         shown = "<image>\n" * len(images) if not messages and "<image>" not in question else ""
         messages.append({"role": "user", "content": shown + question})
         if args.trace and len(messages) == 1:
-            trace(model, processor(messages, images))
-        answer = say(model, processor, messages, images, max_new_tokens=args.max_new_tokens,
+            print_trace(model, processor(messages, images))
+        answer = stream_answer(model, processor, messages, images, max_new_tokens=args.max_new_tokens,
                      temperature=args.temperature, top_p=args.top_p)
         messages.append({"role": "assistant", "content": answer})
 

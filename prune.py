@@ -38,7 +38,7 @@ from tqdm import tqdm
 from eval import (answer, collate, fingerprint, grade, interval, question, read_answers, read_scienceqa,
                   to_record)
 from llava import (IGNORE, TEMPLATES, Llava, Processor, add_model_flags, command_line, open_image,
-                   open_model, read_json, replacing, write_json)
+                   load_model, read_json, atomic_write, write_json, UserError)
 
 WITH_PICTURE = 0.85                          # guided: at least this share, while there are pictures
 POINTS = re.compile(r"\b(picture|image|photo|map|diagram|graph|table|figure)s?\b|"
@@ -50,11 +50,11 @@ FIELDS = ("subject", "topic", "grade", "picture", "category", "skill")
 # 1. Choosing k of the problems. Each method gives index -> why it is kept, in order of choice.
 
 
-def everything(problems: list[dict], k: int, args) -> dict[int, str]:
+def choose_all(problems: list[dict], k: int, args) -> dict[int, str]:
     return dict.fromkeys(range(len(problems)), "everything is kept")
 
 
-def by_chance(problems: list[dict], k: int, args) -> dict[int, str]:
+def choose_random(problems: list[dict], k: int, args) -> dict[int, str]:
     chosen = random.Random(args.seed).sample(range(len(problems)), k)
     return dict.fromkeys(chosen, f"by chance, seed {args.seed}")
 
@@ -86,10 +86,10 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
     equal distances exactly equal.
     """
     if not 0 < k <= len(x):
-        raise ValueError(f"{k} of {len(x)} points cannot be chosen")
+        raise UserError(f"{k} of {len(x)} points cannot be chosen")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if len(bad := (~x.isfinite().all(1)).nonzero()):
-        raise ValueError(f"the features of point {int(bad[0])} are not finite")
+        raise UserError(f"the features of point {int(bad[0])} are not finite")
     middle = int(torch.linalg.vector_norm(x - x.mean(0), dim=1).argmin())
     x = x - x[middle]
     squares, pick, picks = x.square().sum(1), middle if start is None else start, []
@@ -106,7 +106,7 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
 
 
 def guided(problems: list[dict], k: int, args) -> dict[int, str]:
-    """The seed paper's guidelines (see the picture, cover everything, prefer the hard) as rules: a
+    """The seed paper's guidelines (see the picture, cover choose_all, prefer the hard) as rules: a
     proxy for the eyes of its authors.
 
     One by one: the first of a subject, of a topic, of a skill; then by the square roots of the
@@ -163,7 +163,7 @@ def percentiles(values: np.ndarray) -> np.ndarray:
     return (order.searchsorted(values, "left") + order.searchsorted(values, "right")) / (2 * len(order))
 
 
-METHODS = {"all": everything, "random": by_chance, "stratified": stratified, "maxmin": maxmin,
+METHODS = {"all": choose_all, "random": choose_random, "stratified": stratified, "maxmin": maxmin,
            "guided": guided}
 
 
@@ -178,24 +178,24 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
     file, notes, asked = folder / f"{what}.npy", folder / f"{what}.json", [question(p) for p in problems]
     made = {"questions": hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}
     if args.model:
-        model, processor = open_model(args)
+        model, processor = load_model(args)
         made |= {"model": fingerprint(model, processor), "layer": args.layer}
     elif not file.exists():
-        raise ValueError(f"there is no {file}: name the --model to make it with")
+        raise UserError(f"there is no {file}: name the --model to make it with")
     if file.exists():
         theirs = read_json(notes)
         if other := [name for name in made if theirs.get(name) != made[name]]:
-            raise ValueError(f"{file} differs in {' and '.join(other)} from this call: name another --cache")
+            raise UserError(f"{file} differs in {' and '.join(other)} from this call: name another --cache")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(notes, made)
         width = 1 if what == "loss" else model.config.text.hidden_size
-        with replacing(file) as part, part.open("wb") as empty:
+        with atomic_write(file) as part, part.open("wb") as empty:
             np.save(empty, np.full((len(problems), width), np.nan, np.float32))
     rows = np.load(file, mmap_mode="r+")
     left = np.flatnonzero(~np.isfinite(rows).all(1)).tolist()
     if left and not args.model:
-        raise ValueError(f"{file} is unfinished: name the --model to go on with")
+        raise UserError(f"{file} is unfinished: name the --model to go on with")
     if left:
         fill(rows, left, problems, model, processor, args, what)
     return torch.from_numpy(np.array(rows))
@@ -216,7 +216,7 @@ def fill(rows: np.ndarray, left: list[int], problems: list[dict], model: Llava, 
             inputs.append(processor(messages[:1 + (what == "loss")], images, labels=True))
         rows[batch] = look(model, inputs, what).float().cpu()
         if bad := [i for i in batch if not np.isfinite(rows[i]).all()]:
-            raise ValueError(f"{args.model} makes of question {problems[bad[0]]['id']} what is not finite: "
+            raise UserError(f"{args.model} makes of question {problems[bad[0]]['id']} what is not finite: "
                              "try --dtype float32")
         bar.update(len(batch))
 
@@ -226,7 +226,7 @@ def cut_layers(model: Llava, layer: int) -> None:
     embeddings, -1 the last layer, whose states alone are normed."""
     blocks = model.language_model.layers
     if not -len(blocks) - 1 <= layer <= len(blocks):
-        raise ValueError(f"--layer {layer}: the language model has {len(blocks)} layers")
+        raise UserError(f"--layer {layer}: the language model has {len(blocks)} layers")
     if layer % (len(blocks) + 1) < len(blocks):
         model.language_model.layers = blocks[:layer % (len(blocks) + 1)]
         model.language_model.norm = nn.Identity()
@@ -288,7 +288,7 @@ def comparison(sets: dict[str, list[dict]]) -> dict[str, list[Cell]]:
     return rows
 
 
-def print_rows(columns: list[str], rows: dict[str, list[Cell]]) -> None:
+def print_cells(columns: list[str], rows: dict[str, list[Cell]]) -> None:
     left = max(map(len, rows))
     table = [columns, *([cell.text for cell in row] for row in rows.values())]
     widths = [max(map(len, texts)) for texts in zip(*table)]
@@ -296,7 +296,7 @@ def print_rows(columns: list[str], rows: dict[str, list[Cell]]) -> None:
         print(f"{name:{left}}", *(f"{text:>{width}}" for text, width in zip(texts, widths)), sep="  ")
 
 
-def draw_rows(columns: list[str], rows: dict[str, list[Cell]], file: Path, height: int = 24) -> None:
+def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path, height: int = 24) -> None:
     """The same, a bar behind each cell, and a line along its foot where there is an interval."""
     measured = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
     left = 20 + int(max(map(measured, rows)))
@@ -317,11 +317,11 @@ def draw_rows(columns: list[str], rows: dict[str, list[Cell]], file: Path, heigh
     picture.save(file)
 
 
-def read_list(file: Path) -> dict[str, dict]:
+def read_id_list(file: Path) -> dict[str, dict]:
     """id -> record, of a JSON list of records or of ids alone."""
     entries = read_json(file)
     if not isinstance(entries, list) or any(isinstance(e, dict) and "id" not in e for e in entries):
-        raise ValueError(f"{file} is neither a list of records with ids nor one of ids")
+        raise UserError(f"{file} is neither a list of records with ids nor one of ids")
     entries = [e if isinstance(e, dict) else {"id": e} for e in entries]
     return {str(e["id"]): e for e in entries}
 
@@ -329,9 +329,9 @@ def read_list(file: Path) -> dict[str, dict]:
 def listed(problems: list[dict], file: Path) -> dict[int, str]:
     """A published choice: index -> why."""
     where = {p["id"]: i for i, p in enumerate(problems)}
-    names = read_list(file)
+    names = read_id_list(file)
     if lost := [name for name in names if name not in where]:
-        raise ValueError(f"{file} lists {len(lost)} questions, such as {lost[0]}, that are not among the "
+        raise UserError(f"{file} lists {len(lost)} questions, such as {lost[0]}, that are not among the "
                          f"{len(where)} to choose from")
     return {where[name]: f"listed in {file}" for name in names}
 
@@ -343,11 +343,11 @@ def read_problems(args) -> list[dict]:
         return [p | {"picture": "yes" if p["image"] else "no"} for p in problems]
     records = {}
     for file in args.report:
-        for name, record in read_list(file).items():
+        for name, record in read_id_list(file).items():
             if "conversations" not in record:
-                raise ValueError(f"{file} lists ids alone: name the --scienceqa that they belong to")
+                raise UserError(f"{file} lists ids alone: name the --scienceqa that they belong to")
             if records.setdefault(name, record)["conversations"] != record["conversations"]:
-                raise ValueError(f"{file} has another question {name} than the files before it")
+                raise UserError(f"{file} has another question {name} than the files before it")
     return [{"id": name, "picture": "yes" if "image" in record else "no",
              "question": record["conversations"][0]["value"].split("\nContext: ")[0]}
             for name, record in records.items()]
@@ -358,14 +358,14 @@ def choose(args) -> None:
     k = 1000 if args.keep is None else args.keep
     subjects = len({p["subject"] for p in problems})
     if method not in ("all", "from-list") and not 0 < k <= len(problems):
-        raise ValueError(f"--keep {k} is not between 1 and the {len(problems)} questions to choose from")
+        raise UserError(f"--keep {k} is not between 1 and the {len(problems)} questions to choose from")
     if method in ("stratified", "guided") and k < subjects:
-        raise ValueError(f"--keep {k} is too few for {subjects} subjects")
+        raise UserError(f"--keep {k} is too few for {subjects} subjects")
     kept = METHODS[method](problems, k, args) if args.method else listed(problems, args.from_list)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, [to_record(problems[i]) for i in kept])
     sets = {"whole": problems, method: [problems[i] for i in kept]}
-    print_rows(list(sets), coverage(sets, ("subject", "topic", "picture")))
+    print_cells(list(sets), coverage(sets, ("subject", "topic", "picture")))
     print(f"{args.out}: {len(kept)} of {len(problems)} questions")
     if args.explain:
         reasons = args.out.with_suffix(".why.json")
@@ -373,7 +373,7 @@ def choose(args) -> None:
         print(f"{reasons}: why each is kept")
 
 
-def report(args) -> None:
+def print_report(args) -> None:
     problems, stems = read_problems(args), [file.stem for file in args.report]
     names = stems if len(set(stems)) == len(stems) else [str(file) for file in args.report]
     kept = {"whole": list(range(len(problems)))} if args.scienceqa else {}
@@ -388,9 +388,9 @@ def report(args) -> None:
         least = [float(F.pdist(states[kept[name]]).min()) for name in names]
         cells = [Cell(f"{distance:.4g}", distance / max(1e-9, *least)) for distance in least]
         rows["smallest distance"] = [Cell("-")] * (len(kept) - len(cells)) + cells
-    print_rows(list(sets), rows)
+    print_cells(list(sets), rows)
     if args.picture:
-        draw_rows(list(sets), rows, args.picture)
+        draw_cells(list(sets), rows, args.picture)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def study(args) -> None:
     shared = [word for flag in ("tokenizer", "image_mode", "device", "dtype") if getattr(args, flag)
               for word in (f"--{flag.replace('_', '-')}", getattr(args, flag))]
     for name, language in zip(names, args.language):
-        run("train.py", "--stage", 1, "--vision", args.vision, "--language", language,
+        run_command("train.py", "--stage", 1, "--vision", args.vision, "--language", language,
             "--data", args.pretrain, "--images", args.pretrain.with_suffix(""), *shared,
             *shlex.split(args.stage1), "--resume", "--out", args.study / name / "stage1")
     reader, runs = args.model or args.study / names[-1] / "stage1", {}
@@ -423,7 +423,7 @@ def study(args) -> None:
         for variant, (method, recipe) in VARIANTS.items():
             chance = method in ("random", "stratified")
             records = args.study / "sets" / f"{method}{f'-{seed}' * chance}.json"
-            run("prune.py", "--scienceqa", args.scienceqa, "--method", method, "--keep", args.keep,
+            run_command("prune.py", "--scienceqa", args.scienceqa, "--method", method, "--keep", args.keep,
                 *("--seed", seed) * chance, *("--model", reader, *shared) * (method == "maxmin"),
                 "--out", records)
             for name in names:
@@ -434,22 +434,22 @@ def study(args) -> None:
 
 
 def train_and_ask(args, folder: Path, records: Path, seed: int, recipe, shared: list[str]) -> None:
-    run("train.py", "--stage", 2, "--init", folder.parent / "stage1", "--data", records,
+    run_command("train.py", "--stage", 2, "--init", folder.parent / "stage1", "--data", records,
         "--images", Path(args.scienceqa, "images", "train"), "--seed", seed, *shared,
         *shlex.split(args.stage2), *recipe, "--resume", "--out", folder)
     chat = TEMPLATES[read_json(folder / "config.json")["text_config"]["model_type"]]
     for control, flags in (("test", ()), ("blank", ("--pictures", "only", "--blank"))):
-        run("eval.py", "--scienceqa", args.scienceqa, "--model", folder, "--template", chat, *flags,
+        run_command("eval.py", "--scienceqa", args.scienceqa, "--model", folder, "--template", chat, *flags,
             *shared, *shlex.split(args.eval), "--out", folder / f"{control}.jsonl")
     shutil.rmtree(folder / "trainer", ignore_errors=True)                 # 60 GB at 7B; the weights stay
 
 
-def run(program: str, *flags) -> None:
+def run_command(program: str, *flags) -> None:
     """One of the project's programs, unless its --out, the last flag, is there already."""
     out, words = flags[-1], [str(flag) for flag in flags]
     done, line = out.with_name(f"{out.name}.done"), shlex.join(["python", program, *words])
     if done.exists() and done.read_text() != line:
-        raise ValueError(f"{out} was made by another command: remove it and {done}, or name another --study; "
+        raise UserError(f"{out} was made by another command: remove it and {done}, or name another --study; "
                          f"it was {done.read_text()}")
     if done.exists():
         return
@@ -462,7 +462,7 @@ def run(program: str, *flags) -> None:
         process.wait()
         raise
     if failed:
-        raise ValueError(f"{program} failed, see above; the study goes on from here when it is run again")
+        raise UserError(f"{program} failed, see above; the study goes on from here when it is run again")
     done.write_text(line)
 
 
@@ -485,10 +485,10 @@ def summarize(args, names: list[str], runs: dict[tuple[str, str], list[Path]]) -
             sign = "" if bar else "+"
             text = f"{x:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
             rows[f"{name}: {variant}"].append(Cell(text, *bar))
-    print_rows(columns, rows)
-    draw_rows(columns, rows, args.study / "study.png")
+    print_cells(columns, rows)
+    draw_cells(columns, rows, args.study / "study.png")
     lines = [["", *columns], ["-"] * 6, *([name, *(cell.text for cell in row)] for name, row in rows.items())]
-    with replacing(args.study / "study.md") as file:
+    with atomic_write(args.study / "study.md") as file:
         file.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
@@ -498,7 +498,7 @@ def count_right(problems: list[dict], folders: list[Path], control: str) -> np.n
     for folder in folders:
         texts = read_answers(folder / f"{control}.jsonl")
         if texts.keys() != {p["id"] for p in problems}:
-            raise ValueError(f"{folder / control}.jsonl answers other questions than the {len(problems)} of "
+            raise UserError(f"{folder / control}.jsonl answers other questions than the {len(problems)} of "
                              "this study: remove it and its .done, and run the study again")
         total += grade(problems, texts)
     return total
@@ -552,7 +552,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    (study if args.study else report if args.report else choose)(args)
+    (study if args.study else print_report if args.report else choose)(args)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from eval import language_flops, peak_memory, projector_flops, vision_flops
-from llava import (IGNORE, NAMES, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, command_line,
-                   count_image_tokens, open_checkpoint, open_image, read_json, renamed, replacing,
-                   write_json)
+from llava import (IGNORE, FROM_PUBLISHED, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, command_line,
+                   count_image_tokens, open_checkpoint, open_image, read_json, rename_key, atomic_write,
+                   write_json, UserError)
 
 RECIPE = {                                   # the seed paper's: 558k captions, then ScienceQA
     "1": {"lr": 1e-3, "batch_size": 64, "epochs": 1},
@@ -72,18 +72,18 @@ def read_records(file: Path, folder: Path) -> list[dict]:
     """LLaVA's records as {"id", "messages", "pictures"}. Whatever can be wrong with one without
     decoding its pictures is found here, before any model is loaded."""
     records = []
-    for number, raw in enumerate(progress(read_list(file), desc=f"reading {file.name}")):
+    for number, raw in enumerate(progress(read_json_list(file), desc=f"reading {file.name}")):
         record = try_record(raw, number, folder)
         if isinstance(record, ValueError):
-            raise ValueError(f"{file}, {record}; --check-data lists everything that is wrong")
+            raise UserError(f"{file}, {record}; --check-data lists everything that is wrong")
         records.append(record)
     return records
 
 
-def read_list(file: Path) -> list:
+def read_json_list(file: Path) -> list:
     raw = read_json(file)
     if not isinstance(raw, list) or not raw:
-        raise ValueError(f"{file} is not a list of records")
+        raise UserError(f"{file} is not a list of records")
     return raw
 
 
@@ -101,20 +101,20 @@ def read_record(record: dict, folder: Path) -> dict:
     turns = turns[1:] if turns and turns[0]["from"] == "gpt" else turns   # as LLaVA does
     for turn, speaker in zip(turns, ("human", "gpt") * len(turns)):
         if turn["from"] != speaker:
-            raise ValueError(f"{turn['from']!r} speaks where {speaker!r} should")
+            raise UserError(f"{turn['from']!r} speaks where {speaker!r} should")
         if speaker == "gpt" and not turn["value"].strip():
-            raise ValueError("an answer is empty")
+            raise UserError("an answer is empty")
     if len(turns) < 2:
-        raise ValueError("there is no answer to learn")
+        raise UserError("there is no answer to learn")
     pictures = record.get("image") or []
     pictures = [pictures] if isinstance(pictures, str) else pictures
     if (marks := sum(turn["value"].count("<image>") for turn in turns)) != len(pictures):
-        raise ValueError(f"{marks} <image> in the text, but {len(pictures)} pictures")
+        raise UserError(f"{marks} <image> in the text, but {len(pictures)} pictures")
     for picture in pictures:
         if os.path.isabs(picture) or ".." in Path(picture).parts:
-            raise ValueError(f"picture {picture} lies outside {folder}")
+            raise UserError(f"picture {picture} lies outside {folder}")
         if not os.path.exists(folder / picture):
-            raise ValueError(f"there is no picture {folder / picture}")
+            raise UserError(f"there is no picture {folder / picture}")
     messages = [{"role": "user" if turn["from"] == "human" else "assistant", "content": turn["value"]}
                 for turn in turns]
     return {"id": record.get("id"), "messages": messages, "pictures": [folder / p for p in pictures]}
@@ -496,7 +496,7 @@ def inspect(number_and_raw: tuple[int, dict], folder: Path) -> tuple[dict | Valu
 
 def check_data(args: argparse.Namespace, processor: Processor) -> None:
     """Read every record and decode every picture once; write what is wrong to RUN/check.json."""
-    raw = read_list(args.data)
+    raw = read_json_list(args.data)
     with ThreadPool(args.workers or os.cpu_count()) as pool:              # Pillow decodes in parallel
         found = pool.imap(partial(inspect, folder=args.images), enumerate(raw), chunksize=16)
         found = list(progress(found, total=len(raw), desc="checking"))
@@ -516,13 +516,13 @@ def check_data(args: argparse.Namespace, processor: Processor) -> None:
     summary = ", ".join(f"{len(lines)} {name}" for name, lines in lists.items())
     print(f"{len(raw)} records: {summary}; listed in {args.out / 'check.json'}")
     if lists["wrong"]:
-        raise ValueError(f"{args.data} cannot be trained on, first: {lists['wrong'][0]}")
+        raise UserError(f"{args.data} cannot be trained on, first: {lists['wrong'][0]}")
 
 
 def show(samples: Samples, number: int) -> None:
     """A record as the model gets it: which tokens are picture, prompt, learned and the end."""
     if not 0 <= number < len(samples):
-        raise ValueError(f"--show {number}: the records are 0 to {len(samples) - 1}")
+        raise UserError(f"--show {number}: the records are 0 to {len(samples) - 1}")
     processor, record = samples.processor, samples.records[number]
     files, (ids, labels, *_) = iter(record["pictures"]), samples.tokenize(record)
     special = {processor.config.image_token_id: "picture", processor.bos: "start", processor.eos: "end"}
@@ -599,7 +599,7 @@ def to_device(micro: dict, device: str) -> dict:
 
 def refuse(samples: Samples, batches: list[list[int]], step: int, what: str, value: float) -> None:
     names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
-    raise ValueError(f"step {step}: the {what} is {value}, so the run ends as last saved; try a lower "
+    raise UserError(f"step {step}: the {what} is {value}, so the run ends as last saved; try a lower "
                      f"--lr, or leave out the culprit among the records {names}")
 
 
@@ -633,11 +633,11 @@ class Checkpoints:
         """The checkpoint to go on from, if there is one of this very run."""
         found = sorted(self.folder.glob("step-*"))
         if found and not resume:
-            raise ValueError(f"{self.out} holds a run already: add --resume, or name another --out")
+            raise UserError(f"{self.out} holds a run already: add --resume, or name another --out")
         theirs = read_json(found[-1] / "run.json") if found else self.run
         if changed := [f"{name} was {theirs.get(name)!r} and is now {value!r}"
                        for name, value in self.run.items() if theirs.get(name) != value]:
-            raise ValueError(f"{self.out} cannot go on with other settings: {'; '.join(changed)}")
+            raise UserError(f"{self.out} cannot go on with other settings: {'; '.join(changed)}")
         return found[-1] if found else None
 
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
@@ -669,7 +669,7 @@ class Checkpoints:
                           "before is untouched; make room and --resume") from None
         saved = part.rename(self.folder / f"step-{step:06}")
         for name in opened_by_others:
-            with replacing(self.out / name) as file:
+            with atomic_write(self.out / name) as file:
                 link(saved / name, file)
         for folder in older:
             shutil.rmtree(folder)
@@ -701,7 +701,7 @@ def load_trained(model: Llava, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     for file in folder.glob("*model.safetensors"):
         for name, saved in load_file(file).items():
-            parameters[renamed(name.removeprefix("base_model.model."), NAMES)].data.copy_(saved)
+            parameters[rename_key(name.removeprefix("base_model.model."), FROM_PUBLISHED)].data.copy_(saved)
 
 
 def open_config(args: argparse.Namespace) -> LlavaConfig:
@@ -715,7 +715,7 @@ def open_config(args: argparse.Namespace) -> LlavaConfig:
     return LlavaConfig(**parts | {name: value for name, value in chosen.items() if value})
 
 
-def open_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
+def build_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
     """The model to train, in whose parameters is marked what learns."""
     torch.manual_seed(args.seed)
     how = {"dtype": getattr(torch, args.dtype), "device": args.device} | vars(config)
@@ -728,7 +728,7 @@ def open_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
     return model
 
 
-def run(args: argparse.Namespace) -> None:
+def run_stage(args: argparse.Namespace) -> None:
     """One stage, from records to a run folder."""
     config = open_config(args)
     processor = Processor.from_pretrained(args.tokenizer or args.init or args.language, config)
@@ -740,7 +740,7 @@ def run(args: argparse.Namespace) -> None:
     batches = [batch for epoch in range(args.epochs) for batch in make_batches(
         samples.usable, samples.lengths, args.batch_size, args.seed + epoch)]
     if not batches or len(batches[-1]) < PROCESSES:
-        raise ValueError(f"{len(samples.usable)} records with an answer cannot be dealt out to {PROCESSES} "
+        raise UserError(f"{len(samples.usable)} records with an answer cannot be dealt out to {PROCESSES} "
                          f"processes in batches of {args.batch_size}: choose another --batch-size")
     with torch.device("meta"):
         sketch = Llava(config)
@@ -750,7 +750,7 @@ def run(args: argparse.Namespace) -> None:
         return print_plan(sketch, need, samples, len(batches), args)
     checkpoints = Checkpoints(args)
     newest = checkpoints.newest(args.resume)
-    before, model = peak_memory(args.device), open_model(args, config)
+    before, model = peak_memory(args.device), build_model(args, config)
     if newest:
         load_trained(model, newest)
     wrap_blocks(model, args)
@@ -876,7 +876,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     if not sys.argv[1:]:
         from tests import toy
-        return toy.play(run, parse)
+        return toy.play(run_stage, parse)
     args = parse()
     if PROCESSES > 1:                        # torchrun: each process has a card, or cores, of its own
         if args.device == "cuda":
@@ -884,7 +884,7 @@ def main() -> None:
         dist.init_process_group()
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     try:
-        run(args)
+        run_stage(args)
     finally:
         if PROCESSES > 1:
             dist.destroy_process_group()

@@ -180,7 +180,7 @@ def let_learn(model, stage: int) -> list:
     """The named parameters that learn in a stage, of either side's model."""
     parts = ("projector.",) + ("language_model.",) * (stage == 2)
     for name, p in model.named_parameters():
-        p.requires_grad_(llava.renamed(name, llava.NAMES).startswith(parts))
+        p.requires_grad_(llava.rename_key(name, llava.FROM_PUBLISHED).startswith(parts))
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -247,7 +247,7 @@ def share_weights(ours: Llava, theirs) -> None:
     """Theirs becomes the same numbers in the same memory: there is room, and nothing else differs."""
     weights = dict(ours.named_parameters())
     for name, p in theirs.named_parameters():
-        p.data = weights[llava.renamed(name, llava.NAMES)].data
+        p.data = weights[llava.rename_key(name, llava.FROM_PUBLISHED)].data
 
 
 def beside_transformers(args) -> None:
@@ -341,7 +341,7 @@ def with_pruning(args) -> None:
         if name == "none":
             model.vision_tower(pixels)
         else:
-            (attention,), (keys,) = model.watch(states)
+            (attention,), (keys,) = model.cls_attention(states)
             llava.prumerge(attention, keys, **llava.PRUNING[name]) @ states[0, 1:]
 
     def prefill(name: str) -> None:
@@ -368,7 +368,7 @@ def spread_attention(model: Llava, states: Tensor, spread: float = 0.9) -> None:
     """A random tower looks everywhere alike. Larger queries make its attention log-normal; spread by
     0.9, 7% of that is beyond PruMerge's bound for outliers, about 40 of 576 patches."""
     query = model.vision_tower.layers[-1].self_attn["q_proj"]
-    factor = spread / model.watch(states)[0].float().log().std()
+    factor = spread / model.cls_attention(states)[0].float().log().std()
     query.weight *= factor
     query.bias *= factor
 

@@ -34,7 +34,7 @@ LLAMA = {**MISTRAL, "model_type": "llama", "intermediate_size": 52, "num_key_val
 IMAGE_ID = 89                                # of llava-hf's <image>; liuhaotian's files have none
 GRIDS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 PARTS = ("text.", "head.", "newline", "vision.", "projector.1.", "projector.2.")
-NAMES = {
+FROM_PUBLISHED = {
     "liuhaotian": ("model.", "lm_head.", "model.image_newline",
                    "model.vision_tower.vision_tower.vision_model.",
                    "model.mm_projector.0.", "model.mm_projector.2."),
@@ -117,7 +117,7 @@ def projector_tensors(text: dict, linear=False, newline=False, seed: int = 3) ->
 
 def named(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     return {start + name.removeprefix(part): tensor for name, tensor in tensors.items()
-            for part, start in zip(PARTS, NAMES[layout]) if name.startswith(part)}
+            for part, start in zip(PARTS, FROM_PUBLISHED[layout]) if name.startswith(part)}
 
 
 def write(folder: Path, config: dict, tensors: dict[str, Tensor], form="model.safetensors", shards=1) -> Path:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import eval
-from eval import (answer, ask, cache_bytes, chosen, compare, costs, count_parameters, grade, interval,
+from eval import (answer, generate_answers, cache_bytes, parse_choice, compare, costs, count_parameters, grade, interval,
                   language_flops, print_table, question, read_answers, read_scienceqa, score, to_record,
                   vision_flops)
 from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig, open_image
@@ -88,7 +88,7 @@ def test_a_problem_is_worded_as_in_llavas_training_data(problems):
     ("", None), ("The answer is Boron.", 1), ("The answer is A because", 0), ("Ice.\nThe answer is C.", 2),
     ("E", -1), ("D. no", -1), ("The answer is F.", -1), ("F", None)])
 def test_answers_are_read_as_the_benchmark_reads_them(text, index):
-    assert chosen(text, choices=3) == index
+    assert parse_choice(text, choices=3) == index
 
 
 def test_the_table_counts_wrong_unread_missing_and_foreign_answers(problems, capsys):
@@ -153,7 +153,7 @@ def test_two_files_of_answers_are_compared_question_by_question(problems, tmp_pa
 
 def test_a_batch_gives_the_answers_of_one_question_at_a_time(opened, problems):
     def answers(**how):
-        return {p["id"]: text for p, _, text in ask(*opened, problems, max_new_tokens=12, **how)}
+        return {p["id"]: text for p, _, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
 
     alone = answers(batch_size=1)
     assert alone == answers(batch_size=4) and len(set(alone.values())) == 4
@@ -161,7 +161,7 @@ def test_a_batch_gives_the_answers_of_one_question_at_a_time(opened, problems):
 
 def test_the_option_taken_is_the_likeliest_of_whole_answers(opened, problems):
     model, processor = opened
-    taken = {p["id"]: text for p, _, text in ask(model, processor, problems, batch_size=4, options=True)}
+    taken = {p["id"]: text for p, _, text in generate_answers(model, processor, problems, batch_size=4, options=True)}
     for p in problems:
         images, sums = [open_image(p["file"])] if p["image"] else [], []
         for letter in "ABCDE"[:len(p["choices"])]:
@@ -172,12 +172,12 @@ def test_the_option_taken_is_the_likeliest_of_whole_answers(opened, problems):
                 logits = model(**inputs)[0, -1 - words.shape[1]:-1].log_softmax(-1)
             sums.append(float(logits.gather(1, words.T).sum()))
         assert taken[p["id"]] == f"The answer is {'ABCDE'[int(np.argmax(sums))]}."
-        assert chosen(taken[p["id"]], len(p["choices"])) == np.argmax(sums)
+        assert parse_choice(taken[p["id"]], len(p["choices"])) == np.argmax(sums)
 
 
 def test_blank_answers_are_those_to_white_pictures(opened, folder, problems, tmp_path):
     def answers(problems, **how):
-        return {p["id"]: text for p, _, text in ask(*opened, problems, max_new_tokens=12, **how)}
+        return {p["id"]: text for p, _, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
 
     Image.new("RGB", (30, 40), "white").save(tmp_path / "11.png")         # as large as they were
     Image.new("RGB", (48, 16), "white").save(tmp_path / "12.png")

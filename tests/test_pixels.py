@@ -29,7 +29,7 @@ def sizes(image_mode: str, side: int = 28, publisher: str = "transformers", grid
     theirs = publisher == "transformers"
     read = tuple((w, h) for h, w in grids) if theirs else tuple(map(tuple, grids))
     return LlavaConfig(vision=VisionConfig(image_size=side, patch_size=side // 24 if side == 336 else 7),
-                       text=TextConfig(), image_mode=image_mode, grids=read, as_transformers=theirs)
+                       text=TextConfig(), image_mode=image_mode, grids=read, hf_preprocessing=theirs)
 
 
 def random_picture(noise: np.random.RandomState, mode: str) -> Image.Image:
@@ -75,7 +75,7 @@ def test_pixels_are_those_of_transformers_for_any_size_and_mode(mode, image_mode
     for _ in range(int(os.environ.get("LLAVA_TEST_PIXELS", 3 * len(MODES))) // len(MODES)):
         image = random_picture(noise, mode)
         config = sizes(image_mode, publisher="liuhaotian" if image_mode == "pad" else "transformers")
-        wanted = pixels(image_mode, image if config.as_transformers else colours(image), 28)
+        wanted = pixels(image_mode, image if config.hf_preprocessing else colours(image), 28)
         assert torch.equal(ours(image, config), wanted), (mode, image.size)
 
 
@@ -92,7 +92,7 @@ def test_a_file_of_any_mode_is_read_as_the_publisher_reads_it(mode, publisher, t
     random_picture(np.random.RandomState(7), mode).save(file)
     image = Image.open(file)
     assert image.mode == mode
-    wanted = ours(image if config.as_transformers else colours(image), config)
+    wanted = ours(image if config.hf_preprocessing else colours(image), config)
     assert torch.equal(ours(llava.open_image(file), config), wanted)
 
 
@@ -109,7 +109,7 @@ def test_pixels_are_the_recorded_ones(image_mode, ours):
     assert torch.equal(ours(picture(61, 23), config), golden)
 
 
-def test_each_of_256_values_is_normalised_to_the_bit_as_transformers_does():
+def test_each_of_256_values_is_normalised_to_the_bit_hf_preprocessing_does():
     clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     process = clip.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})

@@ -385,21 +385,21 @@ def program(monkeypatch, tmp_path):
 
 def test_a_study_runs_each_command_once(program):
     for _ in range(2):
-        prune.run("train.py", 0, "--out", program)
+        prune.run_command("train.py", 0, "--out", program)
     assert program.read_text() == "ran"
 
 
 def test_a_study_runs_again_what_failed(program):
     for _ in range(2):
         with pytest.raises(ValueError, match="train.py failed"):
-            prune.run("train.py", 3, "--out", program)
+            prune.run_command("train.py", 3, "--out", program)
     assert program.read_text() == "ranran"
 
 
 def test_a_study_does_not_take_over_what_another_command_made(program):
-    prune.run("train.py", 0, "--out", program)
+    prune.run_command("train.py", 0, "--out", program)
     with pytest.raises(ValueError, match="another command"):
-        prune.run("train.py", 1, "--out", program)
+        prune.run_command("train.py", 1, "--out", program)
 
 
 def pretend(commands: list[str], wrong: str = ""):
@@ -428,7 +428,7 @@ def start_study(monkeypatch, folder, out):
 
 def test_a_study_trains_every_kind_and_tells_how_far_they_differ(monkeypatch, folder, tmp_path):
     commands, out = [], tmp_path / "study"
-    monkeypatch.setattr(prune, "run", pretend(commands))
+    monkeypatch.setattr(prune, "run_command", pretend(commands))
     start_study(monkeypatch, folder, out)
     assert sum(c.startswith("train.py --stage 1") for c in commands) == 2
     assert sum(c.startswith("train.py --stage 2") for c in commands) == 2 * 2 * len(prune.VARIANTS)
@@ -449,6 +449,6 @@ def test_a_study_trains_every_kind_and_tells_how_far_they_differ(monkeypatch, fo
 
 
 def test_a_study_refuses_answers_to_other_questions(monkeypatch, folder, tmp_path):
-    monkeypatch.setattr(prune, "run", pretend([], wrong="maxmin-1/test"))
+    monkeypatch.setattr(prune, "run_command", pretend([], wrong="maxmin-1/test"))
     with pytest.raises(SystemExit, match="maxmin-1/test.jsonl answers other questions"):
         start_study(monkeypatch, folder, tmp_path / "study")

@@ -1,11 +1,11 @@
-"""What is shown of the model's inside: --trace and --show-kept."""
+"""What is shown of the model's inside: --print_trace and --show-kept."""
 
 import numpy as np
 import torch
 from PIL import Image
 
 import llava
-from llava import Llava, LlavaConfig, TextConfig, VisionConfig, show_kept, trace
+from llava import Llava, LlavaConfig, TextConfig, VisionConfig, draw_kept_patches, print_trace
 
 TEXT = TextConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
                   num_attention_heads=3, num_key_value_heads=1, head_dim=8)
@@ -15,7 +15,7 @@ CONFIG = LlavaConfig(VisionConfig(16, 20, 3, 2, 24, 4), TEXT, image_token_id=50,
 def test_the_trace_has_a_row_for_every_part_and_counts_its_flops(capsys):
     torch.manual_seed(0)
     model = Llava(llava.replace(CONFIG, prune="none"))
-    trace(model, {"input_ids": torch.tensor([[1, 50, 5, 6]]), "images": [torch.randn(1, 3, 24, 24)],
+    print_trace(model, {"input_ids": torch.tensor([[1, 50, 5, 6]]), "images": [torch.randn(1, 3, 24, 24)],
                   "image_sizes": [(24, 24)]})
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line]
     names = [row[0] for row in rows]
@@ -38,14 +38,14 @@ def rows_of(rows, name):
 def test_show_kept_leaves_kept_patches_clear_and_dims_the_others():
     torch.manual_seed(3)
     model, tiles = Llava(CONFIG), torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
-    picture = np.asarray(show_kept(model, tiles).resize((48, 24), Image.NEAREST))
+    picture = np.asarray(draw_kept_patches(model, tiles).resize((48, 24), Image.NEAREST))
     states = model.vision_tower(llava.normalize(tiles))
-    kept = set(llava.choose_patches(model.watch(states)[0][0]).tolist())
+    kept = set(llava.choose_patches(model.cls_attention(states)[0][0]).tolist())
     original = tiles[0].permute(1, 2, 0).numpy()
     for patch in range(36):
         y, x = 4 * (patch // 6), 4 * (patch % 6)
         same = (picture[y:y + 4, x:x + 4] == original[y:y + 4, x:x + 4]).all()
         assert same == (patch in kept), patch
-    strongest = int(model.watch(states)[0][0].argmax())
+    strongest = int(model.cls_attention(states)[0][0].argmax())
     attention = picture[:, 24:, 0]
     assert attention[4 * (strongest // 6), 4 * (strongest % 6)] == attention.max() == 255

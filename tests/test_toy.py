@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from eval import chosen, question, read_scienceqa
+from eval import parse_choice, question, read_scienceqa
 from llava import Llava, LlavaConfig, Processor
 from tests import toy
 from train import read_records
@@ -85,4 +85,4 @@ def test_the_losses_are_drawn(tmp_path):
 
 def test_an_answer_of_the_doll_house_can_be_read():
     p = toy.text_problem(random.Random(3))
-    assert chosen(toy.answer(p), len(p["choices"])) == p["answer"]
+    assert parse_choice(toy.answer(p), len(p["choices"])) == p["answer"]

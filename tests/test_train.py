@@ -64,7 +64,7 @@ def flags(house: Path, out: Path, more: str = "") -> list[str]:
 
 def go(house: Path, out: Path, more: str = "") -> dict[str, torch.Tensor]:
     """Train, and return what the run folder then holds."""
-    train.run(train.parse(flags(house, out, more)))
+    train.run_stage(train.parse(flags(house, out, more)))
     return load_file(next(out.glob("*model.safetensors")))
 
 
@@ -90,7 +90,7 @@ def refused(house: Path, out: Path, more: str = "", records=None) -> str:
         (out.parent / "bad.json").write_text(records if isinstance(records, str) else json.dumps(records))
         more += f" --data {out.parent}/bad.json"
     with pytest.raises((ValueError, OSError)) as error:
-        train.run(train.parse(flags(house, out, more)))
+        train.run_stage(train.parse(flags(house, out, more)))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -204,7 +204,7 @@ def test_both_stages_from_two_halves(house, tmp_path):
     toy.write_language(tmp_path / "mistral", toy.MISTRAL, toy.make_tokenizer(), steps=1, batch=2)
     records = json.loads((house / "data.json").read_text())[1::2]
     (tmp_path / "captions.json").write_text(json.dumps(records))
-    train.run(train.parse(
+    train.run_stage(train.parse(
         f"--stage 1 --vision {tmp_path}/clip --language {tmp_path}/mistral --batch-size 4 "
         f"--data {tmp_path}/captions.json --images {house} --out {tmp_path}/stage1".split()))
     stored = load_file(tmp_path / "stage1/model.safetensors")
@@ -459,7 +459,7 @@ def test_what_does_not_fit_is_computed_twice_and_then_in_smaller_parts(house, tm
     def plan(gib: float, more: str = "") -> tuple[float, int, int]:
         monkeypatch.setitem(train.CARDS, "h100", (989, gib))
         args = train.parse(flags(house, tmp_path, f"--plan --card h100 {more}"))
-        train.run(args)
+        train.run_stage(args)
         return plans.pop(), args.micro_batch_size, args.checkpoint_blocks
 
     free, *rest = plan(80)
@@ -552,7 +552,7 @@ def test_check_data_lists_everything(house, tmp_path, capsys):
 
 
 def test_show_names_every_piece(house, tmp_path, capsys):
-    train.run(train.parse(flags(house, tmp_path, "--show 1")))
+    train.run_stage(train.parse(flags(house, tmp_path, "--show 1")))
     shown = re.sub(r"\033\[\d+m", "", capsys.readouterr().out).splitlines()
     assert [line.split()[0] for line in shown[:3]] == ["start", "prompt", "picture"]
     assert any(line.startswith("learned learned  The color is blue.") for line in shown)
@@ -562,7 +562,7 @@ def test_show_names_every_piece(house, tmp_path, capsys):
 
 def test_a_plan_needs_no_weights(house, tmp_path, capsys):
     shutil.copytree(house / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
-    train.run(train.parse(flags(house, tmp_path / "run", f"--init {tmp_path}/base --plan --card h100")))
+    train.run_stage(train.parse(flags(house, tmp_path / "run", f"--init {tmp_path}/base --plan --card h100")))
     printed = capsys.readouterr().out
     model = Llava.from_pretrained(house / "base", dtype=torch.float32)
     learning = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("vision"))

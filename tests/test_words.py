@@ -205,7 +205,7 @@ def test_what_is_saved_is_a_processor_to_transformers(anyres, tmp_path):
     write_tokenizer(tmp_path / "words")
     words = len(json.loads((tmp_path / "words/tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
     text = TextConfig(**MISTRAL | {"vocab_size": words})
-    config = LlavaConfig(VisionConfig(24, 44, 3, 3, 28, 7), text, image_token_id=words, as_transformers=True,
+    config = LlavaConfig(VisionConfig(24, 44, 3, 3, 28, 7), text, image_token_id=words, hf_preprocessing=True,
                          image_mode="anyres" if anyres else "pad")
     ours = Processor.from_pretrained(tmp_path / "words", config)
     Llava(config).save_pretrained(tmp_path)

@@ -39,9 +39,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import answer, ask, print_table, question, read_scienceqa, score, to_record
-from llava import (HUB_NAMES, IGNORE, SYSTEM, TEMPLATES, LanguageModel, Llava, LlavaConfig, Processor,
-                   TextConfig, VisionConfig, VisionTower, normalize, renamed)
+from eval import answer, generate_answers, print_table, question, read_scienceqa, score, to_record
+from llava import (TO_HF, IGNORE, SYSTEM, TEMPLATES, LanguageModel, Llava, LlavaConfig, Processor,
+                   TextConfig, VisionConfig, VisionTower, normalize, rename_key, write_json)
 
 VISION = VisionConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=4,
                       num_attention_heads=4, image_size=64, patch_size=16)
@@ -110,9 +110,9 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 MAP = "On a map north is up and east is right."
 
 
-def problem(subject, topic, skill, grade, ask, choices, right, solution, lecture="", hint="") -> dict:
+def problem(subject, topic, skill, grade, generate_answers, choices, right, solution, lecture="", hint="") -> dict:
     choices = list(choices)
-    return {"question": ask, "choices": choices, "answer": choices.index(right), "hint": hint,
+    return {"question": generate_answers, "choices": choices, "answer": choices.index(right), "hint": hint,
             "image": None, "task": "closed choice", "grade": f"grade{grade}",
             "subject": f"{subject} science", "topic": topic, "category": skill.split()[0].capitalize(),
             "skill": skill, "lecture": lecture, "solution": solution}
@@ -179,16 +179,11 @@ def write_captions(folder: Path, size: int = 6000) -> None:
     write_json(folder.parent / "pretrain.json", records)
 
 
-def write_json(file: Path, content) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1))
-
-
 # ---------------------------------------------------------------------------------------------
 # Pretrained parts, in the layouts of openai/clip-vit-large-patch14-336 and mistralai/Mistral-7B
 
 
-def train(loss_of_batch, parameters, steps: int, name: str) -> None:
+def pretrain(loss_of_batch, parameters, steps: int, name: str) -> None:
     """AdamW on whatever loss_of_batch() returns, with a short warm-up and a linear decay."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01)
@@ -235,8 +230,8 @@ def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96
         return F.cross_entropy(match, same) + F.cross_entropy(match.T, same)
 
     learning = nn.ModuleList([tower, bag_of_words, project])
-    train(loss_of_batch, [*learning.parameters(), scale], steps, folder.name)
-    tensors = {renamed(f"vision_tower.{name}", HUB_NAMES).removeprefix("vision_tower."): tensor
+    pretrain(loss_of_batch, [*learning.parameters(), scale], steps, folder.name)
+    tensors = {rename_key(f"vision_tower.{name}", TO_HF).removeprefix("vision_tower."): tensor
                for name, tensor in tower.state_dict().items()}
     tensors |= {"text_model.embeddings.token_embedding.weight": bag_of_words.weight.detach(),
                 "visual_projection.weight": project.weight.detach(), "logit_scale": scale.detach()}
@@ -266,8 +261,8 @@ def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int =
         logits = model.lm_head(model(model.embed_tokens(ids))[:, :-1][learned])
         return F.cross_entropy(logits, labels[:, 1:][learned])
 
-    train(loss_of_batch, model.parameters(), steps, folder.name)
-    tensors = {renamed(f"language_model.{name}", HUB_NAMES).removeprefix("language_model."): tensor
+    pretrain(loss_of_batch, model.parameters(), steps, folder.name)
+    tensors = {rename_key(f"language_model.{name}", TO_HF).removeprefix("language_model."): tensor
                for name, tensor in model.state_dict().items()}
     write_json(folder / "config.json", asdict(text) | {
         "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2})
@@ -333,7 +328,7 @@ def build(folder: Path, parts=("scienceqa", "pretrain", "clip", "mistral", "llam
 # `python train.py` without flags
 
 
-def play(run, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
+def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
     """Both stages, then the test questions, with their pictures and with white ones instead."""
     began = time.perf_counter()
     build(data, ("scienceqa", "pretrain", "clip", "mistral"))
@@ -344,13 +339,13 @@ def play(run, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
                   f"--stage 2 --init {runs}/stage1 --lr 1e-3 --epochs 12 "
                   f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2"):
         print(f"\n$ python train.py {flags}")
-        run(parse(flags.split()))
+        run_stage(parse(flags.split()))
     draw_losses([runs / "stage1", runs / "stage2"], runs / "loss.png")
     model = Llava.from_pretrained(runs / "stage2", dtype=torch.float32).eval()
     processor = Processor.from_pretrained(runs / "stage2", model.config)
     problems, tables = read_scienceqa(data / "scienceqa", "test"), {}
     for name, blank in (("seen", False), ("blanked", True)):
-        answers = ask(model, processor, problems, batch_size=64, max_new_tokens=48, blank=blank)
+        answers = generate_answers(model, processor, problems, batch_size=64, max_new_tokens=48, blank=blank)
         tables[name] = score(problems, {p["id"]: text for p, _, text in answers})
     print_table(tables)
     result = {"IMG": tables["seen"]["IMG"], "IMG_blank": tables["blanked"]["IMG"],
