@@ -153,24 +153,121 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D].
+    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D].
 
-    Rows are padded on the right, where causality hides the padding: no mask is needed. Beyond the
-    window the rows are cut into blocks of W tokens, so the cost grows with T instead of T². Each
-    block reads the one before and itself through a band; for W = 3:    . x x x . .
-                                                                        . . x x x .
-                                                                        . . . x x x
+    Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
+    with T² up to the window and with T beyond it. The choice of the kernel is made here alone.
     """
-    T = q.shape[2]
-    if window is None or T <= window:
+    if window is None or q.shape[2] <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    blocks = [causal_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], None)]
-    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).triu(1).tril(window)
-    for i in range(window, T, window):
-        n, seen = min(window, T - i), slice(i - window, i + window)       # the last may be short
-        blocks.append(F.scaled_dot_product_attention(
-            q[:, :, i:i + n], k[:, :, seen], v[:, :, seen], band[:n, :window + n], enable_gqa=True))
-    return torch.cat(blocks, dim=2)                                       # [B, H, T, D]
+    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
+    if q.device.type == "cpu" or (q.device.type in ("cuda", "meta") and half):
+        return SlidingWindow.apply(q, k, v, window)
+    return masked_attention(q, k, v, window)              # no flash kernel: MPS; float32 on CUDA
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same by the definition: a mask [T, T], and each key head repeated for its H/K query heads."""
+    T, repeats = q.shape[2], q.shape[1] // k.shape[1]
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+class SlidingWindow(torch.autograd.Function):
+    """Attention past the window as two causal triangles, each computed by the flash kernel.
+
+    The rows are cut into blocks of W tokens. A query sees the `a` of its own block and the `b` of the
+    block before. For W = 4, queries down, keys across:
+
+                  block 0    block 1    block 2
+                  0 1 2 3    4 5 6 7    8 9 ..          `a`: query and key in the same block,
+        query 3   a a a a                               a causal triangle.
+        query 4   . b b b    a . . .                    `b`: queries 4, 5, 6 and keys 1, 2, 3. In the
+        query 5   . . b b    a a . .                    order 6, 5, 4 and 3, 2, 1 it is causal, too:
+        query 6   . . . b    a a a .                                  3 2 1
+        query 7   . . . .    a a a a                       query 6    b . .
+        query 8              . b b b    a . . .            query 5    b b .
+        query 9              . . b b    a a . .            query 4    b b b
+
+    All blocks of all rows are one batch, so there are two calls of the kernel for any T. A call gives
+    a softmax over its own keys and the logarithm of the softmax's denominator (log-sum-exp, lse). With
+    both, the two outputs are averaged by their shares of the common denominator.
+    Backward calls the kernel's backward once a triangle, with the merged output and the merged lse:
+    then its exp(qk - lse) are the probabilities of the common softmax, and the gradients add up.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
+        blocks = [cut_blocks(x, W) for x in (q, k, v)]                    # [B, n, heads, W, D]
+        out, lse, *rest = flash(*blocks)
+        if W > 1:                            # a window of 1 has no `b`, and the kernel no length 0
+            out_b, lse_b, *_ = flash(*turn_before(*blocks))
+            out_a, lse_a = out[:, 1:, :, :-1], lse[:, 1:, :, :-1]         # the queries that have a `b`
+            lse_b = lse_b.flip(3)
+            share = (lse_b - lse_a).sigmoid()                             # of `b` in the denominator
+            out_a.lerp_(out_b.flip(3), share[..., None].to(out.dtype))
+            lse_a.copy_(torch.logaddexp(lse_a, lse_b))
+        out = join_blocks(out, q.shape[2])
+        ctx.save_for_backward(q, k, v, out, lse, *rest)
+        ctx.window = W
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        W, T = ctx.window, q.shape[2]
+        q, k, v, out, grad = (cut_blocks(x, W) for x in (q, k, v, out, grad))
+        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *rest)
+        if W > 1:
+            grad, out, lse = (x[:, 1:, :, :-1].flip(3) for x in (grad, out, lse))
+            dq_b, dk_b, dv_b = flash_backward(grad, *turn_before(q, k, v), out, lse, *rest)
+            dq[:, 1:, :, :-1] += dq_b.flip(3)
+            dk[:, :-1, :, 1:] += dk_b.flip(3)
+            dv[:, :-1, :, 1:] += dv_b.flip(3)
+        return *(join_blocks(x, T) for x in (dq, dk, dv)), None
+
+
+def cut_blocks(x: Tensor, W: int) -> Tensor:
+    """[B, heads, T, D] -> [B, n, heads, W, D]; the last block is filled with zeros at its end."""
+    if x.shape[2] % W:
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % W))
+    return x.unflatten(2, (-1, W)).transpose(1, 2)
+
+
+def join_blocks(x: Tensor, T: int) -> Tensor:
+    return x.transpose(1, 2).flatten(2, 3)[:, :, :T]                      # [B, heads, T, D]
+
+
+def turn_before(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The triangle `b` of blocks [B, n, heads, W, D], time reversed: [B, n - 1, heads, W - 1, D]."""
+    return q[:, 1:, :, :-1].flip(3), k[:, :-1, :, 1:].flip(3), v[:, :-1, :, 1:].flip(3)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Causal attention in every block [B, n, heads, W, D] by the device's flash kernel: output, lse
+    [B, n, H, W] and, on CUDA, the two tensors of random state that backward takes without using."""
+    ops, size = torch.ops.aten, q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if q.device.type == "cpu":
+        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        rest = []
+    else:
+        out, lse, _, _, _, _, *rest, _ = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    return [out.unflatten(0, size), lse.unflatten(0, size), *rest]
+
+
+def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                   *rest: Tensor) -> list[Tensor]:
+    """The gradients of q, k and v, in their shapes, by the backward of the kernel that `flash` calls."""
+    ops, size, W = torch.ops.aten, q.shape[:2], q.shape[3]
+    args = [x.flatten(0, 1) for x in (grad, q, k, v, out, lse.contiguous())]
+    if q.device.type == "cpu":
+        grads = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args, 0.0, True)
+    else:                                    # no cumulative lengths: all rows have the same length W
+        grads = ops._scaled_dot_product_flash_attention_backward(*args, None, None, W, W, 0.0, True, *rest)
+    return [x.unflatten(0, size) for x in grads]
 
 
 class KVCache:
