@@ -245,8 +245,8 @@ def die_at(count: int, function):
     """`function`, after whose count-th call the process is killed."""
     calls = []
 
-    def dying(*args):
-        calls.append(function(*args))
+    def dying(*args, **kwargs):
+        calls.append(function(*args, **kwargs))
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
     return dying
@@ -579,19 +579,22 @@ def test_a_plan_needs_no_weights(toy_folder, tmp_path, capsys):
 TWO_PROCESSES = """
 import json, signal, sys
 sys.path.insert(0, {root!r})
+import torch.distributed as dist
 import train
+dist.init_process_group()
 step = train.Adam.step
 def interrupted(adam):
     step(adam)
     if adam.steps == 3 and train.RANK == 0:
         signal.raise_signal(signal.SIGINT)
 for stop, argv in json.loads({runs!r}):
-    sys.argv = ["train.py", *argv]
     train.Adam.step = interrupted if stop else step
     try:
-        train.main()
+        train.run_stage(train.parse(argv))
     except KeyboardInterrupt:
-        pass
+        assert stop
+    dist.barrier()
+dist.destroy_process_group()
 """
 
 
@@ -600,13 +603,14 @@ def two(toy_folder):
     """Run folders by name, trained by two processes; batches of 7 of 22 records leave a batch of one."""
     runs = {name: (False, flags(toy_folder, toy_folder / "two" / name, more)) for name, more in PAIRS.items()}
     runs["interrupted"] = (True, flags(toy_folder, toy_folder / "two/resumed", PAIRS["lora"]))
-    runs["resumed"] = (False, [*runs["interrupted"][1], "--resume"])
     file = toy_folder / "two.py"
     file.write_text(TWO_PROCESSES.format(root=str(ROOT), runs=json.dumps(list(runs.values()))))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = subprocess.run([*torchrun, str(file)], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert finished.returncode == 0, finished.stderr
+    resume = [str(ROOT / "train.py"), *runs["interrupted"][1], "--resume"]
+    for command in ([str(file)], resume):
+        finished = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=100,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert finished.returncode == 0, finished.stderr
     return toy_folder / "two"
 
 
