@@ -573,6 +573,272 @@ def test_a_plan_needs_no_weights(toy_folder, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------
+# Validation loss
+
+
+def test_validation_loss_is_the_mean_over_fixed_records_and_resumes_exactly(toy_folder, tmp_path, capsys):
+    more = f"--val {toy_folder}/data.json --val-every 4 --save-every 5 --micro-batch-size"
+    go(toy_folder, tmp_path / "one", f"{more} 5")
+    assert "validation loss" in capsys.readouterr().err
+    lines = log(tmp_path / "one")
+    assert [line["step"] for line in lines if "val_loss" in line] == [4, 8, 10]
+    model = Llava.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    processor = Processor.from_pretrained(toy_folder / "base", model.config)
+    samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
+    total = tokens = 0
+    for i in range(22):
+        micro, = train.collate(1, [samples[i]])
+        count = int((micro["labels"] != -100).sum())
+        total, tokens = total + count * model(**micro).item(), tokens + count
+    assert lines[-1]["val_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        step = train.Adam.step
+        patch.setattr(train.Adam, "step",
+                      lambda adam: (step(adam), adam.steps == 6 and signal.raise_signal(signal.SIGINT)))
+        go(toy_folder, tmp_path / "two", f"{more} 5")
+    go(toy_folder, tmp_path / "two", f"{more} 5 --resume")
+    kept = [[(line["loss"], line.get("val_loss")) for line in log(tmp_path / name)] for name in ("one", "two")]
+    assert kept[0] == kept[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving
+
+
+def test_a_sharded_checkpoint_resumes_to_equal_weights(toy_folder, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(train.Checkpoints, "save", die_softly(train.Checkpoints.save, 2))
+    with pytest.raises(RuntimeError):
+        go(toy_folder, tmp_path, "--save-every 3")
+    files = {file.name.split("-")[0] for file in (tmp_path / "trainer/step-000006").glob("*-of-*")}
+    assert files == {"model", "optimizer"}
+    monkeypatch.undo()
+    go(toy_folder, tmp_path, "--save-every 3 --resume")
+    assert weights(tmp_path) == weights(whole)
+
+
+def die_softly(save, count: int):
+    """`save`, after whose count-th call an exception ends the run."""
+    calls = []
+
+    def saving(*args):
+        save(*args)
+        calls.append(args)
+        if len(calls) == count:
+            raise RuntimeError("stopped")
+    return saving
+
+
+def test_the_last_checkpoint_has_no_optimizer_state(whole):
+    assert not list((whole / "trainer").glob("*/optimizer*"))
+
+
+def test_saving_takes_two_shards_of_host_memory_at_most(toy_folder, tmp_path, monkeypatch):
+    """60 MB of weights and 120 MB of optimizer state, in shards of 8 MB."""
+    text = TextConfig("mistral", 4000, 256, 1024, 12, 4, 4, head_dim=64)
+    config = LlavaConfig(VisionConfig(32, 64, 1, 2, image_size=32, patch_size=16), text, image_token_id=4000)
+    args = train.parse(flags(toy_folder, tmp_path))
+    processor = Processor(toy.make_tokenizer().to_str(), config)
+    monkeypatch.setattr(train, "SHARD_BYTES", 8_000_000)
+
+    def save(grown):
+        model = Llava(config)
+        optimizer = train.Adam(model.named_parameters())
+        for tensor in optimizer.state.values():
+            tensor.fill_(1)                  # zeros take no memory until they are written to
+        before = train.peak_memory("cpu")
+        train.Checkpoints(args, 10).save(model, processor, optimizer)
+        grown.value = train.peak_memory("cpu") - before
+
+    grown = multiprocessing.get_context("fork").Value("q", 1 << 60)
+    child = multiprocessing.get_context("fork").Process(target=save, args=(grown,))
+    child.start()
+    child.join()
+    assert len(list((tmp_path / "trainer/step-000000").glob("optimizer-*"))) > 10
+    assert grown.value < 2 * 8_000_000 + 4_000_000
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory that does not suffice, flags, signals
+
+
+def test_running_out_of_memory_names_the_flags_that_help(toy_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(Llava, "forward", full)
+    sentence = refused(toy_folder, tmp_path)
+    assert all(flag in sentence for flag in ("--micro-batch-size", "--checkpoint-blocks", "--in-backward",
+                                             "--lora-rank", "Tried to allocate 2 GiB"))
+
+
+def test_the_largest_micro_batch_comes_first(toy_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "train", lambda *all: seen.append((all[2], all[4])))
+    train.run_stage(train.parse(flags(toy_folder, tmp_path, "--seed 3 --micro-batch-size 2")))
+    (samples, batches), = seen
+    loads = [train.largest_load(samples, [batch], 2) for batch in batches]
+    assert loads[0] == max(loads) and loads[1:] != sorted(loads[1:], reverse=True)
+    assert sorted(sum(batches, [])) == sorted([*range(22)] * 2)
+
+
+def test_free_memory_decides_what_fits(toy_folder, tmp_path, monkeypatch):
+    config = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32).config
+    samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder),
+                            Processor.from_pretrained(toy_folder / "base", config), 2048)
+    model = Llava(config)
+    monkeypatch.setattr(train, "is_cuda", lambda device: True)
+
+    def choose(free: float) -> tuple[int, float]:
+        args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 50))
+        need = train.choose_micro_batch(model, samples, [[1, 3, 5, 7, 9]], args)
+        return args.micro_batch_size, need["peak"]
+
+    size, peak = choose(1 << 50)
+    assert size == 5 and choose(0.9 * peak)[0] < 5
+
+
+def test_tiles_and_processes_count_in_the_estimate(toy_folder, tmp_path, monkeypatch):
+    config = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32).config
+    records = train.read_records(toy_folder / "data.json", toy_folder)
+    processor = Processor.from_pretrained(toy_folder / "base", replace(config, image_mode="anyres"))
+    samples = train.Samples(records, processor, 2048)
+    assert samples.tiles == [0 if i % 2 == 0 else samples.tiles[i] for i in range(22)]
+    assert all(samples.tiles[i] in (3, 4, 5) for i in range(1, 22, 2))
+    assert train.largest_load(samples, [[1]], 1).tiles == samples.tiles[1]
+    samples.lengths = [10, 30, 20, 40] + [1] * 18
+    alone = train.largest_load(samples, [[3, 1, 2, 0]], 4).tokens
+    args = train.parse(flags(toy_folder, tmp_path, "--micro-batch-size 4"))
+    one = train.estimate_memory(Llava(config), train.Load(10, 5, 1), args)["weights"]
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    assert alone == 4 * 40 and train.largest_load(samples, [[3, 1, 2, 0]], 4).tokens == 2 * 40
+    assert one / 2 < train.estimate_memory(Llava(config), train.Load(10, 5, 1), args)["weights"]
+
+
+@pytest.mark.parametrize("mode, length", [("pad", 2048), ("anyres", 4096)])
+def test_the_default_max_length_depends_on_the_image_mode(toy_folder, tmp_path, mode, length):
+    args = train.parse(flags(toy_folder, tmp_path, f"--plan --image-mode {mode}"))
+    train.run_stage(args)
+    assert args.max_length == length
+
+
+def test_lengths_are_counted_after_token_reduction(toy_folder):
+    config = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32).config
+    records, lengths = train.read_records(toy_folder / "data.json", toy_folder), []
+    for options in ({}, {"prune": "pool", "keep_tokens": 1}):
+        processor = Processor.from_pretrained(toy_folder / "base", replace(config, **options))
+        lengths.append(train.Samples(records, processor, 2048).lengths[1])
+    assert lengths[0] - lengths[1] == config.vision.side**2 - 1
+
+
+@pytest.mark.parametrize("flag", [
+    "--lora-rank -1", "--lora-rank 0", "--checkpoint-blocks -1", "--workers -1", "--clip -1", "--lr -1",
+    "--micro-batch-size 0", "--max-length 0", "--save-every 0", "--epochs 0", "--batch-size 0",
+    "--keep-tokens 0", "--val-every 0", "--device mps", "--device cuda", "--quantize int4",
+    "--val-images x", "--quantize int3 --lora-rank 2"])
+def test_a_flag_out_of_range_exits_with_2(toy_folder, tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        train.parse(flags(toy_folder, tmp_path, flag))
+    assert exit.value.code == 2 and flag.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bf16_is_the_default_only_where_the_gpu_supports_it_and_mps_is_never_chosen(
+        toy_folder, tmp_path, monkeypatch):
+    argv = [flag for flag in flags(toy_folder, tmp_path) if flag not in ("--device", "cpu")]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert (train.parse(argv).device, train.parse(argv).dtype) == ("cpu", "float32")
+    assert train.parse([*argv, "--device", "mps"]).dtype == "float32"
+    assert train.parse([*argv, "--quantize", "int4", "--lora-rank", "2"]).dtype == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for supported, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
+        assert (train.parse(argv).device, train.parse(argv).dtype) == ("cuda", dtype)
+
+
+def test_the_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), train.deferred_signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_bf16_weights_draw_rounding_noise(monkeypatch):
+    drawn, randint = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *all, **how: drawn.append(all) or randint(*all, **how))
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.nn.Parameter(torch.ones(8, dtype=dtype))
+        adam = train.Adam([("w", weight)])
+        weight.grad = torch.ones_like(weight)
+        adam.begin(0.1)
+        adam.step()
+        assert len(drawn) == (dtype == torch.bfloat16) and float(weight[0]) == pytest.approx(0.9, rel=1e-2)
+
+
+def test_gradients_are_reduced_in_float32(toy_folder, tmp_path, monkeypatch):
+    policies = []
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    monkeypatch.setattr(train, "fully_shard", lambda module, mp_policy: policies.append(mp_policy))
+    args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
+    train.wrap_blocks(Llava.from_pretrained(toy_folder / "base", dtype=torch.bfloat16), args)
+    assert [policy.reduce_dtype for policy in policies] == [torch.float32] * 4
+
+
+class Opaque(torch.nn.Module):
+    """A linear layer as llava.QuantizedLinear is one: without a weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("stored", linear.weight.detach().clone())
+
+    def forward(self, x):
+        return x @ self.stored.T
+
+
+def test_lora_works_over_layers_without_a_weight(toy_folder, tmp_path, monkeypatch):
+    args = train.parse(flags(toy_folder, tmp_path, "--lora-rank 2"))
+    plain, opaque = (Llava.from_pretrained(toy_folder / "base", dtype=torch.float32) for _ in range(2))
+    for name, module in list(opaque.language_model.layers.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            opaque.language_model.layers.set_submodule(name, Opaque(module))
+    for model in (plain, opaque):
+        torch.manual_seed(0)
+        train.choose_trainable(model, args)
+    batch = inputs(toy_folder)
+    assert torch.allclose(plain(**batch), opaque(**batch))
+    names = [[n for n, p in model.named_parameters() if p.requires_grad] for model in (plain, opaque)]
+    assert names[0] == names[1] and len(names[0]) == 2 * 7 * 3 + 4
+
+
+def test_quantize_reaches_the_model_and_the_plan(toy_folder, tmp_path, monkeypatch):
+    chosen, need = [], {}
+    monkeypatch.setattr(Llava, "from_pretrained", lambda *_, **how: chosen.append(how) or Llava(config))
+    config = LlavaConfig(**llava.open_checkpoint(str(toy_folder / "base"), weights=False)[0])
+    for bits in ("int4", "int8", None):
+        more = f"--lora-rank 2 --dtype bfloat16 {f'--quantize {bits}' if bits else ''}"
+        args = train.parse(flags(toy_folder, tmp_path, more))
+        args.micro_batch_size, args.checkpoint_blocks = 1, 0
+        model = train.build_model(args, config)
+        need[bits] = train.estimate_memory(model, train.Load(10, 5, 1), args)["weights"]
+    assert [how.get("quantize") for how in chosen] == ["int4", "int8", None]
+    linear = sum(m.frozen.weight.numel() for m in model.modules() if isinstance(m, train.LoRA))
+    assert need["int8"] - need["int4"] == pytest.approx(linear * 3 / 8, rel=0.1)
+    assert need[None] > need["int8"] + 0.9 * linear
+
+
+def test_all_files_import_without_unix_modules():
+    code = ("import sys\nfor name in ('resource', 'fcntl', 'termios', 'pwd', 'grp'):\n"
+            "    sys.modules[name] = None\nimport llava, eval, prune, train")
+    if re.search("^import resource", (ROOT / "eval.py").read_text(), re.MULTILINE):
+        pytest.xfail("eval.py imports resource at its top")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------
 # More than one process
 
 
