@@ -19,11 +19,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -105,8 +106,8 @@ def run_stage(args: argparse.Namespace) -> None:
         log = TrainingLog(args, optimizer.steps, len(batches), estimate)
         train(model, optimizer, samples, val, batches, checkpoints, log, args)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{args.device} is out of memory ({first_line(error)}): use a smaller "
-                        "--micro-batch-size, more --checkpoint-blocks, --in-backward or --lora-rank") from None
+        raise UserError(f"{args.device} is out of memory ({first_line(error)}): use a smaller --micro-batch-"
+                        "size, more --checkpoint-blocks, --in-backward or --lora-rank") from None
 
 
 def train(model: Llava, optimizer: Adam, samples: Samples, val: Samples | None, batches: list[list[int]],
@@ -203,8 +204,8 @@ def schedule(step: int, steps: int) -> float:
 
 def raise_nonfinite(samples: Samples, batches: list[list[int]], step: int, what: str, value: float) -> None:
     names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
-    raise UserError(f"step {step}: the {what} is {value}, so the run stops as last saved; use a lower --lr or "
-                    f"remove the record that causes it; the step contained the records {names}")
+    raise UserError(f"step {step}: the {what} is {value}, so the run stops as last saved; use a lower --lr "
+                    f"or remove the record that causes it; the step contained the records {names}")
 
 
 @contextmanager
@@ -240,17 +241,16 @@ class TrainingLog:
         self.bar = progress(total=steps, initial=done, desc=f"stage {args.stage}", unit="step")
         args.out.mkdir(parents=True, exist_ok=True)
         self.file = args.out / "log.jsonl" if RANK == 0 else Path(os.devnull)
-        lines = self.file.read_text().splitlines(True)[:done] if self.file.exists() else []
-        self.file.write_text("".join(lines))
+        lines = self.file.read_text() if self.file.exists() else ""
+        self.file.write_text("".join(lines.splitlines(True)[:done]))
 
     def write(self, step: int, line: dict) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step} | line) + "\n")
         val = f" | validation loss {line['val_loss']:7.4f}" if "val_loss" in line else ""
+        speed = f"{line['tokens'] / line['seconds']:8.0f} answer tokens/s | waited {line['waited']:.2f} s"
         self.bar.write(f"step {step:6}/{self.bar.total} | loss {line['loss']:7.4f}{val} | gradient norm "
-                       f"{line['grad_norm']:8.3f} | lr {line['lr']:.2e} | "
-                       f"{line['tokens'] / line['seconds']:8.0f} answer tokens/s | "
-                       f"waited for data {line['waited']:5.2f} s")
+                       f"{line['grad_norm']:8.3f} | lr {line['lr']:.2e} | {speed}")
         if step == 1:
             self.bar.write(f"peak memory of this step: {peak_memory(self.device) / 2**30:.2f} GiB, "
                            f"estimated {self.estimate / 2**30:.2f} GiB")
@@ -384,11 +384,7 @@ def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
     """(height, width) of a record's images; files are opened only if the size decides the token count."""
     if config.image_mode != "anyres":
         return [(0, 0)] * len(record["images"])
-    sizes = []
-    for file in record["images"]:
-        with Image.open(file) as image:
-            sizes.append((image.height, image.width))
-    return sizes
+    return [Image.open(file).size[::-1] for file in record["images"]]     # reads the header only
 
 
 def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
@@ -470,17 +466,16 @@ def build_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
 
 def choose_trainable(model: Llava, args: argparse.Namespace) -> None:
     """Stage 1: the projector. Stage 2: also the language model, or LoRA on each of its linear layers."""
-    trainable = ["projector.", "image_newline"]
+    trainable = ("projector.", "image_newline")
     if args.stage == 2 and not args.lora_rank:
-        trainable.append("language_model.")
+        trainable += ("language_model.",)
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(tuple(trainable)))
-    blocks = []
-    if args.lora_rank:
-        blocks += model.language_model.layers
+        p.requires_grad_(name.startswith(trainable))
+    blocks, tower = list(model.language_model.layers), model.vision_tower.layers
     if args.lora_vision:                     # not in the layers that LLaVA never evaluates
-        tower = model.vision_tower.layers
         blocks += tower[:len(tower) + 1 + model.config.vision_feature_layer]
+    if not args.lora_rank:
+        return
     like = model.language_model.embed_tokens.weight
     for block in blocks:
         for name, module in list(block.named_modules()):
@@ -705,7 +700,7 @@ def weight_bytes(model: Llava, args: argparse.Namespace, size: int) -> float:
             if args.quantize == "int4" and "lm_head" not in name:
                 bits = 5                     # 4 bits, a bf16 scale and a bf16 middle for 32 weights
         total += p.numel() * bits / 8
-        if name.startswith(("language_model.layers.0.", "language_model.layers.1.")) or ".layers." not in name:
+        if re.match(r"language_model\.layers\.[01]\.|(?!language_model\.layers)", name):
             gathered += p.numel() * bits / 8
     return total if PROCESSES == 1 else total / PROCESSES + gathered
 
@@ -807,7 +802,12 @@ def check_data(args: argparse.Namespace, processor: Processor) -> None:
              "odd": [line for _, odd in found for line in odd],
              "duplicates": [text for text, times in copies.items() if times > 1]}
     write_json(args.out / "check.json", lists)
-    print_histogram(Samples(records, processor, sys.maxsize).lengths)
+    lengths = Samples(records, processor, sys.maxsize).lengths
+    width = 1 + max(lengths, default=0) // 10
+    bins = Counter(length // width for length in lengths)
+    for i in sorted(bins):
+        bar = "#" * (50 * bins[i] // max(bins.values()))
+        print(f"{i * width:6} to {(i + 1) * width - 1:6} tokens {bins[i]:8} {bar}")
     summary = ", ".join(f"{len(lines)} {name}" for name, lines in lists.items())
     print(f"{len(raw)} records: {summary}; listed in {args.out / 'check.json'}")
     if lists["wrong"]:
@@ -832,26 +832,16 @@ def check_record(number_and_raw: tuple[int, dict], folder: Path) -> tuple[dict |
     return record, odd
 
 
-def print_histogram(lengths: list[int]) -> None:
-    width = 1 + max(lengths, default=0) // 10
-    bins = Counter(length // width for length in lengths)
-    for i in sorted(bins):
-        bar = "#" * (50 * bins[i] // max(bins.values()))
-        print(f"{i * width:6} to {(i + 1) * width - 1:6} tokens {bins[i]:8} {bar}")
-
-
 def show(samples: Samples, number: int) -> None:
     """Print a record as the model gets it: which tokens are image, prompt, supervised and end."""
     if not 0 <= number < len(samples):
         raise UserError(f"--show {number}: the records are 0 to {len(samples) - 1}")
-    processor, record = samples.processor, samples.records[number]
-    files, (ids, labels, _, _) = list(record["images"]), samples.tokenize(number)
+    processor, files = samples.processor, list(samples.records[number]["images"])
+    ids, labels, _, _ = samples.tokenize(number)
     special = {processor.config.image_token_id: "image", processor.bos: "start", processor.eos: "end"}
     colors = {"image": 35, "start": 31, "end": 31, "prompt": 34, "answer": 32}
-    kinds = []
-    for token, label in zip(ids, labels):
-        usual = "prompt" if label == IGNORE else "answer"
-        kinds.append((special.get(token, usual), "" if label == IGNORE else "learned"))
+    states = [("prompt", "") if label == IGNORE else ("answer", "learned") for label in labels]
+    kinds = [(special.get(token, usual), learned) for token, (usual, learned) in zip(ids, states)]
     for (kind, learned), group in groupby(zip(kinds, ids), key=lambda pair: pair[0]):
         text = "".join(str(files.pop(0)) if kind == "image" else processor.tokenizer.id_to_token(token)
                        for _, token in group).replace("▁", " ").replace("<0x0A>", "\n")
@@ -883,9 +873,9 @@ class Checkpoints:
             args.micro_batch_size = self.saved.get("micro_batch_size")
 
     def settings(self) -> dict:
+        chosen = {name: getattr(self.args, name) for name in self.SETTINGS}
         data = hashlib.sha256(self.args.data.read_bytes()).hexdigest()
-        return {name: getattr(self.args, name) for name in self.SETTINGS} | {
-            "processes": PROCESSES, "data": data}
+        return chosen | {"processes": PROCESSES, "data": data}
 
     def newest(self) -> Path | None:
         """The checkpoint to continue from, if there is one; UserError if its settings differ."""
@@ -900,15 +890,14 @@ class Checkpoints:
         return self.found
 
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
-        """Write a checkpoint; after the last step without the optimizer state. All processes gather the
-        tensors, one at a time, and the first process writes them."""
+        """All processes gather the tensors, one at a time; the first one writes them. After the last step
+        the optimizer state is not needed."""
         state = optimizer.state if optimizer.steps < self.steps else {}
         tensors = ((name, full_tensor(tensor).cpu()) for name, tensor in state.items())
         if RANK == 0:
             self.write(model, processor, optimizer.steps, tensors)
         else:
-            for _ in chain(model.hf_tensors(whole=False), tensors):
-                pass
+            deque(chain(model.hf_tensors(whole=False), tensors), maxlen=0)          # take all, keep none
         if PROCESSES > 1:
             dist.barrier()
 
@@ -959,7 +948,7 @@ def save_adapter(folder: Path, model: Llava, args: argparse.Namespace) -> None:
 
 
 def load_trained(model: Llava, folder: Path) -> None:
-    """Copy the trained weights of a checkpoint, LoRA unmerged, into a model as it was at the start."""
+    """Copy the trained weights of a checkpoint into a model as it was at the start."""
     parameters = dict(model.named_parameters())
     for file in folder.glob("*model*.safetensors"):
         for name, saved in open_file(file).items():
@@ -971,7 +960,8 @@ def load_trained(model: Llava, folder: Path) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    positive, rate = number(int, 1), number(float, 0)
+    positive, count, rate = number(int, 1), number(int, 0), number(float, 0)
+    workers = 8 if torch.cuda.is_available() else 0
     add = parser.add_argument
     add("--stage", type=int, choices=(1, 2), required=True, help="1: projector; 2: also the language model")
     add("--vision", metavar="ID", help="a CLIP: folder or hub id")
@@ -998,8 +988,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--batch-size", type=positive, metavar="N", help="records in a step (default: 64, 32)")
     recipe("--lr", type=rate, help="peak learning rate (default: 1e-3, 2e-5; with LoRA 2e-4)")
     recipe("--clip", type=rate, metavar="NORM", help="largest norm of the gradient (default: 1)")
-    recipe("--max-length", type=positive, metavar="T",
-           help="tokens of a record after token reduction (default: 4096 with anyres, else 2048)")
+    recipe("--max-length", type=positive, metavar="T", help="tokens a record (default: 2048, anyres 4096)")
     recipe("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain, the model's")
     recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
     recipe("--image-mode", choices=("pad", "crop", "anyres"), help="default: the model's, or pad")
@@ -1013,16 +1002,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     fitting = parser.add_argument_group("memory and speed").add_argument
     fitting("--micro-batch-size", type=positive, metavar="N", help="records at once (default: what fits)")
-    fitting("--checkpoint-blocks", type=number(int, 0), metavar="N",
-            help="decoder layers with activation checkpointing (default: as few as possible)")
-    fitting("--in-backward", action="store_true",
-            help="update each weight in the backward pass, so that only one gradient exists at a time")
+    fitting("--checkpoint-blocks", type=count, metavar="N", help="layers with activation checkpointing")
+    fitting("--in-backward", action="store_true", help="update each weight when its gradient is complete")
     fitting("--compile", action="store_true", help="torch.compile each layer and the update, for GPUs")
     fitting("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
-    fitting("--dtype", choices=("bfloat16", "float32"),
-            help="default: bfloat16 on a GPU that supports it and with --quantize, else float32")
-    fitting("--workers", type=number(int, 0), default=8 if torch.cuda.is_available() else 0, metavar="N",
-            help="processes that decode images (default: %(default)s)")
+    fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where a GPU supports it")
+    fitting("--workers", type=count, default=workers, metavar="N", help="for images (default: %(default)s)")
     fitting("--save-every", type=positive, default=500, metavar="STEPS", help="default: %(default)s")
 
 
@@ -1040,7 +1025,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
              "give either --init, or --vision and --language"),
             (missing.get(args.device.split(":")[0]), f"--device {args.device} is not available here"),
             (args.card and not args.plan, "--card is the GPU of a --plan"),
-            ((args.val_images or args.val_every) and not args.val, "--val-... needs --val"),
+            ((args.val_images or args.val_every) and not args.val, "--val-images and --val-every need --val"),
             (args.lora_rank and args.stage == 1, "--lora-rank is for stage 2"),
             (not args.lora_rank and (args.lora_alpha or args.lora_vision), "--lora-... needs --lora-rank"),
             (args.quantize and not args.lora_rank, "--quantize needs --lora-rank: frozen weights only"),

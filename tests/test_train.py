@@ -579,7 +579,7 @@ def test_a_plan_needs_no_weights(toy_folder, tmp_path, capsys):
 def test_validation_loss_is_the_mean_over_fixed_records_and_resumes_exactly(toy_folder, tmp_path, capsys):
     more = f"--val {toy_folder}/data.json --val-every 4 --save-every 5 --micro-batch-size"
     go(toy_folder, tmp_path / "one", f"{more} 5")
-    assert "validation loss" in capsys.readouterr().err
+    assert "validation loss" in capsys.readouterr().out
     lines = log(tmp_path / "one")
     assert [line["step"] for line in lines if "val_loss" in line] == [4, 8, 10]
     model = Llava.from_pretrained(tmp_path / "one", dtype=torch.float32)
@@ -709,7 +709,7 @@ def test_tiles_and_processes_count_in_the_estimate(toy_folder, tmp_path, monkeyp
     assert train.largest_load(samples, [[1]], 1).tiles == samples.tiles[1]
     samples.lengths = [10, 30, 20, 40] + [1] * 18
     alone = train.largest_load(samples, [[3, 1, 2, 0]], 4).tokens
-    args = train.parse(flags(toy_folder, tmp_path, "--micro-batch-size 4"))
+    args = train.parse(flags(toy_folder, tmp_path, "--micro-batch-size 4 --checkpoint-blocks 0"))
     one = train.estimate_memory(Llava(config), train.Load(10, 5, 1), args)["weights"]
     monkeypatch.setattr(train, "PROCESSES", 2)
     assert alone == 4 * 40 and train.largest_load(samples, [[3, 1, 2, 0]], 4).tokens == 2 * 40
@@ -826,7 +826,7 @@ def test_quantize_reaches_the_model_and_the_plan(toy_folder, tmp_path, monkeypat
         need[bits] = train.estimate_memory(model, train.Load(10, 5, 1), args)["weights"]
     assert [how.get("quantize") for how in chosen] == ["int4", "int8", None]
     linear = sum(m.frozen.weight.numel() for m in model.modules() if isinstance(m, train.LoRA))
-    assert need["int8"] - need["int4"] == pytest.approx(linear * 3 / 8, rel=0.1)
+    assert need["int8"] - need["int4"] == pytest.approx(linear * 3 / 8, rel=0.15)
     assert need[None] > need["int8"] + 0.9 * linear
 
 
