@@ -421,16 +421,19 @@ class Live(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("more", [
-    "--stage 1 --template v1", "", "--lora-rank 4", "--lora-rank 8 --lora-vision", "--in-backward",
-    "--checkpoint-blocks 2", "--checkpoint-blocks 8 --in-backward", "--micro-batch-size 1"])
-@pytest.mark.parametrize("dtype, words", [("float32", 1000), ("bfloat16", 1000), ("bfloat16", 16000)])
+WAYS = ("", "--in-backward", "--lora-rank 4", "--stage 1 --template v1", "--lora-rank 8 --lora-vision",
+        "--checkpoint-blocks 2", "--checkpoint-blocks 8 --in-backward", "--micro-batch-size 1")
+
+
+@pytest.mark.parametrize("dtype, words, more", [
+    *(("float32", 1000, more) for more in WAYS), *(("float32", 16000, more) for more in WAYS[:2]),
+    *(("bfloat16", 1000, more) for more in WAYS[:3])])
 def test_memory_estimate_is_within_8_percent(toy_folder, tmp_path, monkeypatch, more, dtype, words):
     monkeypatch.setattr(train, "ALLOCATOR_OVERHEAD", 1)      # count the tensors only
     monkeypatch.setattr(train, "CHUNK", {"cpu": 1 << 16, "gpu": 1 << 16})
     args = train.parse(flags(toy_folder, tmp_path, f"--dtype {dtype} --batch-size 4 {more}"))
     config = LlavaConfig(VisionConfig(64, 192, 3, 4, image_size=64, patch_size=8),
-                         TextConfig("mistral", words, 256, 896, 8, 8, 2, head_dim=32), image_token_id=words)
+                         TextConfig("mistral", words, 192, 672, 8, 6, 2, head_dim=32), image_token_id=words)
     with Live() as live:
         model = Llava(config).to(getattr(torch, dtype))
         train.choose_trainable(model, args)
@@ -445,11 +448,10 @@ def test_memory_estimate_is_within_8_percent(toy_folder, tmp_path, monkeypatch, 
         optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
         micros = train.collate(args.micro_batch_size, [sample] * 4)
         live.most = 0
-        for _ in range(2):
-            optimizer.begin(1e-3)
-            for micro in micros:
-                model(**micro).backward()
-            optimizer.step()
+        optimizer.begin(1e-3)
+        for micro in micros:
+            model(**micro).backward()
+        optimizer.step()
     assert live.most == pytest.approx(need["peak"], rel=0.08)
 
 
