@@ -1180,7 +1180,7 @@ def read_config(raw: dict, file: Path) -> dict:
         return {"vision": parse_config("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     else:
         raise UserError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
-    found |= {"template": TEMPLATES[found["text"].model_type]} | raw.get("llava.py", {})
+    found = {"template": TEMPLATES[found["text"].model_type]} | found | raw.get("llava.py", {})
     return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
 
 
@@ -1236,35 +1236,32 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in needed if name not in found]:
             raise UserError(f"{file} has no {', '.join(missing)}")
-    check_sizes(default, found, file)
     if kind == "llama" and "num_attention_heads" in found:
         found = {"num_key_value_heads": found["num_attention_heads"]} | found
-    if kind != "clip":
-        heads = found.get("num_attention_heads", default.num_attention_heads)
-        found = {"head_dim": found.get("hidden_size", default.hidden_size) // heads} | found
-    config = replace(default, **{f.name: found[f.name] for f in fields(default)
-                                 if f.name in found and f.name != "model_type"})
+    found = {f.name: found[f.name] for f in fields(default) if f.name in found and f.name != "model_type"}
+    check_numbers(default, found, file)
+    config = replace(default, **found)
     heads = config.num_attention_heads
-    if kind == "clip" and config.hidden_size % heads:
-        raise UserError(f"{file}: hidden_size {config.hidden_size} is not a multiple of the "
-                        f"num_attention_heads {heads}")
-    if kind != "clip" and heads % config.num_key_value_heads:
-        raise UserError(f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                        f"{config.num_key_value_heads}")
+    if kind != "clip" and "head_dim" not in found:
+        config = replace(config, head_dim=config.hidden_size // heads)
+    whole, part = (("hidden_size", "num_attention_heads") if kind == "clip" else
+                   ("num_attention_heads", "num_key_value_heads"))
+    if getattr(config, whole) % getattr(config, part):
+        raise UserError(f"{file}: {whole} {getattr(config, whole)} is not a multiple of {part} "
+                        f"{getattr(config, part)}")
     return config
 
 
-def check_sizes(default: TextConfig | VisionConfig, found: dict, file: Path) -> None:
-    """Raise UserError for a field that is not a number, not positive, or not whole where it must be."""
-    for f in fields(default):
-        value, usual = found.get(f.name), getattr(default, f.name)
-        if f.name not in found or isinstance(usual, (str, bool)) or (f.name == "sliding_window" and value is None):
+def check_numbers(default: TextConfig | VisionConfig, found: dict, file: Path) -> None:
+    """Raise UserError for a field of another type than its default, or a size that is not positive."""
+    for name, value in found.items():
+        usual = getattr(default, name)
+        if name == "sliding_window" and value is None or isinstance(usual, bool) and isinstance(value, bool):
             continue
-        whole = isinstance(usual, int) or f.name == "sliding_window"
-        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or value <= 0:
-            raise UserError(f"{file}: {f.name} is {value!r}; it must be a positive "
-                            f"{'whole ' if whole else ''}number")
+        kinds = (int, float) if isinstance(usual, float) else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            what = "a positive number" if isinstance(usual, float) else "a positive whole number"
+            raise UserError(f"{file}: {name} is {value!r}; it must be {what}")
 
 
 def hf_vocab_size(config: LlavaConfig) -> int:
@@ -1591,56 +1588,44 @@ def read_question() -> str:
         return ""
 
 
-class Trace:
-    """Forward hooks that print shape, dtype, parameters, FLOPs and time of each module as it ends."""
+def print_trace(model: Llava, inputs: dict) -> None:
+    """Print shape, dtype, parameters, FLOPs and time of every module, for the prompt and one decode step,
+    and the attention kernels. FLOPs come from a separate pass, because counting slows the timed one."""
+    tower, decoder = model.vision_tower, model.language_model
+    parts = [tower.patch_embedding, tower.pre_layrnorm, *tower.layers, model.projector,
+             decoder.embed_tokens, *decoder.layers, decoder.norm, decoder.lm_head]
+    names = {module: name for name, module in model.named_modules() if module in parts}
+    counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
+    flops, clock = [0], [0.0]                # totals at the end of each module
 
-    def __init__(self, model: Llava):
-        tower, decoder = model.vision_tower, model.language_model
-        parts = [tower.patch_embedding, tower.pre_layrnorm, *tower.layers, model.projector,
-                 decoder.embed_tokens, *decoder.layers, decoder.norm, decoder.lm_head]
-        self.names = {module: name for name, module in model.named_modules() if module in parts}
-        self.counter = FlopCounterMode(display=False, custom_mapping={    # not known to torch 2.13
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-                lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
-        self.flops, self.clock = [0], [0.0]  # totals at the end of each module
+    def count(*_) -> None:
+        flops.append(counter.get_total_flops())
 
-    def count(self, *_) -> None:
-        self.flops.append(self.counter.get_total_flops())
-
-    def show(self, module: nn.Module, _, y: Tensor) -> None:
+    def show(module: nn.Module, _, y: Tensor) -> None:
         if y.is_cuda:
             torch.cuda.synchronize()
-        self.clock.append(time.perf_counter())
-        step = len(self.clock) - 1
-        gflop = (self.flops[step] - self.flops[step - 1]) / 1e9
-        ms = 1e3 * (self.clock[step] - self.clock[step - 1])
-        parameters = f"{sum(p.numel() for p in module.parameters()):,}"
-        self.row(self.names[module], y.shape, y.dtype, parameters, f"{gflop:.3f}", f"{ms:.2f}")
+        clock.append(time.perf_counter())
+        gflop, ms = (flops[len(clock) - 1] - flops[len(clock) - 2]) / 1e9, 1e3 * (clock[-1] - clock[-2])
+        size = f"{sum(p.numel() for p in module.parameters()):,}"
+        print_row(names[module], y.shape, y.dtype, size, f"{gflop:.3f}", f"{ms:.2f}")
 
-    def row(self, module: str, shape, *cells) -> None:
+    def print_row(module: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{module:33}{str(list(shape)):>20}", *cells, sep="")
 
-    def run(self, model: Llava, inputs: dict, hook, context) -> None:
-        handles = [module.register_forward_hook(hook) for module in self.names]
-        self.clock[0] = time.perf_counter()
+    print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
+    for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
+        print_row(f"image {width} x {height}", tiles.shape, tiles.dtype)
+    print_row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
+    for hook, context in ((count, counter), (show, nullcontext())):
+        handles, clock[0] = [module.register_forward_hook(hook) for module in parts], time.perf_counter()
         with context:
             list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
         for handle in handles:
             handle.remove()
-
-
-def print_trace(model: Llava, inputs: dict) -> None:
-    """Print what every module returns and costs, for the prompt and for one decode step, and the
-    attention kernels. FLOPs are counted in a separate pass, because counting slows the timed one."""
-    trace = Trace(model)
-    print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
-    for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
-        trace.row(f"image {width} x {height}", tiles.shape, tiles.dtype)
-    trace.row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
-    trace.run(model, inputs, trace.count, trace.counter)
-    trace.run(model, inputs, trace.show, nullcontext())
-    kernels = {str(op) for op in trace.counter.get_flop_counts()["Global"] if "attention" in str(op)}
+    kernels = {str(op) for op in counter.get_flop_counts()["Global"] if "attention" in str(op)}
     print(f"attention kernels: {', '.join(sorted(kernels)) or 'none'}\n")
 
 
@@ -1650,47 +1635,40 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
     patches clear, the others dark, with PruMerge in the color of the patch that they are merged into.
     Right: the attention of the CLS token."""
     S, side, config = tiles.shape[-1], model.config.vision.side, model.config
-    weight, scale = model.vision_tower.class_embedding, math.ceil(336 / S)
-    canvas = Image.new("RGB", (2 * S, len(tiles) * S))
-    pixels = normalize(tiles.to(weight.device))
+    weight, N = model.vision_tower.class_embedding, config.keep_tokens
+    pixels, canvas = normalize(tiles.to(weight.device)), Image.new("RGB", (2 * S, len(tiles) * S))
     states = model.vision_tower(pixels.to(weight.dtype), config.vision_feature_layer)
-    attention, keys = model.cls_attention(states)
 
     def enlarge(patches: Tensor) -> Image.Image:                          # [P] or [P, 3] of 0...255
         values = patches.byte().cpu().unflatten(0, (side, side)).numpy()
         return Image.fromarray(values).resize((S, S), Image.NEAREST)
 
-    for i, tile in enumerate(tiles):
+    for i, (tile, attention, keys) in enumerate(zip(tiles, *model.cls_attention(states))):
         tint = torch.full((side**2, 3), 96)
         if config.prune == "random":
-            kept = random_patches(pixels[i], config.keep_tokens, side**2)
+            kept = random_patches(pixels[i], N, side**2)
         elif config.prune == "divprune":
-            kept = diverse_patches(model.projector(states[i, 1:]), config.keep_tokens)
+            kept = diverse_patches(model.projector(states[i, 1:]), N)
         else:
-            kept, tint = prumerge_colors(attention[i], keys[i], config)
+            variant = PRUMERGE[config.prune]
+            kept = choose_patches(attention, budget=N and N - 1, **variant)
+            merged = prumerge(attention, keys, budget=N, **variant)[:len(kept)].cpu() > 0     # [m, P]
+            hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
+            tint = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], tint)
         clear = torch.zeros(side**2).index_fill(0, kept.cpu(), 255)
         image = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
         dark = Image.blend(image, enlarge(tint), 0.6)
         canvas.paste(Image.composite(image, dark, enlarge(clear)), (0, i * S))
-        canvas.paste(enlarge(255 * attention[i] / attention[i].max()), (S, i * S))
+        canvas.paste(enlarge(255 * attention / attention.max()), (S, i * S))
+    scale = math.ceil(336 / S)
     return canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST)
-
-
-def prumerge_colors(attention: Tensor, keys: Tensor, config: LlavaConfig) -> tuple[Tensor, Tensor]:
-    """PruMerge's kept patches [m], and for each patch [P, 3] the color of the first it is merged into."""
-    variant, budget = PRUMERGE[config.prune], config.keep_tokens
-    mix = prumerge(attention, keys, budget=budget, **variant)
-    kept = choose_patches(attention, budget=budget and budget - 1, **variant)
-    hues = torch.tensor([ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))])
-    merged = mix[:len(kept)].cpu() > 0                                    # [m, P]
-    return kept, hues[merged.int().argmax(0)].where(merged.any(0)[:, None], torch.tensor(96))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Ask a LLaVA about images. Without a prompt, a conversation begins; an empty line ends it.")
+        description="Ask a LLaVA about images. Without a question, a conversation begins.")
     add = parser.add_argument
-    add("prompt", nargs="?", help="the question")
+    add("prompt", nargs="?", help="the question; without one a conversation begins, which an empty line ends")
     add("--model", required=True, metavar="ID",
         help="folder, run folder, or hub id such as llava-hf/llava-v1.6-mistral-7b-hf (or id@revision)")
     add("--image", nargs="+", action="extend", default=[], metavar="FILE",
