@@ -786,7 +786,7 @@ class Llava(nn.Module):
                             "within --max-length")
         targets = labels[rows, columns + 1].to(x.device)
         select = rows.to(x.device), columns.to(x.device)
-        logits = self.language_model.lm_head(self.language_model(x, select))             # [n, V]
+        logits = self.language_model.lm_head(self.language_model(x, select=select))      # [n, V]
         return F.cross_entropy(logits.float(), targets)
 
     # Generation
