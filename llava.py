@@ -388,10 +388,7 @@ class LanguageModel(nn.Module):
     def run_layers(self, x: Tensor, positions: Tensor, attends: list, select) -> Tensor:
         cos_sin = rope(positions, self.config, x.dtype)
         for layer, attend in zip(self.layers, attends):
-            if layer is self.layers[-1]:
-                x = layer(x, cos_sin, attend, select)
-            else:
-                x = layer(x, cos_sin, attend)
+            x = layer(x, cos_sin, attend, select if layer is self.layers[-1] else None)
         return self.norm(x)
 
 
@@ -510,40 +507,37 @@ BUDGETED = ("prumerge", "prumerge+", "random", "pool", "divprune")        # thos
 
 def check_token_budget(config: LlavaConfig) -> None:
     """Raise UserError where `prune` and `keep_tokens` do not fit together."""
-    name, N, patches = config.prune, config.keep_tokens, config.vision.side**2
+    name, N, most = config.prune, config.keep_tokens, config.vision.side**2
+    least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name not in ("none", *PRUNING):
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
     if N is None and name in ("random", "pool", "divprune"):
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
     if N is not None and name not in BUDGETED:
         raise UserError(f"--keep-tokens works with --prune {', '.join(BUDGETED)}, not with {name}")
-    least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
-    if N is not None and not least <= N <= patches:
-        raise UserError(f"--keep-tokens {N} is not between {least} and the {patches} patches of a tile")
+    if N is not None and not least <= N <= most:
+        raise UserError(f"--keep-tokens {N} is not between {least} and the {most} patches of a tile")
     if name == "pool" and max(pooled_size(N)) > config.vision.side:
         raise UserError(f"--keep-tokens {N} is not a product of two numbers up to {config.vision.side}, "
                         f"as --prune pool needs it; {math.isqrt(N)**2} is")
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
-    """The most tokens that one tile has after reduction. PruMerge's outliers lie above the third
-    quartile and are therefore at most a quarter of the patches; one token sums up the others."""
+    """The most tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
+    which are at most a quarter of the patches, and adds one token for the others."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
     if config.keep_tokens is not None:
         return config.keep_tokens
     if "ratio" in variant:
         return len(choose_patches(torch.zeros(patches), **variant)) + 1
-    if "plus" in variant:
-        return patches + 1
-    return max(1, patches // 4) + 1
+    return patches + 1 if "plus" in variant else max(1, patches // 4) + 1
 
 
 def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = None,
                    paper: bool = False, budget: int | None = None) -> Tensor:
-    """PruMerge's choice: indices [m] of patches by attention [P], strongest first; the outliers, or
-    the share `ratio`. With `plus` an even sample of the other patches follows. The paper keeps the
-    order of the image. With `budget`, exactly that many: by attention, or with `plus` half of them
-    by attention and the other half evenly spaced among the rest."""
+    """PruMerge's choice: indices [m] of patches by attention [P], strongest first: the outliers, the
+    share `ratio`, or exactly `budget`. With `plus` an even sample of the others follows, which with
+    `budget` is half of it. The paper keeps the order of the image."""
     P = len(attention)
     order = attention.argsort(descending=True, stable=True)
     if budget is not None:
@@ -568,11 +562,10 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
              paper: bool = False, budget: int | None = None, neighbours: int = 32) -> Tensor:
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
 
-    attention [P]: of the CLS token to each patch; keys [P, C]. To each chosen patch is added the
-    attention-weighted sum of its `neighbours` most similar patches, and one last token is the
-    attention-weighted sum of all patches that were not chosen. This follows the released code. The
-    `paper` keeps the image's order, does not normalise the keys, weights a chosen patch like its
-    neighbours and adds no token. `budget` counts all tokens, the last one included.
+    attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
+    chosen patch gets the attention-weighted sum of its `neighbours` most similar patches added; the
+    last token is that sum over all patches not chosen. So the released code; the `paper` does not
+    normalise keys, weights a chosen patch like its neighbours and has no last token.
     """
     kept = choose_patches(attention, plus, ratio, paper, budget and budget - 1)
     weight_of_kept = torch.ones_like(attention)
@@ -589,8 +582,8 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
 
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
-    """`keep` of `patches` indices at random, in the image's order. The seed is a checksum of the
-    normalised tile [3, S, S] in 8 bits, so the same image always keeps the same patches."""
+    """`keep` of `patches` indices at random, in the image's order; the seed is a checksum of the
+    normalised tile [3, S, S] in 8 bits."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
     eight_bits = ((pixels.float() * std + mean) * 255).round().to(torch.uint8)
     generator = torch.Generator().manual_seed(zlib.crc32(eight_bits.cpu().numpy().tobytes()))
@@ -620,13 +613,12 @@ def diverse_patches(features: Tensor, keep: int) -> Tensor:
 
 
 def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
-    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection. Each
-    is the point whose distance to the nearest selected point is largest, the lowest index of equals;
-    start None is the point nearest the mean. Raises UserError for points that are not finite.
+    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each
+    the point farthest from its nearest selected point, the lowest index of equals; start None is the
+    point nearest the mean. Raises UserError for points that are not finite.
 
-    One matrix-vector product a selection: |a - b|² = |a|² - 2ab + |b|². To avoid cancellation far from
-    the origin, the point nearest the mean becomes the origin; unlike the mean itself it leaves equal
-    distances exactly equal.
+    One matrix-vector product a selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the
+    point nearest the mean becomes the origin; unlike the mean it leaves equal distances equal.
     """
     if not 0 < k <= len(x):
         raise UserError(f"{k} of {len(x)} points cannot be selected")
@@ -660,10 +652,9 @@ class Llava(nn.Module):
         super().__init__()
         self.config, C = config, config.text.hidden_size
         self.vision_tower = VisionTower(config.vision)
-        layers = [nn.Linear(config.vision.hidden_size, C)]
+        self.projector = nn.Sequential(nn.Linear(config.vision.hidden_size, C))
         if config.projector == "mlp2x_gelu":
-            layers += [nn.GELU(), nn.Linear(C, C)]
-        self.projector = nn.Sequential(*layers)
+            self.projector.extend([nn.GELU(), nn.Linear(C, C)])
         if config.image_mode == "anyres":
             self.image_newline = nn.Parameter(torch.randn(C) / C**0.5)
         self.language_model = LanguageModel(config.text)
@@ -674,8 +665,8 @@ class Llava(nn.Module):
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
         """One [n, C] per image: the features that replace its id among the token embeddings.
 
-        images: for each image its tiles [tiles, 3, S, S], normalised or in uint8; image_sizes: the
-        (height, width) of each original image; prune: a name in PRUNING or "none", None: the config's.
+        images: the tiles [tiles, 3, S, S] of each image, normalised or in uint8; image_sizes: its
+        original (height, width); prune: a name in PRUNING or "none", None: the config's.
         """
         prune = self.config.prune if prune is None else prune
         weight = self.vision_tower.class_embedding
@@ -700,8 +691,7 @@ class Llava(nn.Module):
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
         """The projected tokens [n, C] that the method `prune` keeps of each tile, from its pixels
         [N, 3, S, S] and the tower's states [N, 1+P, C]."""
-        config = replace(self.config, prune=prune)                        # checks the budget
-        keep, tiles = config.keep_tokens, []
+        keep, tiles = replace(self.config, prune=prune).keep_tokens, []   # replace checks the budget
         attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
         for i, patches in enumerate(states[:, 1:]):                       # [P, C]
             if prune == "random":
@@ -802,9 +792,7 @@ class Llava(nn.Module):
         """
         x, lengths, _ = self.splice(input_ids, images, image_sizes, attention_mask)
         window = self.config.text.sliding_window
-        slots = x.shape[1] + max_new_tokens
-        if window is not None:
-            slots = min(slots, window)
+        slots = min(x.shape[1] + max_new_tokens, window or sys.maxsize)
         caches = [KVCache(slots, lengths, window) for _ in self.language_model.layers]
         last = torch.arange(len(x), device=x.device), lengths - 1
         hidden = self.language_model.prefill(x, caches, select=last)      # [B, C]
