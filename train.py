@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from eval import language_flops, peak_memory, projector_flops, vision_flops
 from llava import (IGNORE, FROM_PUBLISHED, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, TextConfig,
-                   UserError, atomic_write, command_line, count_image_tokens, count_tiles, default_dtype,
+                   UserError, atomic_write, command_line, choose_grid, count_image_tokens, default_dtype,
                    first_line, hf_config, number, open_checkpoint, open_file, open_image, read_json,
                    rename_key, save_sharded, write_json)
 
@@ -395,6 +395,12 @@ def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: i
     order = [i for pool in pools for i in sorted(pool, key=lambda i: -lengths[i])]
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
+    if config.image_mode != "anyres":
+        return 1
+    return 1 + math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
 
 
 def put_largest_first(samples: Samples, batches: list[list[int]], args: argparse.Namespace) -> None:
@@ -1037,11 +1043,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(sentence)
     if args.plan and args.card is None:
         args.card = "a100"
-    bf16 = args.card != "cpu" if args.plan else default_dtype(args.device) == "bfloat16"
+    dtype = default_dtype(args.device, args.quantize or "none")
+    if args.plan and args.card != "cpu":
+        dtype = "bfloat16"
     defaults = recipe | {
         "clip": None if args.in_backward else 1.0, "lora_alpha": 2 * (args.lora_rank or 0),
         "template": "plain" if args.stage == 1 else None, "val_every": 100,
-        "dtype": "bfloat16" if bf16 or args.quantize else "float32"}
+        "dtype": "bfloat16" if dtype == "bfloat16" else "float32"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -599,8 +599,8 @@ def test_validation_loss_is_the_mean_over_fixed_records_and_resumes_exactly(toy_
                       lambda adam: (step(adam), adam.steps == 6 and signal.raise_signal(signal.SIGINT)))
         go(toy_folder, tmp_path / "two", f"{more} 5")
     go(toy_folder, tmp_path / "two", f"{more} 5 --resume")
-    kept = [[(line["loss"], line.get("val_loss")) for line in log(tmp_path / name)] for name in ("one", "two")]
-    assert kept[0] == kept[1]
+    one, two = ([(line["loss"], line.get("val_loss")) for line in log(tmp_path / name)] for name in ("one", "two"))
+    assert one == two
 
 
 # ---------------------------------------------------------------------------------------------
@@ -814,6 +814,20 @@ def test_lora_works_over_layers_without_a_weight(toy_folder, tmp_path, monkeypat
     assert torch.allclose(plain(**batch), opaque(**batch))
     names = [[n for n, p in model.named_parameters() if p.requires_grad] for model in (plain, opaque)]
     assert names[0] == names[1] and len(names[0]) == 2 * 7 * 3 + 4
+
+
+def test_a_quantized_run_resumes_exactly_and_opens_over_the_full_base(toy_folder, tmp_path):
+    more, step = "--quantize int8 --lora-rank 2 --save-every 4", train.Adam.step
+    expected = go(toy_folder, tmp_path / "whole", more)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Adam, "step",
+                      lambda adam: (step(adam), adam.steps == 6 and signal.raise_signal(signal.SIGINT)))
+        go(toy_folder, tmp_path / "run", more)
+    found = go(toy_folder, tmp_path / "run", f"{more} --resume")
+    assert all(torch.equal(found[name], expected[name]) for name in expected) and log(tmp_path / "run")
+    losses = [line["loss"] for line in log(tmp_path / "run")]
+    assert losses[-1] < 0.9 * losses[0]
+    Llava.from_pretrained(tmp_path / "run", dtype=torch.float32)
 
 
 def test_quantize_reaches_the_model_and_the_plan(toy_folder, tmp_path, monkeypatch):
