@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import random
 import re
 import shlex
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 from eval import answer, collate, fingerprint, grade, question, read_answers, read_scienceqa, to_record
 from llava import (IGNORE, TEMPLATES, Llava, Processor, UserError, add_model_flags, atomic_write,
-                   command_line, load_model, open_image, read_json, write_json)
+                   command_line, farthest_points, load_model, open_image, read_json, write_json)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -76,36 +75,6 @@ def choose_maxmin(problems: list[dict], k: int, args) -> dict[int, str]:
     """Greedy max-min selection over the hidden states that a LLaVA computes for the prompts."""
     states = measure(problems, args, args.pooling).to(args.device)
     return dict.fromkeys(farthest_points(states, k).tolist(), "the farthest from those chosen before")
-
-
-def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
-    """Greedy max-min (Gonzalez 1985): k indices of x [N, D] in order of choice. Each is the point
-    whose nearest chosen point is farthest, the lowest index among equals; start=None begins with
-    the point nearest the mean. The smallest distance among them is at least half of the optimum.
-
-    One matrix-vector product a pick: |a - b|² = |a|² - 2ab + |b|². Far from the origin this loses
-    precision, so the data is first translated to put the point nearest the mean at the origin. A
-    data point is used because subtracting the mean itself would make equal distances unequal.
-    """
-    if not 0 < k <= len(x):
-        raise UserError(f"{k} of {len(x)} points cannot be chosen")
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if len(bad := (~x.isfinite().all(1)).nonzero()):
-        raise UserError(f"the features of point {int(bad[0])} are not finite")
-    middle = int(torch.linalg.vector_norm(x - x.mean(0), dim=1).argmin())
-    x = x - x[middle]
-    pick = middle if start is None else start
-    squares, picks = x.square().sum(1), []
-    nearest = torch.full_like(squares, math.inf)                          # [N] squared distances
-    for _ in range(k):
-        picks.append(pick)
-        sums = squares + squares[pick]
-        distances = torch.addmv(sums, x, x[pick], alpha=-2)
-        distances[distances < 32 * torch.finfo(x.dtype).eps * sums] = 0   # rounding errors
-        nearest = torch.minimum(nearest, distances)
-        nearest[pick] = -1                   # never chosen again, also when it has duplicates
-        pick = int(nearest.argmax())
-    return torch.tensor(picks)
 
 
 def choose_gain(problems: list[dict], k: int, args) -> dict[int, str]:
