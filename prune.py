@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
+import os
 import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +41,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import answer, collate, fingerprint, grade, question, read_answers, read_scienceqa, to_record
+from eval import (answer, append, chat, collate, fingerprint, grade, judge_url, question, read_answers,
+                  read_scienceqa, to_record)
 from llava import (IGNORE, TEMPLATES, Llava, Processor, UserError, add_model_flags, atomic_write,
                    command_line, farthest_points, load_model, open_image, read_json, write_json)
 
@@ -645,7 +649,294 @@ def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, f
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. The command line
+# 5. Make records: naive expansion of captions, and generation by a text-only language model (the
+# teacher) that reads each image as captions and boxes. The texts here decide what the data is like.
+
+INSTRUCTIONS = {"brief": (
+    "Describe this image in one sentence.", "What does this image show? Answer briefly.",
+    "Give a short description of the image.", "Sum up the image in a few words.",
+    "Say in one line what is visible here.", "Write a compact description of the photo.",
+    "In brief, what can be seen here?", "Name the main content of this image.",
+    "Tell me shortly what this image is about.", "State the subject of the image concisely.",
+    "Provide a one-sentence summary of what you see."), "detailed": (
+    "Describe this image in detail.", "What can be seen in this image? Be thorough.",
+    "Write a long and complete description of the image.", "Give a full account of this scene.",
+    "Walk me through everything that the image shows.", "Analyse this image part by part.",
+    "Explain the content of the image with all its details.", "Tell me as much as you can about this image.",
+    "Describe the objects here and how they are arranged.", "Depict the scene as precisely as possible.",
+    "Report carefully what is visible in the image.", "Compose a detailed paragraph about this image.",
+    "Describe the foreground and the background fully.", "Explain in full sentences what the image contains.",
+    "What is happening here? Include every detail.", "Describe all of this to someone who cannot see it.")}
+RULES = """The user sends a text that stands for one image: sentences that describe it and sometimes a
+list of objects, each with the corners [left, top, right, bottom] of its box as fractions of the image.
+Write as if you saw the image itself. State only what the text makes certain. Never mention these
+sentences, captions, bounding boxes or coordinates: put positions and sizes into words.
+"""
+FORM = """
+Write a line "Question:", then the question, a line "===", a line "Answer:", then the answer; a line
+"===" separates one pair from the next. Write nothing else."""
+SYSTEM_MESSAGES = {
+    "conversation": RULES + """Write a conversation between someone who asks about the image and an
+assistant who sees it. Ask about kinds, numbers, colors, actions, places and relations of things, and only
+questions with a definite answer. One question may need background knowledge.""" + FORM,
+    "detail": RULES + """Write one detailed description: what is there, how many of it, where, and how the
+things relate to each other. Write only the description, in plain paragraphs.""",
+    "reasoning": RULES + """Write one question that needs reasoning about the image (why, what may happen
+next, what is advisable) without revealing what the image shows, and an answer that reasons step by step
+from what is visible.""" + FORM}
+EXAMPLE = ("A woman rides a bicycle along a wet street.\nA cyclist in a yellow coat passes two parked cars.",
+           "person: [0.412, 0.215, 0.583, 0.742]\nbicycle: [0.391, 0.48, 0.61, 0.866]\n"
+           "car: [0.02, 0.38, 0.21, 0.61]\ncar: [0.215, 0.39, 0.352, 0.58]\ndog: [0.8, 0.66, 0.93, 0.88]")
+EXAMPLE_REPLIES = {
+    "conversation": """Question:\nWhat is the woman doing?\n===\nAnswer:
+She is riding a bicycle along a street.
+===\nQuestion:\nWhy is her bright coat useful in this weather?\n===\nAnswer:
+Drivers see less in the rain. A bright coat makes a cyclist visible from farther away.""",
+    "detail": """A woman in a yellow coat cycles along a street that is wet with rain. To her left two cars
+are parked one behind the other. On the right, close to the viewer, a dog watches her pass.""",
+    "reasoning": """Question:\nWhat should this person be careful about in the next moments?\n===\nAnswer:
+The street is wet, so braking takes longer. A door of one of the parked cars on the left could open, and
+the dog on the right could run into her way. She should slow down and keep a distance from both."""}
+SETTINGS = {"temperature": 0.2, "max_tokens": 1024}
+UNWANTED = {                                 # reason to reject a reply: what it contains
+    "mentions captions or bounding boxes": re.compile(r"\bcaptions?\b|\bbounding[ -]box", re.IGNORECASE),
+    "prints coordinates": re.compile(r"[01]?\.\d+\s*,\s*[01]?\.\d+|\[\s*[\d.]+\s*,"),
+    "contains <image>": re.compile("<image>")}
+
+
+def expand(args) -> None:
+    """Naive expansion: each image-caption pair becomes a record that begins with a random instruction."""
+    images = list(read_captions(args.expand).items())[:args.limit]
+    records = [make_record(image_id, file, [("", text)], args.style, f"{args.seed} {image_id} {i}")
+               for image_id, (file, texts) in images for i, text in enumerate(texts)]
+    write_json(args.out, records)
+    print(f"{args.out}: {len(records)} records of {len(images)} images")
+
+
+def make_record(image_id: str, file: str, pairs: list[tuple[str, str]], style: str, seed: str) -> dict:
+    """A LLaVA record of (question, answer) pairs. The seed alone decides which instruction replaces an
+    empty question, and whether <image> comes before or after the first question."""
+    rng, turns = random.Random(seed), []
+    for asked, answered in pairs:
+        asked = asked or rng.choice(INSTRUCTIONS[style])
+        if not turns:
+            asked = rng.choice((f"<image>\n{asked}", f"{asked}\n<image>"))
+        turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+    return {"id": image_id, "image": file, "conversations": turns}
+
+
+def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
+    """{image id: (file name, captions)} in the file's order, of a COCO captions file or of a list of
+    {"image", "caption"}, where the id is the file name without its suffix."""
+    content, images = read_json(file), {}
+    try:
+        if isinstance(content, list):
+            pairs = [(str(e.get("id", Path(e["image"]).with_suffix(""))), e["caption"]) for e in content]
+            images = {image_id: (e["image"], []) for (image_id, _), e in zip(pairs, content)}
+        else:
+            pairs = [(str(e["image_id"]), e["caption"]) for e in content["annotations"]]
+            images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
+        for image_id, text in pairs:
+            if text := " ".join(text.split()):
+                images[image_id][1].append(text)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is neither a COCO captions file nor a list of {{image, caption}}: "
+                        f"{error!r}") from None
+    return images
+
+
+def read_boxes(file: Path) -> dict[str, list[str]]:
+    """{image id: lines "category: [x1, y1, x2, y2]"} of a COCO instances file, whose bbox is [x, y,
+    width, height] in pixels: top left and bottom right corner from 0 to 1, three decimals."""
+    content = read_json(file)
+    try:
+        sizes = {e["id"]: (e["width"], e["height"]) for e in content["images"]}
+        names, boxes = {e["id"]: e["name"] for e in content["categories"]}, {str(i): [] for i in sizes}
+        for e in content["annotations"]:
+            (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
+            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # 1: rounding errors
+                raise UserError(f"{file}: box {e['bbox']} is not inside image {e['image_id']}, "
+                                f"{width} x {height}")
+            corners = [x / width, y / height, (x + w) / width, (y + h) / height]
+            corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
+            boxes[str(e["image_id"])].append(f"{names[e['category_id']]}: {corners}")
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{file} is not a COCO instances file: {error!r}") from None
+    return boxes
+
+
+def read_images(args) -> tuple[list[tuple], list[dict]]:
+    """[(image id, file name, key, request)] and [{"id", "reason"}] of the images left out."""
+    captions, images, left_out = read_captions(args.captions), [], []
+    boxes = read_boxes(args.boxes) if args.boxes else dict.fromkeys(captions, [])
+    for image_id, (file, texts) in list(captions.items())[:args.limit]:
+        if texts and image_id in boxes:
+            images.append((image_id, file, *make_request(args, texts, boxes[image_id])))
+        else:
+            left_out.append({"id": image_id, "reason": "no boxes" if texts else "no captions"})
+    left_out += [{"id": image_id, "reason": "no captions"} for image_id in boxes if image_id not in captions]
+    if left_out:
+        print(f"{len(left_out)} images without captions or boxes are left out, such as {left_out[0]['id']}")
+    return images, left_out
+
+
+def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict]:
+    """The request for one image, and its key, a hash of model, prompt and settings. The symbolic image
+    is the captions, one a line, and with boxes an empty line and the boxes, one a line."""
+    example = EXAMPLE if args.boxes else EXAMPLE[:1]
+    symbolic = ["\n".join(lines) for lines in (captions, boxes) if lines]
+    messages = [{"role": "system", "content": SYSTEM_MESSAGES[args.generate]},
+                {"role": "user", "content": "\n\n".join(example)},
+                {"role": "assistant", "content": EXAMPLE_REPLIES[args.generate]},
+                {"role": "user", "content": "\n\n".join(symbolic)}]
+    body = {"model": args.judge_model, "messages": messages, **SETTINGS}
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:32], body
+
+
+def read_replies(file: Path) -> dict[str, str]:
+    """{key: text} of the replies received so far; a last line that a kill cut off is removed."""
+    content = file.read_bytes() if file.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+    try:
+        entries = [json.loads(line) for line in content[:whole].splitlines()]
+        return {entry["key"]: "" + entry["text"] for entry in entries}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} has a line that is not a reply: remove it, or name another --out") from None
+
+
+def read_batch(file: Path) -> dict[str, str]:
+    """{key: text} of the results of OpenAI's batch interface; failed requests are counted."""
+    texts, failed = {}, 0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            texts[entry["custom_id"]] = "" + entry["response"]["body"]["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, TypeError, IndexError):
+            failed += 1
+    print(f"{file}: {len(texts)} replies, {failed} lines without one")
+    return texts
+
+
+def ask_teacher(url: str, requests: dict[str, dict], workers: int, file: Path) -> None:
+    """Send the requests from several threads and append each reply at once. The first failure stops all
+    threads, after the replies that they are waiting for."""
+    waiting, lock, errors = iter(requests.items()), threading.Lock(), []
+    bar = tqdm(total=len(requests), desc="asking the teacher", unit="request")
+
+    def work() -> None:
+        while not errors:
+            with lock:
+                key, body = next(waiting, (None, None))
+            if key is None:
+                return
+            try:
+                text = chat(url, **body)
+                with lock:
+                    append(file, {"key": key, "text": text})
+                    bar.update()
+            except BaseException as error:   # raised again in the main thread
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def generate(args) -> None:
+    """Ask the teacher about every image that has no reply yet, then write the good replies as records."""
+    images, left_out = read_images(args)
+    file = args.out.with_suffix(".replies.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replies = read_replies(file)
+    for key, text in read_batch(args.replies).items() if args.replies else ():
+        if key not in replies:
+            append(file, {"key": key, "text": text})
+    requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
+    if args.dry_run or args.batch:
+        size = sum(len(json.dumps(body["messages"])) for body in requests.values())
+        print(f"{len(requests)} requests, {size:,} characters, about {size // 4:,} tokens, and at most "
+              f"{SETTINGS['max_tokens'] * len(requests):,} tokens of replies")
+    if args.dry_run:
+        print(json.dumps(next(iter(requests.values()), None), indent=1))
+    elif args.batch:
+        with atomic_write(args.batch) as temporary:
+            temporary.write_text("".join(json.dumps({
+                "custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}) + "\n"
+                for key, body in requests.items()), encoding="utf-8")
+    else:
+        if requests and not args.replies:
+            ask_teacher(judge_url(args), requests, args.workers, file)
+        write_generated(args, images, left_out, read_replies(file))
+
+
+def write_generated(args, images: list[tuple], left_out: list[dict], replies: dict[str, str]) -> None:
+    """Write the records, and beside them the rejected replies with the reason; print a summary."""
+    records, rejected, words, turns = [], list(left_out), 0, 0
+    for image_id, file, key, body in images:
+        pairs, reason = check_reply(args.generate, replies.get(key), body["messages"])
+        if reason:
+            rejected.append({"id": image_id, "reason": reason, "text": replies.get(key)})
+        else:
+            records.append(make_record(image_id, file, pairs, "detailed", f"{args.seed} {image_id}"))
+            turns += len(pairs)
+            words += sum(len(text.split()) for _, text in pairs)
+    write_json(args.out, records)
+    with atomic_write(args.out.with_suffix(".rejected.jsonl")) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in rejected), encoding="utf-8")
+    print(f"{args.out}: {len(records)} records of {len(images)} images; {len(rejected)} rejected")
+    for reason, n in Counter(entry["reason"] for entry in rejected).most_common():
+        print(f"{n:8} {reason}")
+    if records:
+        print(f"{turns / len(records):.1f} questions a record, {words / turns:.1f} words an answer")
+
+
+def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list[tuple[str, str]], str]:
+    """The (question, answer) pairs of a reply, and the reason to reject it or "". A description has the
+    question ""."""
+    if text is None:
+        return [], "no reply"
+    pairs, reason = [("", text.strip())], ""
+    if kind != "detail":
+        pairs, reason = parse_blocks(text)
+    elif re.search(r"^(===|Question:|Answer:)", text, re.MULTILINE):
+        reason = "blocks in a description"
+    prompt = {line.strip() for m in messages for line in m["content"].splitlines()}
+    prompt -= {"", "===", "Question:", "Answer:"}
+    if reason:
+        return [], reason
+    if not all(answered and (asked or kind == "detail") for asked, answered in pairs):
+        return [], "an empty part"
+    if kind == "reasoning" and len(pairs) > 1:
+        return [], "more than one question"
+    if any(line.strip() in prompt and not line.strip().endswith("?") for line in text.splitlines()):
+        return [], "repeats the prompt"
+    return pairs, next((reason for reason, pattern in UNWANTED.items() if pattern.search(text)), "")
+
+
+def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
+    """(question, answer) pairs in the form that FORM describes, and what is wrong with the text or ""."""
+    parts = [part.strip() for part in re.split(r"^===[ \t]*$", text.strip(), flags=re.MULTILINE)]
+    if parts[-1] == "":                      # a last === may stand at the end
+        parts.pop()
+    if not parts or len(parts) % 2:
+        return [], "an odd number of blocks" if parts else "an empty reply"
+    bodies = []
+    for i, part in enumerate(parts):
+        head, _, body = part.partition("\n")
+        if head.strip() != ("Question:", "Answer:")[i % 2] or re.search(r"^(Question|Answer):", body, re.M):
+            return [], "blocks that are not Question: and Answer: in turn"
+        bodies.append(body.strip())
+    return list(zip(bodies[::2], bodies[1::2])), ""
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The command line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -655,6 +946,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--method", choices=METHODS, help="choose questions")
     mode.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="compare choices")
     mode.add_argument("--study", type=Path, metavar="DIR", help="compare trainings on choices")
+    mode.add_argument("--expand", type=Path, metavar="FILE", help="make records of image-caption pairs")
+    mode.add_argument("--generate", choices=SYSTEM_MESSAGES, help="make records with a text-only teacher")
     add("--from-list", type=Path, nargs="+", metavar="FILE",
         help="choose the questions of a list of records or ids; with --study each list is a variant")
     add("--scienceqa", metavar="DIR", help="folder with problems.json")
@@ -679,6 +972,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
     for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
         add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
+    add("--style", default="brief", choices=INSTRUCTIONS, help="expand: instructions (default: %(default)s)")
+    add("--captions", type=Path, metavar="FILE", help="generate: COCO captions, or [{image, caption}]")
+    add("--boxes", type=Path, metavar="FILE", help="generate: COCO instances")
+    add("--judge-model", metavar="NAME", help="generate: the teacher")
+    add("--judge", metavar="URL", help="generate: its OpenAI-compatible endpoint (default: OPENAI_BASE_URL)")
+    add("--limit", type=int, metavar="N", help="expand, generate: only the first N images")
+    add("--workers", type=int, default=8, metavar="N", help="generate: requests at once (%(default)s)")
+    add("--dry-run", action="store_true", help="generate: print the first request and the size of all")
+    add("--batch", type=Path, metavar="FILE", help="generate: write the requests for OpenAI's batch interface")
+    add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
     add_model_flags(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
@@ -688,23 +991,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if not (args.method or args.report or args.study or args.from_list):
-        parser.error("one of --method, --from-list, --report and --study is needed")
-    if args.from_list and (args.method or args.report):
+    making = args.expand or args.generate
+    if not (args.method or args.report or args.study or args.from_list or making):
+        parser.error("one of --method, --from-list, --report, --study, --expand and --generate is needed")
+    if args.from_list and (args.method or args.report or making):
         parser.error("--from-list goes alone or with --study")
     if args.from_list and not args.study and len(args.from_list) > 1:
         parser.error("several lists need --study")
-    if not (args.scienceqa or args.report):
+    if not (args.scienceqa or args.report or making):
         parser.error("--scienceqa is needed")
     if not (args.study or args.report or args.out):
         parser.error("--out is needed")
     if args.study and not (args.pretrain and args.vision and args.language):
         parser.error("--study needs --pretrain, --vision and --language")
+    if args.generate and not (args.captions and args.judge_model):
+        parser.error("--generate needs --captions and --judge-model")
+    if args.generate in ("detail", "reasoning") and not args.boxes:
+        parser.error(f"--generate {args.generate} needs --boxes")
+    if args.workers < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--workers and --limit are at least 1")
 
 
 def main() -> None:
     args = parse_args()
-    if args.study:
+    if args.generate:
+        generate(args)
+    elif args.expand:
+        expand(args)
+    elif args.study:
         study(args)
     elif args.report:
         print_report(args)
