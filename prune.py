@@ -1,19 +1,17 @@
 """The data: make it, choose from it, compare choices.
 
+    python prune.py --expand captions_train2014.json --out naive.json
+    python prune.py --generate detail --captions captions_train2014.json --boxes instances_train2014.json \\
+        --judge-model gpt-4o-mini --out detail.json
     python prune.py --scienceqa data/ScienceQA --method guided --keep 1000 --explain --out guided.json
-    python prune.py --scienceqa data/ScienceQA --method maxmin --keep 1000 --out maxmin.json \\
-        --model llava-hf/llava-1.5-7b-hf
     python prune.py --scienceqa data/ScienceQA --report guided.json maxmin.json --picture report.png
     python prune.py --scienceqa data/ScienceQA --study runs/study --keep 1000 --seeds 8 \\
         --pretrain blip_laion_cc_sft_558k.json --vision openai/clip-vit-large-patch14-336 \\
         --language mistralai/Mistral-7B-v0.1 huggyllama/llama-7b
 
---method writes a choice of ScienceQA's training questions as LLaVA records, which train.py reads.
---report compares choices with the whole split and with each other. --study trains on each choice
-with several seeds and evaluates every model on the test questions.
-
-The question is that of "Optimizing LLaVA: Measuring Mistral Against LLaMA for Visual Instruction
-Tuning" (Miao, Gao, Das, Zhang 2024): which 1,000 of the 12,726 questions are worth training on?
+What is made or chosen is written as LLaVA records, which train.py reads. The question of the study is
+that of "Optimizing LLaVA: Measuring Mistral Against LLaMA for Visual Instruction Tuning" (Miao, Gao,
+Das, Zhang 2024): which 1,000 of ScienceQA's 12,726 training questions are worth training on?
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +100,8 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
     signs = difficulty_signs(problems, args)
     difficulty = sum(percentiles(values) for values in signs.values()) / len(signs)       # [N]
     has_image = np.array([bool(p["image"]) for p in problems])
-    need = np.array([image_need(p) for p in problems])
+    refers = np.array([bool(IMAGE_WORDS.search(f"{p['question']} {p['hint']}")) for p in problems])
+    need = np.select([has_image & refers, has_image], [2, 1])             # 0 without an image
     group = {field: np.unique([p[field] for p in problems], return_inverse=True)[1]
              for field in ("subject", "topic", "skill", "question")}
     chosen_of = {field: np.zeros(len(problems)) for field in group}       # how many of its group
@@ -127,13 +127,6 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
         for field in group:
             chosen_of[field][group[field] == group[field][i]] += 1
     return kept
-
-
-def image_need(problem: dict) -> int:
-    """0 without an image, 1 with an image, 2 if the text also refers to the image."""
-    if not problem["image"]:
-        return 0
-    return 2 if IMAGE_WORDS.search(f"{problem['question']} {problem['hint']}") else 1
 
 
 def difficulty_signs(problems: list[dict], args) -> dict[str, np.ndarray]:
@@ -186,7 +179,12 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
                             "--cache")
     else:
         write_json(notes, settings)
-        write_empty_rows(file, problems, what, model.config.text.hidden_size)
+        width = 1 if what in ("loss", "gain") else model.config.text.hidden_size
+        empty = np.full((len(problems), width), np.nan, np.float32)
+        if what == "gain":                   # without an image there is nothing to measure
+            empty[[i for i, p in enumerate(problems) if not p["image"]]] = 0
+        with atomic_write(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, empty)
     rows = np.load(file, mmap_mode="r+")
     missing = np.flatnonzero(~np.isfinite(rows).all(1)).tolist()
     if missing and not args.model:
@@ -194,16 +192,6 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
     if missing:
         measure_missing(rows, missing, problems, model, processor, args, what)
     return torch.from_numpy(np.array(rows))
-
-
-def write_empty_rows(file: Path, problems: list[dict], what: str, hidden_size: int) -> None:
-    """A .npy file of NaN, except that the gain of a problem without an image is 0."""
-    width = 1 if what in ("loss", "gain") else hidden_size
-    empty = np.full((len(problems), width), np.nan, np.float32)
-    if what == "gain":
-        empty[[i for i, p in enumerate(problems) if not p["image"]]] = 0
-    with atomic_write(file) as temporary, temporary.open("wb") as stream:
-        np.save(stream, empty)
 
 
 def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], model: Llava,
@@ -235,56 +223,40 @@ def cut_layers(model: Llava, layer: int) -> None:
         model.language_model.norm = nn.Identity()
 
 
-def measure_batch(model: Llava, processor: Processor, problems: list[dict], what: str) -> Tensor:
+@torch.inference_mode()
+def measure_batch(model: Llava, processor: Processor, problems: list[dict], what: str,
+                  white: bool = False) -> Tensor:
     """"last": the hidden state of each prompt's last token [B, C]; "mean": the mean over its tokens
     [B, C]; "loss": the mean loss of the answer's tokens [B, 1]; "gain": that loss with the image
     replaced by white, minus the loss with the image [B, 1]."""
-    if what == "loss":
-        return answer_losses(model, processor, problems)[:, None]
     if what == "gain":
-        with_white = answer_losses(model, processor, problems, white=True)
-        return (with_white - answer_losses(model, processor, problems))[:, None]
-    return prompt_states(model, processor, problems, what)
-
-
-@torch.inference_mode()
-def prompt_states(model: Llava, processor: Processor, problems: list[dict], pooling: str) -> Tensor:
-    inputs = [processor([user_message(p)], open_images(p)) for p in problems]
-    x, lengths, _ = model.splice(**collate(inputs))
+        with_white = measure_batch(model, processor, problems, "loss", white=True)
+        return with_white - measure_batch(model, processor, problems, "loss")
+    inputs = []
+    for p in problems:
+        messages = [{"role": "user", "content": question(p)}, {"role": "assistant", "content": answer(p)}]
+        images = [open_image(p["file"])] if p["image"] else []
+        if white:
+            images = [Image.new("RGB", image.size, "white") for image in images]
+        inputs.append(processor(messages if what == "loss" else messages[:1], images, labels=True))
+    labels = pad_sequence([i["labels"][0] for i in inputs], batch_first=True, padding_value=IGNORE)
+    x, lengths, labels = model.splice(**collate(inputs), labels=labels)
+    if what == "loss":
+        return answer_losses(model, x, labels)[:, None]
     hidden = model.language_model(x)                                      # [B, T', C]
-    if pooling == "last":
+    if what == "last":
         return hidden[torch.arange(len(x)), lengths - 1]
     return torch.stack([states[:n].float().mean(0) for states, n in zip(hidden, lengths)])
 
 
-@torch.inference_mode()
-def answer_losses(model: Llava, processor: Processor, problems: list[dict], white: bool = False) -> Tensor:
-    """The mean cross-entropy of each answer's tokens, [B]."""
-    inputs = []
-    for p in problems:
-        messages = [user_message(p), {"role": "assistant", "content": answer(p)}]
-        inputs.append(processor(messages, open_images(p, white), labels=True))
-    labels = pad_sequence([i["labels"][0] for i in inputs], batch_first=True, padding_value=IGNORE)
-    x, _, labels = model.splice(**collate(inputs), labels=labels)
+def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of each row's labels, [B], from embeddings x [B, T', C]."""
     rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)      # positions that predict
-    hidden = model.language_model(x, select=(rows, columns))              # [n, C]
-    targets, losses = labels[rows, columns + 1], []
-    for row in range(len(problems)):
+    hidden, losses = model.language_model(x, select=(rows, columns)), []  # [n, C]
+    for row in range(len(x)):
         logits = model.language_model.lm_head(hidden[rows == row]).float()
-        losses.append(F.cross_entropy(logits, targets[rows == row]))
+        losses.append(F.cross_entropy(logits, labels[row, 1 + columns[rows == row]]))
     return torch.stack(losses)
-
-
-def user_message(problem: dict) -> dict:
-    return {"role": "user", "content": question(problem)}
-
-
-def open_images(problem: dict, white: bool = False) -> list[Image.Image]:
-    """The image of a problem, or a white one of its size; [] if it has none."""
-    if not problem["image"]:
-        return []
-    image = open_image(problem["file"])
-    return [Image.new("RGB", image.size, "white")] if white else [image]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -569,28 +541,27 @@ def done_file(out: Path) -> Path:
 def summarize(args, names: list[str], variants: list[str]) -> None:
     """Percent correct with 95% intervals, and differences paired by seed and question, of all finished
     trainings: printed, drawn, and written as Markdown."""
-    test = read_scienceqa(args.scienceqa, "test")
-    with_image = [i for i, p in enumerate(test) if p["image"]]
-    runs, rows = {}, {}                      # runs: (name, variant) -> {seed: correct [N]}
+    test, runs, rows = read_scienceqa(args.scienceqa, "test"), {}, {}
+    images = [i for i, p in enumerate(test) if p["image"]]
     columns = ["trainings", "all questions", "with image", "image replaced by white", "ahead of random",
                f"ahead of {names[0]}"]
-    for variant in ["random", *variants]:    # random first: the others are compared with it
+    for variant in dict.fromkeys(["random", *variants]):     # random first: others are compared with it
         for name in names:
-            folders = finished_runs(args, name, variant)
-            if not folders or (name, variant) in rows:
+            folders = {seed: run_folder(args, name, variant, seed) for seed in range(args.seeds)}
+            folders = {seed: folder for seed, folder in folders.items()     # blank.jsonl is made last
+                       if done_file(folder / "blank.jsonl").exists()}
+            if not folders:
                 continue
-            mine = {seed: correct(test, folder, "test") for seed, folder in folders.items()}
-            white = {seed: correct([test[i] for i in with_image], folder, "blank")
-                     for seed, folder in folders.items()}
-            runs[name, variant] = mine
-            rows[name, variant] = [
-                Cell(str(len(mine))), accuracy_cell(mine),
-                accuracy_cell({seed: right[with_image] for seed, right in mine.items()}),
-                accuracy_cell(white), difference_cell(mine, runs.get((name, "random"))),
+            mine = {seed: correct(test, folder / "test.jsonl") for seed, folder in folders.items()}
+            runs[name, variant] = mine       # seed -> [N]
+            white = [correct([test[i] for i in images], f / "blank.jsonl") for f in folders.values()]
+            right = np.stack(list(mine.values()))
+            rows[f"{name}: {variant}"] = [
+                Cell(str(len(mine))), accuracy_cell(right), accuracy_cell(right[:, images]),
+                accuracy_cell(np.stack(white)), difference_cell(mine, runs.get((name, "random"))),
                 difference_cell(mine, runs.get((names[0], variant)))]
     if not rows:
         raise UserError(f"{args.study} has no finished training")
-    rows = {f"{name}: {variant}": row for (name, variant), row in rows.items()}
     print_cells(columns, rows)
     draw_cells(columns, rows, args.study / "study.png")
     lines = [["", *columns], ["-"] * (1 + len(columns))]
@@ -599,24 +570,17 @@ def summarize(args, names: list[str], variants: list[str]) -> None:
         file.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def finished_runs(args, name: str, variant: str) -> dict[int, Path]:
-    """{seed: folder} of the trainings that are trained and evaluated."""
-    folders = {seed: run_folder(args, name, variant, seed) for seed in range(args.seeds)}
-    return {seed: folder for seed, folder in folders.items()
-            if all(done_file(folder / file).exists() for file in ("test.jsonl", "blank.jsonl"))}
-
-
-def correct(problems: list[dict], folder: Path, control: str) -> np.ndarray:
-    """Which problems a training answers correctly, [N] of 0 and 1."""
-    texts = read_answers(folder / f"{control}.jsonl")
+def correct(problems: list[dict], file: Path) -> np.ndarray:
+    """Which problems a file answers correctly, [N] of 0 and 1."""
+    texts = read_answers(file)
     if texts.keys() != {p["id"] for p in problems}:
-        raise UserError(f"{folder / control}.jsonl answers other questions than the {len(problems)} of "
-                        "this study: remove it and its .done, and run the study again")
+        raise UserError(f"{file} answers other questions than the {len(problems)} of this study: remove it "
+                        "and its .done, and run the study again")
     return np.array(grade(problems, texts), int)
 
 
-def accuracy_cell(correct_of: dict[int, np.ndarray]) -> Cell:
-    x, low, high = two_level_interval(np.stack(list(correct_of.values())))
+def accuracy_cell(correct: np.ndarray) -> Cell:
+    x, low, high = two_level_interval(correct)
     return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", x / 100, (low / 100, high / 100))
 
 
@@ -794,58 +758,45 @@ def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict
 
 
 def read_replies(file: Path) -> dict[str, str]:
-    """{key: text} of the replies received so far; a last line that a kill cut off is removed."""
-    content = file.read_bytes() if file.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(file, whole)
-    try:
-        entries = [json.loads(line) for line in content[:whole].splitlines()]
-        return {entry["key"]: "" + entry["text"] for entry in entries}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} has a line that is not a reply: remove it, or name another --out") from None
-
-
-def read_batch(file: Path) -> dict[str, str]:
-    """{key: text} of the results of OpenAI's batch interface; failed requests are counted."""
-    texts, failed = {}, 0
-    for line in file.read_text(encoding="utf-8").splitlines():
+    """{key: text} of the replies received so far, or of the results of OpenAI's batch interface. Lines
+    without a reply (failed in the batch, or cut off by a kill) are counted."""
+    replies, unreadable = {}, 0
+    for line in file.read_bytes().splitlines():
         try:
             entry = json.loads(line)
-            texts[entry["custom_id"]] = "" + entry["response"]["body"]["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, TypeError, IndexError):
-            failed += 1
-    print(f"{file}: {len(texts)} replies, {failed} lines without one")
-    return texts
+            if "custom_id" in entry:
+                entry = {"key": entry["custom_id"], **entry["response"]["body"]["choices"][0]["message"]}
+            replies[entry["key"]] = "" + entry.get("text", entry.get("content"))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            unreadable += 1
+    if unreadable:
+        print(f"{file}: {unreadable} lines without a reply")
+    return replies
 
 
 def ask_teacher(url: str, requests: dict[str, dict], workers: int, file: Path) -> None:
-    """Send the requests from several threads and append each reply at once. The first failure stops all
-    threads, after the replies that they are waiting for."""
-    waiting, lock, errors = iter(requests.items()), threading.Lock(), []
-    bar = tqdm(total=len(requests), desc="asking the teacher", unit="request")
+    """Send the requests from several threads and append each reply at once. After the first failure no
+    request is sent, and the replies to those already sent are still appended."""
+    lock, stop = threading.Lock(), threading.Event()
 
-    def work() -> None:
-        while not errors:
-            with lock:
-                key, body = next(waiting, (None, None))
-            if key is None:
-                return
-            try:
-                text = chat(url, **body)
-                with lock:
-                    append(file, {"key": key, "text": text})
-                    bar.update()
-            except BaseException as error:   # raised again in the main thread
-                errors.append(error)
+    def ask(key: str, body: dict) -> None:
+        if stop.is_set():
+            return
+        try:
+            text = chat(url, **body)
+        except BaseException:
+            stop.set()
+            raise
+        with lock:
+            append(file, {"key": key, "text": text})
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(ask, key, body) for key, body in requests.items()]
+        try:
+            for future in tqdm(as_completed(futures), "asking the teacher", len(futures), unit="request"):
+                future.result()              # raises what the thread raised
+        finally:
+            stop.set()                       # also after Ctrl-C
 
 
 def generate(args) -> None:
@@ -853,8 +804,10 @@ def generate(args) -> None:
     images, left_out = read_images(args)
     file = args.out.with_suffix(".replies.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
-    replies = read_replies(file)
-    for key, text in read_batch(args.replies).items() if args.replies else ():
+    if file.exists():                        # a kill may have cut off its last line
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    replies = read_replies(file) if file.exists() else {}
+    for key, text in (read_replies(args.replies) if args.replies else {}).items():
         if key not in replies:
             append(file, {"key": key, "text": text})
     requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
@@ -965,23 +918,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, metavar="N", help="questions at once (default: %(default)s)")
     add("--cache", type=Path, metavar="DIR", help="for states, losses and gains (default: beside --out)")
     add("--picture", type=Path, metavar="FILE", help="draw the report")
-    add("--pretrain", type=Path, metavar="FILE", help="study: captions; images in a folder of that name")
-    add("--vision", metavar="ID", help="study: the CLIP")
-    add("--language", nargs="+", metavar="ID", help="study: the language models")
-    add("--seeds", type=int, default=2, metavar="N", help="study: trainings of each variant (%(default)s)")
-    add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
-    for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
-        add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
-    add("--style", default="brief", choices=INSTRUCTIONS, help="expand: instructions (default: %(default)s)")
-    add("--captions", type=Path, metavar="FILE", help="generate: COCO captions, or [{image, caption}]")
-    add("--boxes", type=Path, metavar="FILE", help="generate: COCO instances")
-    add("--judge-model", metavar="NAME", help="generate: the teacher")
-    add("--judge", metavar="URL", help="generate: its OpenAI-compatible endpoint (default: OPENAI_BASE_URL)")
-    add("--limit", type=int, metavar="N", help="expand, generate: only the first N images")
-    add("--workers", type=int, default=8, metavar="N", help="generate: requests at once (%(default)s)")
-    add("--dry-run", action="store_true", help="generate: print the first request and the size of all")
-    add("--batch", type=Path, metavar="FILE", help="generate: write the requests for OpenAI's batch interface")
-    add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
+    add_study_flags(add)
+    add_data_flags(add)
     add_model_flags(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
@@ -990,26 +928,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_study_flags(add) -> None:
+    add("--pretrain", type=Path, metavar="FILE", help="study: captions; images in a folder of that name")
+    add("--vision", metavar="ID", help="study: the CLIP")
+    add("--language", nargs="+", metavar="ID", help="study: the language models")
+    add("--seeds", type=int, default=2, metavar="N", help="study: trainings of each variant (%(default)s)")
+    add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
+    for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
+        add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
+
+
+def add_data_flags(add) -> None:
+    add("--style", default="brief", choices=INSTRUCTIONS, help="expand: instructions (default: %(default)s)")
+    add("--captions", type=Path, metavar="FILE", help="generate: COCO captions, or [{image, caption}]")
+    add("--boxes", type=Path, metavar="FILE", help="generate: COCO instances")
+    add("--judge-model", metavar="NAME", help="generate: the teacher")
+    add("--judge", metavar="URL", help="generate: its OpenAI-compatible endpoint (default: OPENAI_BASE_URL)")
+    add("--limit", type=int, metavar="N", help="expand, generate: only the first N images")
+    add("--workers", type=int, default=8, metavar="N", help="generate: requests at once (%(default)s)")
+    add("--dry-run", action="store_true", help="generate: print the first request and the size of all")
+    add("--batch", type=Path, metavar="FILE", help="generate: write the requests in OpenAI's batch format")
+    add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
+
+
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    making = args.expand or args.generate
-    if not (args.method or args.report or args.study or args.from_list or making):
-        parser.error("one of --method, --from-list, --report, --study, --expand and --generate is needed")
-    if args.from_list and (args.method or args.report or making):
-        parser.error("--from-list goes alone or with --study")
-    if args.from_list and not args.study and len(args.from_list) > 1:
-        parser.error("several lists need --study")
-    if not (args.scienceqa or args.report or making):
-        parser.error("--scienceqa is needed")
-    if not (args.study or args.report or args.out):
-        parser.error("--out is needed")
-    if args.study and not (args.pretrain and args.vision and args.language):
-        parser.error("--study needs --pretrain, --vision and --language")
-    if args.generate and not (args.captions and args.judge_model):
-        parser.error("--generate needs --captions and --judge-model")
-    if args.generate in ("detail", "reasoning") and not args.boxes:
-        parser.error(f"--generate {args.generate} needs --boxes")
-    if args.workers < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--workers and --limit are at least 1")
+    makes, lists = args.expand or args.generate, args.from_list or []
+    for wrong, sentence in (
+            (not (args.method or args.report or args.study or lists or makes),
+             "one of --method, --from-list, --report, --study, --expand and --generate is needed"),
+            (lists and (args.method or args.report or makes), "--from-list goes alone or with --study"),
+            (len(lists) > 1 and not args.study, "several lists need --study"),
+            (not (args.scienceqa or args.report or makes), "--scienceqa is needed"),
+            (not (args.study or args.report or args.out), "--out is needed"),
+            (args.study and not (args.pretrain and args.vision and args.language),
+             "--study needs --pretrain, --vision and --language"),
+            (args.generate and not (args.captions and args.judge_model),
+             "--generate needs --captions and --judge-model"),
+            (args.generate in ("detail", "reasoning") and not args.boxes,
+             f"--generate {args.generate} needs --boxes"),
+            (args.workers < 1 or args.limit is not None and args.limit < 1, "--workers and --limit begin at 1")):
+        if wrong:
+            parser.error(sentence)
 
 
 def main() -> None:

@@ -298,7 +298,7 @@ def test_a_dry_run_prints_the_first_request_and_the_size_of_all(monkeypatch, coc
     assert first.startswith("40 requests, ") and not teacher.prompts
     body = json.loads(text)
     assert body["model"] == "toy" and ": [" in body["messages"][-1]["content"]
-    assert set(tmp_path.iterdir()) == set()
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_a_refusing_endpoint_ends_in_one_sentence_and_replies_stay(monkeypatch, 
     flags = flags_of(coco, tmp_path / "a.json", "detail", "--judge", teacher.url, "--workers", 1)
     teacher.edit = lambda text: setattr(teacher, "status", 200 if len(teacher.prompts) <= 7 else status) or text
     assert sentence in stopped(monkeypatch, *flags)
-    assert len(teacher.prompts) == (8 if status == 401 else 7 + 5)
+    assert len(teacher.prompts) == (8 if status == 401 else 7 + 5), "401 is not repeated"
     assert len(read_replies(tmp_path / "a.replies.jsonl")) == 7 and not (tmp_path / "a.json").exists()
 
 

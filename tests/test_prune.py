@@ -345,15 +345,16 @@ def test_measuring_the_gain_resumes_and_reads_only_questions_with_an_image(monke
                                                                           tmp_path):
     flags = ("--method", "gain", "--keep", 6, "--batch-size", 5, "--model", models[0])
     whole = kept_by(monkeypatch, folder, tmp_path / "a.json", *flags)
-    answer_losses, measured = prune.answer_losses, []
+    measure_batch, measured = prune.measure_batch, []
 
-    def stopping(model, processor, problems, white=False):
-        measured.extend(p["id"] for p in problems if not white)
-        if not white and len(measured) == 10:
-            raise KeyboardInterrupt
-        return answer_losses(model, processor, problems, white)
+    def stopping(model, processor, problems, what, white=False):
+        if what == "gain":
+            measured.extend(p["id"] for p in problems)
+            if len(measured) == 10:
+                raise KeyboardInterrupt
+        return measure_batch(model, processor, problems, what, white)
 
-    monkeypatch.setattr(prune, "answer_losses", stopping)
+    monkeypatch.setattr(prune, "measure_batch", stopping)
     with pytest.raises(SystemExit):
         kept_by(monkeypatch, folder, tmp_path / "b.json", *flags)
     assert kept_by(monkeypatch, folder, tmp_path / "b.json", *flags) == whole
