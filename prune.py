@@ -262,8 +262,6 @@ def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # 3. A choice and reports: rows of cells, printed as a table and drawn as bars
 
-FIELDS = ("subject", "topic", "grade", "has image", "category", "skill")
-
 
 class Cell(NamedTuple):
     text: str
@@ -381,10 +379,7 @@ def choose(args) -> None:
         raise UserError(f"--keep {k} is not between 1 and the {len(problems)} questions to choose from")
     if method in ("stratified", "guided") and k < subjects:
         raise UserError(f"--keep {k} is too few for {subjects} subjects")
-    if args.method:
-        kept = METHODS[method](problems, k, args)
-    else:
-        kept = choose_listed(problems, args.from_list[0])
+    kept = METHODS[method](problems, k, args) if args.method else choose_listed(problems, args.from_list[0])
     write_json(args.out, [to_record(problems[i]) for i in kept])
     sets = {"whole": problems, method: [problems[i] for i in kept]}
     print_cells(list(sets), coverage(sets, ("subject", "topic", "has image")))
@@ -401,7 +396,8 @@ def print_report(args) -> None:
     kept = {"whole": list(range(len(problems)))} if args.scienceqa else {}
     kept |= {name: list(choose_listed(problems, file)) for name, file in zip(names, args.report)}
     sets = {name: [problems[i] for i in indices] for name, indices in kept.items()}
-    rows = coverage(sets, FIELDS if args.scienceqa else ("has image",)) | comparison(sets)
+    fields = ("subject", "topic", "grade", "has image", "category", "skill")
+    rows = coverage(sets, fields if args.scienceqa else ("has image",)) | comparison(sets)
     if args.scienceqa:
         for sign, values in difficulty_signs(problems, args).items():
             means = [percentiles(values)[indices].mean() for indices in kept.values()]
@@ -414,20 +410,18 @@ def print_report(args) -> None:
 
 
 def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dict[str, list[Cell]]:
-    """Rows from the measurements in --cache: the smallest distance between the hidden states of each
-    choice (not of the whole: N² distances), and how much the images help."""
-    cached = [what for what in (args.pooling, "gain") if (args.cache / f"{what}.npy").exists()]
-    rows = {}
-    if args.pooling in cached or "gain" not in cached:
+    """Rows from --cache: the smallest distance between the hidden states of each choice (not of the
+    whole, which has too many pairs), and how much the images lower the loss of the answers."""
+    rows, has_gain = {}, (args.cache / "gain.npy").exists()
+    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():
         states = measure(problems, args, args.pooling)
         least = {name: float(F.pdist(states[i]).min()) for name, i in kept.items() if name != "whole"}
-        cells = [Cell(f"{x:.4g}", x / max(1e-9, *least.values())) for x in least.values()]
-        rows["smallest distance"] = [Cell("-")] * (len(kept) - len(cells)) + cells
-    if "gain" in cached:
-        gains = measure(problems, args, "gain")[:, 0]
-        means = [float(gains[i].mean()) for i in kept.values()]
-        rows["mean gain of the image"] = [Cell(f"{x:.3f}", max(0, x) / max(1e-9, *means)) for x in means]
-        rows["gain above 0"] = [count_cell(int((gains[i] > 0).sum()), len(i)) for i in kept.values()]
+        rows["smallest distance"] = [Cell("-")] * (len(kept) - len(least)) + [
+            Cell(f"{x:.4g}", x / max(1e-9, *least.values())) for x in least.values()]
+    if has_gain:
+        gains = [measure(problems, args, "gain")[i, 0] for i in kept.values()]
+        rows["mean gain of the image"] = [Cell(f"{x.mean():.3f}") for x in gains]
+        rows["gain above 0"] = [count_cell(int((x > 0).sum()), len(x)) for x in gains]
     return rows
 
 
@@ -448,12 +442,9 @@ VARIANTS = {                                 # name: (method, additional flags o
 
 def study(args) -> None:
     """Train each language model on each variant with each seed, and evaluate all of them on the test
-    questions, with the images and with white images instead.
-
-    Every step is a command that is printed before it runs. A finished command is not repeated, so
-    the study can be interrupted, split with --variants, and extended with more seeds; the table
-    always contains everything in the folder that is finished.
-    """
+    questions, with the images and with white images instead. Every step is a command that is printed.
+    A finished command is not repeated, so the study can be interrupted, split with --variants, and
+    extended with more seeds; the table contains everything in the folder that is finished."""
     names = [Path(language.partition("@")[0]).name for language in args.language]
     variants = VARIANTS | {file.stem: (file, ()) for file in args.from_list or []}
     if unknown := [name for name in args.variants or [] if name not in variants]:
@@ -481,23 +472,18 @@ def run_folder(args, name: str, variant: str, seed: int) -> Path:
 
 
 def make_choice(args, method: str | Path, seed: int, models: Path, shared: list[str]) -> Path:
-    """Write the records of a method or a published list. Only the random methods depend on the seed.
-    Without --model, maxmin reads the last language model after stage 1, and gain reads it after
-    stage 2 on the first random choice."""
-    command = ["prune.py", "--scienceqa", args.scienceqa]
+    """Write the records of a method or a published list. Without --model, maxmin reads the last language
+    model after stage 1, and gain reads it after stage 2 on the first random choice."""
+    name, flags = method, ["--method", method, "--keep", args.keep]
     if isinstance(method, Path):
-        records = args.study / "sets" / f"{method.stem}.json"
-        run_command(*command, "--from-list", method, "--out", records)
-        return records
-    command += ["--method", method, "--keep", args.keep]
-    records = args.study / "sets" / f"{method}.json"
-    if method in ("random", "stratified"):
-        records = args.study / "sets" / f"{method}-{seed}.json"
-        command += ["--seed", seed]
+        name, flags = method.stem, ["--from-list", method]
+    elif method in ("random", "stratified"): # the others do not depend on the seed
+        name, flags = f"{method}-{seed}", [*flags, "--seed", seed]
     elif method in ("maxmin", "gain"):
         model = args.model or models / {"maxmin": "stage1", "gain": "random-0"}[method]
-        command += ["--model", model, *shared]
-    run_command(*command, "--out", records)
+        flags += ["--model", model, *shared]
+    records = args.study / "sets" / f"{name}.json"
+    run_command("prune.py", "--scienceqa", args.scienceqa, *flags, "--out", records)
     return records
 
 
@@ -692,17 +678,16 @@ def make_record(image_id: str, file: str, pairs: list[tuple[str, str]], style: s
 def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
     """{image id: (file name, captions)} in the file's order, of a COCO captions file or of a list of
     {"image", "caption"}, where the id is the file name without its suffix."""
-    content, images = read_json(file), {}
+    content = read_json(file)
     try:
-        if isinstance(content, list):
-            pairs = [(str(e.get("id", Path(e["image"]).with_suffix(""))), e["caption"]) for e in content]
-            images = {image_id: (e["image"], []) for (image_id, _), e in zip(pairs, content)}
-        else:
-            pairs = [(str(e["image_id"]), e["caption"]) for e in content["annotations"]]
-            images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
-        for image_id, text in pairs:
-            if text := " ".join(text.split()):
-                images[image_id][1].append(text)
+        if isinstance(content, list):        # in COCO's form
+            pairs = [(Path(e["image"]).with_suffix(""), e["image"], e["caption"]) for e in content]
+            content = {"images": [{"id": i, "file_name": name} for i, name, _ in pairs],
+                       "annotations": [{"image_id": i, "caption": text} for i, _, text in pairs]}
+        images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
+        for e in content["annotations"]:
+            if text := " ".join(e["caption"].split()):
+                images[str(e["image_id"])][1].append(text)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is neither a COCO captions file nor a list of {{image, caption}}: "
                         f"{error!r}") from None
@@ -818,14 +803,17 @@ def generate(args) -> None:
     if args.dry_run:
         print(json.dumps(next(iter(requests.values()), None), indent=1))
     elif args.batch:
-        with atomic_write(args.batch) as temporary:
-            temporary.write_text("".join(json.dumps({
-                "custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}) + "\n"
-                for key, body in requests.items()), encoding="utf-8")
+        form = {"method": "POST", "url": "/v1/chat/completions"}
+        write_lines(args.batch, [{"custom_id": key, **form, "body": body} for key, body in requests.items()])
     else:
         if requests and not args.replies:
             ask_teacher(judge_url(args), requests, args.workers, file)
         write_generated(args, images, left_out, read_replies(file))
+
+
+def write_lines(file: Path, entries: list[dict]) -> None:
+    with atomic_write(file) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
 
 
 def write_generated(args, images: list[tuple], left_out: list[dict], replies: dict[str, str]) -> None:
@@ -840,8 +828,7 @@ def write_generated(args, images: list[tuple], left_out: list[dict], replies: di
             turns += len(pairs)
             words += sum(len(text.split()) for _, text in pairs)
     write_json(args.out, records)
-    with atomic_write(args.out.with_suffix(".rejected.jsonl")) as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in rejected), encoding="utf-8")
+    write_lines(args.out.with_suffix(".rejected.jsonl"), rejected)
     print(f"{args.out}: {len(records)} records of {len(images)} images; {len(rejected)} rejected")
     for reason, n in Counter(entry["reason"] for entry in rejected).most_common():
         print(f"{n:8} {reason}")
@@ -854,15 +841,13 @@ def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list
     question ""."""
     if text is None:
         return [], "no reply"
-    pairs, reason = [("", text.strip())], ""
-    if kind != "detail":
-        pairs, reason = parse_blocks(text)
-    elif re.search(r"^(===|Question:|Answer:)", text, re.MULTILINE):
-        reason = "blocks in a description"
-    prompt = {line.strip() for m in messages for line in m["content"].splitlines()}
-    prompt -= {"", "===", "Question:", "Answer:"}
+    pairs, reason = parse_blocks(text) if kind != "detail" else ([("", text.strip())], "")
     if reason:
         return [], reason
+    if kind == "detail" and re.search(r"^(===|Question:|Answer:)", text, re.MULTILINE):
+        return [], "blocks in a description"
+    prompt = {line.strip() for m in messages for line in m["content"].splitlines()}
+    prompt -= {"", "===", "Question:", "Answer:"}
     if not all(answered and (asked or kind == "detail") for asked, answered in pairs):
         return [], "an empty part"
     if kind == "reasoning" and len(pairs) > 1:
@@ -966,7 +951,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
              "--generate needs --captions and --judge-model"),
             (args.generate in ("detail", "reasoning") and not args.boxes,
              f"--generate {args.generate} needs --boxes"),
-            (args.workers < 1 or args.limit is not None and args.limit < 1, "--workers and --limit begin at 1")):
+            (args.workers < 1 or args.limit == 0, "--workers and --limit begin at 1")):
         if wrong:
             parser.error(sentence)
 

@@ -1,4 +1,4 @@
-"""Naive expansion and generated records: what the teacher is sent, what is kept, and that no reply is lost."""
+"""Naive expansion and generated records: what the teacher is sent, which replies are kept, none is lost."""
 
 import json
 import multiprocessing
@@ -133,8 +133,8 @@ def test_the_examples_pass_the_checks_of_replies():
 def test_the_key_depends_on_prompt_model_and_settings(monkeypatch):
     args = SimpleNamespace(generate="conversation", judge_model="toy", boxes=None)
     keys = [make_request(args, ["A dog sits."], [])[0], make_request(args, ["A cat sits."], [])[0]]
-    keys.append(make_request(SimpleNamespace(**vars(args) | {"judge_model": "other"}), ["A dog sits."], [])[0])
-    keys.append(make_request(SimpleNamespace(**vars(args) | {"generate": "detail"}), ["A dog sits."], [])[0])
+    for other in ({"judge_model": "other"}, {"generate": "detail"}):
+        keys.append(make_request(SimpleNamespace(**vars(args) | other), ["A dog sits."], [])[0])
     monkeypatch.setitem(prune.SETTINGS, "temperature", 0.7)
     keys.append(make_request(args, ["A dog sits."], [])[0])
     assert len(set(keys)) == 5
@@ -144,7 +144,8 @@ def test_the_key_depends_on_prompt_model_and_settings(monkeypatch):
 # Records, and training on them
 
 
-def test_all_three_kinds_are_generated_checked_shown_and_trained_on(monkeypatch, coco, teacher, tmp_path, capsys):
+def test_all_three_kinds_are_generated_checked_shown_and_trained_on(monkeypatch, coco, teacher, tmp_path,
+                                                                    capsys):
     model = toy.write_random(tmp_path / "model")
     for kind in KINDS:
         out = tmp_path / f"{kind}.json"
@@ -152,8 +153,8 @@ def test_all_three_kinds_are_generated_checked_shown_and_trained_on(monkeypatch,
         records = json.loads(out.read_text())
         assert [r["id"] for r in records] == [str(i) for i in range(1, 13)]
         assert [r["image"] for r in records] == [f"{i:06}.png" for i in range(1, 13)]
-        turns = {"conversation": 6}.get(kind, 2)
-        assert all([t["from"] for t in r["conversations"]] == ["human", "gpt"] * (turns // 2) for r in records)
+        speakers = ["human", "gpt"] * {"conversation": 3}.get(kind, 1)
+        assert all([t["from"] for t in r["conversations"]] == speakers for r in records)
         assert all("".join(t["value"] for t in r["conversations"]).count("<image>") == 1 for r in records)
         assert all("<image>" in r["conversations"][0]["value"] for r in records)
         asked = {r["conversations"][0]["value"].replace("<image>", "").strip() for r in records}
@@ -198,7 +199,8 @@ def test_all_three_kinds_are_generated_checked_shown_and_trained_on(monkeypatch,
     ("detail", None, "no reply"),
 ))
 def test_bad_replies_are_rejected_with_a_reason(kind, text, reason):
-    prompt = [{"role": "system", "content": "Write."}, {"role": "user", "content": "A dog on a sofa.\nWhat is it?"}]
+    prompt = [{"role": "system", "content": "Write."},
+              {"role": "user", "content": "A dog on a sofa.\nWhat is it?"}]
     pairs, found = check_reply(kind, text, prompt)
     assert found.startswith(reason) and bool(found) == bool(reason)
     assert found or all(answer for _, answer in pairs)
@@ -247,9 +249,10 @@ def test_kills_lose_no_reply_and_repeat_at_most_the_requests_in_flight(monkeypat
     monkeypatch.setattr(sys, "argv", ["prune.py", *words])
     key_of = {body["messages"][-1]["content"]: key
               for *_, key, body in prune.read_images(prune.parse_args(words))[0]}
+    replies = tmp_path / "a.replies.jsonl"
     teacher.prompts.clear()
     for _ in range(kills):
-        recorded, begin = read_replies(tmp_path / "a.replies.jsonl"), len(teacher.prompts)
+        recorded, begin = read_replies(replies) if replies.exists() else {}, len(teacher.prompts)
         process = multiprocessing.get_context("fork").Process(target=prune.main)
         process.start()
         end = begin + rng.randint(20, 60)
@@ -259,7 +262,7 @@ def test_kills_lose_no_reply_and_repeat_at_most_the_requests_in_flight(monkeypat
         process.join()
         pause(0.1)                           # for requests that were sent before the kill
         assert process.exitcode == -9 and not recorded.keys() & {key_of[p] for p in teacher.prompts[begin:]}
-    recorded, begin = read_replies(tmp_path / "a.replies.jsonl"), len(teacher.prompts)
+    recorded, begin = read_replies(replies), len(teacher.prompts)
     assert begin - kills * workers <= len(recorded) < once
     prune.main()
     assert not recorded.keys() & {key_of[prompt] for prompt in teacher.prompts[begin:]}
@@ -267,7 +270,7 @@ def test_kills_lose_no_reply_and_repeat_at_most_the_requests_in_flight(monkeypat
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
-def test_a_batch_is_written_instead_of_asking_and_its_results_are_read_back(monkeypatch, coco, teacher, tmp_path):
+def test_a_batch_is_written_and_its_results_are_read_back(monkeypatch, coco, teacher, tmp_path):
     out, batch = tmp_path / "a.json", tmp_path / "batch.jsonl"
     go(monkeypatch, prune, *flags_of(coco, out, "reasoning", "--batch", batch))
     assert not teacher.prompts and not out.exists()
@@ -293,7 +296,8 @@ def test_a_batch_is_written_instead_of_asking_and_its_results_are_read_back(monk
 
 
 def test_a_dry_run_prints_the_first_request_and_the_size_of_all(monkeypatch, coco, teacher, tmp_path, capsys):
-    go(monkeypatch, prune, *flags_of(coco, tmp_path / "a.json", "detail", "--judge", teacher.url, "--dry-run"))
+    flags = flags_of(coco, tmp_path / "a.json", "detail", "--judge", teacher.url)
+    go(monkeypatch, prune, *flags, "--dry-run")
     first, text = capsys.readouterr().out.split("\n", 1)
     assert first.startswith("40 requests, ") and not teacher.prompts
     body = json.loads(text)
@@ -313,10 +317,14 @@ def stopped(monkeypatch, *words) -> str:
 
 
 @pytest.mark.parametrize("status, sentence", ((401, "refuses the request"), (429, "answers 429")))
-def test_a_refusing_endpoint_ends_in_one_sentence_and_replies_stay(monkeypatch, coco, teacher, tmp_path, status,
-                                                                  sentence):
+def test_a_refusing_endpoint_ends_in_one_sentence_and_replies_stay(monkeypatch, coco, teacher, tmp_path,
+                                                                   status, sentence):
     flags = flags_of(coco, tmp_path / "a.json", "detail", "--judge", teacher.url, "--workers", 1)
-    teacher.edit = lambda text: setattr(teacher, "status", 200 if len(teacher.prompts) <= 7 else status) or text
+    def refuse_from_the_eighth(text):
+        teacher.status = 200 if len(teacher.prompts) <= 7 else status
+        return text
+
+    teacher.edit = refuse_from_the_eighth
     assert sentence in stopped(monkeypatch, *flags)
     assert len(teacher.prompts) == (8 if status == 401 else 7 + 5), "401 is not repeated"
     assert len(read_replies(tmp_path / "a.replies.jsonl")) == 7 and not (tmp_path / "a.json").exists()
@@ -337,7 +345,8 @@ def test_half_a_json_and_an_endpoint_that_is_down_end_in_one_sentence(monkeypatc
 
 def test_images_without_captions_or_boxes_are_listed(monkeypatch, coco, teacher, tmp_path, capsys):
     folder = shutil.copytree(coco, tmp_path / "coco")
-    for name, field, lost in (("captions", "annotations", 3), ("instances", "images", 5), ("captions", "images", 8)):
+    for name, field, lost in (("captions", "annotations", 3), ("instances", "images", 5),
+                              ("captions", "images", 8)):
         file = folder / f"{name}_train2014.json"
         content = json.loads(file.read_text())
         content["annotations"] = [e for e in content["annotations"] if e["image_id"] != lost]
@@ -352,8 +361,8 @@ def test_images_without_captions_or_boxes_are_listed(monkeypatch, coco, teacher,
 
 
 @pytest.mark.parametrize("name, change, complaint", (
-    ("instances", {"annotations": [{"image_id": 4, "category_id": 0, "bbox": [50, 3, 20, 9]}]}, "image 4, 64 x 64"),
-    ("instances", {"annotations": [{"image_id": 99, "category_id": 0, "bbox": [5, 3, 2, 9]}]}, "COCO instances"),
+    ("instances", {"annotations": [{"image_id": 4, "category_id": 0, "bbox": [50, 3, 20, 9]}]}, "image 4"),
+    ("instances", {"annotations": [{"image_id": 99, "category_id": 0, "bbox": [5, 3, 2, 9]}]}, "instances"),
     ("instances", {"categories": []}, "not a COCO instances file"),
     ("captions", {"annotations": [{"image_id": 99, "caption": "x"}]}, "neither a COCO captions file"),
     ("captions", {"images": None}, "neither a COCO captions file")))
@@ -361,7 +370,8 @@ def test_bad_files_end_in_one_sentence(monkeypatch, coco, tmp_path, name, change
     folder = shutil.copytree(coco, tmp_path / "coco")
     file = folder / f"{name}_train2014.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    sentence = stopped(monkeypatch, *flags_of(folder, tmp_path / "a.json", "detail", "--judge", "http://x/v1"))
+    flags = flags_of(folder, tmp_path / "a.json", "detail", "--judge", "http://x/v1")
+    sentence = stopped(monkeypatch, *flags)
     assert complaint in sentence and file.name in sentence
 
 
