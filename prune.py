@@ -92,10 +92,10 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
     """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every
     subject, prefer difficult questions) as rules; they approximate the authors' choice by hand.
 
-    One question at a time: first of its subject, then of its topic, then of its skill; then topics
-    in proportion to the square root of their size. Questions with an image come first: others get
-    at most 15% of k, new subjects and topics aside. Within a topic, a text that refers to the image
-    comes first, then a question text that was not chosen yet, then the most difficult question.
+    One question at a time: first of its subject, of its topic, of its skill; then topics in proportion
+    to the square root of their size. Questions without an image get at most 15% of k, new subjects and
+    topics aside. Within a topic, a text that refers to the image comes first, then a question text that
+    was not chosen yet, then the most difficult question.
     """
     signs = difficulty_signs(problems, args)
     difficulty = sum(percentiles(values) for values in signs.values()) / len(signs)       # [N]
@@ -429,15 +429,11 @@ def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dic
 # 4. The study: train on each choice with several seeds, evaluate, compare
 
 VARIANTS = {                                 # name: (method, additional flags of train.py)
-    "all": ("all", ()),
-    "all, one epoch": ("all", ("--epochs", 1)),      # about as many steps as a twelfth has in 12
-    "random": ("random", ()),
-    "stratified": ("stratified", ()),
-    "maxmin": ("maxmin", ()),
-    "guided": ("guided", ()),
-    "guided, plain": ("guided", ("--template", "plain")),    # as Miao et al.: drops the question
-    "gain": ("gain", ()),
-}
+    "all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)),       # one epoch of all: about as many
+    "random": ("random", ()), "stratified": ("stratified", ()),           # steps as 12 of a twelfth
+    "maxmin": ("maxmin", ()), "guided": ("guided", ()),
+    "guided, plain": ("guided", ("--template", "plain")),                 # as Miao et al.: drops the question
+    "gain": ("gain", ())}
 
 
 def study(args) -> None:
@@ -903,8 +899,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, metavar="N", help="questions at once (default: %(default)s)")
     add("--cache", type=Path, metavar="DIR", help="for states, losses and gains (default: beside --out)")
     add("--picture", type=Path, metavar="FILE", help="draw the report")
-    add_study_flags(add)
-    add_data_flags(add)
+    add_task_flags(add)
     add_model_flags(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
@@ -913,7 +908,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_study_flags(add) -> None:
+def add_task_flags(add) -> None:
     add("--pretrain", type=Path, metavar="FILE", help="study: captions; images in a folder of that name")
     add("--vision", metavar="ID", help="study: the CLIP")
     add("--language", nargs="+", metavar="ID", help="study: the language models")
@@ -921,9 +916,6 @@ def add_study_flags(add) -> None:
     add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
     for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
         add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
-
-
-def add_data_flags(add) -> None:
     add("--style", default="brief", choices=INSTRUCTIONS, help="expand: instructions (default: %(default)s)")
     add("--captions", type=Path, metavar="FILE", help="generate: COCO captions, or [{image, caption}]")
     add("--boxes", type=Path, metavar="FILE", help="generate: COCO instances")
@@ -951,7 +943,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
              "--generate needs --captions and --judge-model"),
             (args.generate in ("detail", "reasoning") and not args.boxes,
              f"--generate {args.generate} needs --boxes"),
-            (args.workers < 1 or args.limit == 0, "--workers and --limit begin at 1")):
+            (min(args.workers, 1 if args.limit is None else args.limit) < 1,
+             "--workers and --limit are at least 1")):
         if wrong:
             parser.error(sentence)
 
