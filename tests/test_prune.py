@@ -19,24 +19,24 @@ from prune import choose_guided, choose_stratified, farthest_points, percentiles
 from tests.toy import write_random
 
 torch.set_num_threads(1)
-PLAIN = SimpleNamespace(seed=0, image_text=None, model=None, method="guided")
+ARGS = SimpleNamespace(seed=0, image_text=None, model=None, method="guided")
 
 
-def make_problem(i: int, topic="maps", picture=True, skill="read", words=5, **more) -> dict:
+def make_problem(i: int, topic="maps", has_image=True, skill="read", words=5, **more) -> dict:
     subject = {"maps": "social", "verbs": "language"}.get(topic, "natural") + " science"
     return {"id": str(i), "question": f"What is {i}?", "choices": ["yes", "no"], "answer": 0, "hint": "",
-            "image": "image.png" if picture else None, "grade": "grade5", "subject": subject,
+            "image": "image.png" if has_image else None, "grade": "grade5", "subject": subject,
             "topic": topic, "category": topic, "skill": skill, "lecture": "", "solution": "so " * words,
             "split": "train"} | more
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """24 questions, every other one with a picture, to learn from; four to be asked."""
+    """24 training questions, every other one with an image, and four test questions."""
     folder = tmp_path_factory.mktemp("scienceqa")
     problems = [make_problem(i, ("maps", "verbs", "stars", "maps")[i % 4], i % 2 == 0, f"skill {i % 8}",
                              words=i % 5, question=f"What is {i % 12}?") for i in range(24)]
-    problems += [make_problem(i, picture=i < 26, answer=i % 2) | {"split": "test"} for i in range(24, 28)]
+    problems += [make_problem(i, has_image=i < 26, answer=i % 2) | {"split": "test"} for i in range(24, 28)]
     ids = {split: [p["id"] for p in problems if p["split"] == split] for split in ("train", "test")}
     (folder / "problems.json").write_text(json.dumps({p["id"]: p for p in problems}))
     (folder / "pid_splits.json").write_text(json.dumps(ids))
@@ -68,7 +68,7 @@ def kept_by(monkeypatch, folder, out, *words) -> list[str]:
 # Farthest points
 
 
-def plainly(x: torch.Tensor, k: int, start: int) -> list[int]:
+def select_by_loops(x: torch.Tensor, k: int, start: int) -> list[int]:
     """The definition, point by point, in float64."""
     picks, x = [start], x.double()
     while len(picks) < k:
@@ -84,11 +84,11 @@ def smallest(x: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_farthest_points_follow_the_definition_also_far_from_the_origin(seed):
-    chance = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, 16, generator=chance) * torch.rand(16, generator=chance) + 1000 * (seed % 2)
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 16, generator=rng) * torch.rand(16, generator=rng) + 1000 * (seed % 2)
     picks = farthest_points(x, 40, start=seed)
-    assert picks.dtype == torch.int64 and picks.tolist() == plainly(x, 40, seed)
-    assert smallest(x[picks]) == smallest(x[plainly(x, 40, seed)])
+    assert picks.dtype == torch.int64 and picks.tolist() == select_by_loops(x, 40, seed)
+    assert smallest(x[picks]) == smallest(x[select_by_loops(x, 40, seed)])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -101,7 +101,7 @@ def test_farthest_points_are_at_least_half_as_far_apart_as_can_be(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_equally_far_points_are_taken_in_their_order(seed):
     grid = torch.randint(0, 4, (15, 3), generator=torch.Generator().manual_seed(seed)).float()
-    assert farthest_points(grid, 15, start=0).tolist() == plainly(grid, 15, 0)
+    assert farthest_points(grid, 15, start=0).tolist() == select_by_loops(grid, 15, 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -127,15 +127,15 @@ def test_farthest_points_refuse_what_has_no_answer(k, value, complaint):
 
 
 # ---------------------------------------------------------------------------------------------
-# Rules and chance
+# Rules and random choices
 
 
-def test_guided_covers_subjects_topics_and_skills_with_pictures_first():
+def test_guided_covers_subjects_topics_and_skills_with_images_first():
     problems = [make_problem(i, "maps", skill=f"skill {i % 3}") for i in range(60)]
-    problems += [make_problem(60 + i, "stars", picture=i == 7, skill="stars") for i in range(30)]
-    problems += [make_problem(90 + i, "verbs", picture=False, skill=f"verb {i}") for i in range(9)]
-    problems += [make_problem(99, "ice", picture=False, skill="stars")]
-    kept = [problems[i] for i in choose_guided(problems, 20, PLAIN)]
+    problems += [make_problem(60 + i, "stars", has_image=i == 7, skill="stars") for i in range(30)]
+    problems += [make_problem(90 + i, "verbs", has_image=False, skill=f"verb {i}") for i in range(9)]
+    problems += [make_problem(99, "ice", has_image=False, skill="stars")]
+    kept = [problems[i] for i in choose_guided(problems, 20, ARGS)]
     assert {p["topic"] for p in kept} == {"maps", "stars", "verbs", "ice"} and "67" in {p["id"] for p in kept}
     assert {f"skill {i}" for i in range(3)} <= {p["skill"] for p in kept}
     assert sum(bool(p["image"]) for p in kept) == 17                      # 85% of 20; the other three
@@ -144,7 +144,7 @@ def test_guided_covers_subjects_topics_and_skills_with_pictures_first():
 
 def test_guided_keeps_more_of_larger_topics_by_their_square_roots():
     problems = [make_problem(i, "maps" if i < 400 else "stars") for i in range(500)]
-    topics = [problems[i]["topic"] for i in choose_guided(problems, 30, PLAIN)]
+    topics = [problems[i]["topic"] for i in choose_guided(problems, 30, ARGS)]
     assert topics.count("maps") == 20 and topics.count("stars") == 10     # 20 : 10 = sqrt(400) : sqrt(100)
 
 
@@ -153,19 +153,19 @@ def test_guided_keeps_more_of_larger_topics_by_their_square_roots():
 def test_guided_prefers_each_sign_of_difficulty(sign):
     problems = [make_problem(i) for i in range(30)]
     problems[17] = make_problem(17, **sign)
-    assert list(choose_guided(problems, 1, PLAIN)) == [17]
+    assert list(choose_guided(problems, 1, ARGS)) == [17]
 
 
-def test_guided_prefers_pictures_with_more_to_read_where_that_is_known(tmp_path):
+def test_guided_prefers_images_with_more_to_read_where_that_is_known(tmp_path):
     (tmp_path / "ocr.json").write_text(json.dumps({"captions": {"4": "Exit here", "9": "Exit", "1000": "x"}}))
-    known = SimpleNamespace(**vars(PLAIN) | {"image_text": tmp_path / "ocr.json"})
+    known = SimpleNamespace(**vars(ARGS) | {"image_text": tmp_path / "ocr.json"})
     assert list(choose_guided([make_problem(i) for i in range(12)], 2, known)) == [4, 9]
 
 
-def test_guided_prefers_words_that_point_at_the_picture_then_words_not_kept_yet():
+def test_guided_prefers_words_that_point_at_the_image_then_words_not_kept_yet():
     problems = [make_problem(i, words=9, question="Who is it?") for i in range(5)]
     problems += [make_problem(5, question="Who else?"), make_problem(6, question="Who is shown?")]
-    assert list(choose_guided(problems, 3, PLAIN)) == [6, 0, 5]
+    assert list(choose_guided(problems, 3, ARGS)) == [6, 0, 5]
 
 
 def test_every_choice_can_say_why(monkeypatch, folder, tmp_path):
@@ -190,7 +190,7 @@ def test_stratified_gives_each_topic_its_share():
         assert len(kept) == 10 and [topics.count(t) for t in ("maps", "verbs", "stars")] == [4, 4, 2]
 
 
-def test_chance_depends_on_the_seed_alone(monkeypatch, folder, tmp_path):
+def test_random_choices_depend_on_the_seed_alone(monkeypatch, folder, tmp_path):
     for method in ("random", "stratified"):
         a, b, again = (kept_by(monkeypatch, folder, tmp_path / "a.json", "--method", method, "--keep", 8,
                                "--seed", seed) for seed in (1, 2, 1))
@@ -230,7 +230,7 @@ def test_bad_input_ends_in_one_sentence(monkeypatch, folder, tmp_path, words, co
 
 
 # ---------------------------------------------------------------------------------------------
-# What a model makes of the questions
+# Measurements with a model
 
 
 def states_of(monkeypatch, folder, model, out, *words) -> np.ndarray:
@@ -269,7 +269,7 @@ def test_the_choice_is_that_of_farthest_points_over_the_states(monkeypatch, fold
     assert ids == [str(i) for i in farthest_points(states, 6).tolist()]
 
 
-def test_an_interrupted_reading_goes_on_where_it_was(monkeypatch, folder, models, tmp_path):
+def test_an_interrupted_measurement_resumes(monkeypatch, folder, models, tmp_path):
     whole = states_of(monkeypatch, folder, models[0], tmp_path / "a.json", "--batch-size", 5)
     measure_batch, batches = prune.measure_batch, []
 
@@ -429,7 +429,7 @@ def test_published_records_are_compared_without_the_data_set(monkeypatch, folder
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-    """A train.py that notes that it ran and ends as its first flag says."""
+    """A train.py that records that it ran and exits with its first argument."""
     code = "import sys\nopen(sys.argv[3], 'a').write('ran')\nsys.exit(int(sys.argv[1]))"
     (tmp_path / "train.py").write_text(code)
     monkeypatch.setattr(prune, "__file__", str(tmp_path / "prune.py"))
