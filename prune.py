@@ -643,6 +643,7 @@ are parked one behind the other. On the right, close to the viewer, a dog watche
     "reasoning": """Question:\nWhat should this person be careful about in the next moments?\n===\nAnswer:
 The street is wet, so braking takes longer. A door of one of the parked cars on the left could open, and
 the dog on the right could run into her way. She should slow down and keep a distance from both."""}
+MARKS = {"Question:", "Answer:", "==="}
 SETTINGS = {"temperature": 0.2, "max_tokens": 1024}
 UNWANTED = {                                 # reason to reject a reply: what it contains
     "mentions captions or bounding boxes": re.compile(r"\bcaptions?\b|\bbounding[ -]box", re.IGNORECASE),
@@ -838,19 +839,16 @@ def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list
     if text is None:
         return [], "no reply"
     pairs, reason = parse_blocks(text) if kind != "detail" else ([("", text.strip())], "")
-    if reason:
-        return [], reason
-    if kind == "detail" and re.search(r"^(===|Question:|Answer:)", text, re.MULTILINE):
-        return [], "blocks in a description"
-    prompt = {line.strip() for m in messages for line in m["content"].splitlines()}
-    prompt -= {"", "===", "Question:", "Answer:"}
-    if not all(answered and (asked or kind == "detail") for asked, answered in pairs):
-        return [], "an empty part"
-    if kind == "reasoning" and len(pairs) > 1:
-        return [], "more than one question"
-    if any(line.strip() in prompt and not line.strip().endswith("?") for line in text.splitlines()):
-        return [], "repeats the prompt"
-    return pairs, next((reason for reason, pattern in UNWANTED.items() if pattern.search(text)), "")
+    prompt = {line.strip() for m in messages for line in m["content"].splitlines()} - MARKS - {""}
+    lines = [line.strip() for line in text.splitlines()]
+    checks = {
+        reason: reason,
+        "blocks in a description": kind == "detail" and MARKS & set(lines),
+        "an empty part": any(not answered or (not asked and kind != "detail") for asked, answered in pairs),
+        "more than one question": kind == "reasoning" and len(pairs) > 1,
+        "repeats the prompt": any(line in prompt and not line.endswith("?") for line in lines),
+        **{reason: pattern.search(text) for reason, pattern in UNWANTED.items()}}
+    return pairs, next((reason for reason, found in checks.items() if found), "")
 
 
 def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
