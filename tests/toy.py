@@ -409,11 +409,13 @@ def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None
     began = time.perf_counter()
     build(data, ("scienceqa", "pretrain", "clip", "mistral"))
     shutil.rmtree(runs, ignore_errors=True)
-    write_json(runs / "train.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", "train")])
+    for split in ("train", "val"):
+        write_json(runs / f"{split}.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", split)])
     for flags in (f"--stage 1 --vision {data}/clip --language {data}/mistral --lr 6e-3 --epochs 5 "
-                  f"--data {data}/pretrain.json --images {data}/pretrain --out {runs}/stage1",
+                  f"--data {data}/pretrain.json --images {data}/pretrain --out {runs}/stage1 --dtype float32",
                   f"--stage 2 --init {runs}/stage1 --lr 1e-3 --epochs 12 "
-                  f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2"):
+                  f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2 "
+                  f"--val {runs}/val.json --val-images {data}/scienceqa/images/val --dtype float32"):
         print(f"\n$ python train.py {flags}")
         run_stage(parse(flags.split()))
     draw_losses([runs / "stage1", runs / "stage2"], runs / "loss.png")
@@ -431,16 +433,19 @@ def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None
 
 
 def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 260) -> None:
-    """Draw a panel per run: the loss of every step, pale, and its running mean."""
+    """Draw a panel per run: the loss of every step, pale, its running mean, and red the validation loss."""
     image = Image.new("RGB", (width * len(runs), height), "white")
     for i, folder in enumerate(runs):
-        losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines]
+        validation = [(step, line["val_loss"]) for step, line in enumerate(lines) if "val_loss" in line]
         means = list(accumulate(losses, lambda mean, loss: mean + 0.1 * (loss - mean)))
         panel = Image.new("RGB", (width, height), "white")
         pen, right, bottom, top = ImageDraw.Draw(panel), width - 15, height - 25, max(losses)
-        for values, color, thickness in ((losses, "#c8d8f0", 1), (means, "#2050b0", 2)):
+        for points, color, thickness in ((enumerate(losses), "#c8d8f0", 1), (enumerate(means), "#2050b0", 2),
+                                         (validation, "#c02020", 2)):
             pen.line([(50 + (right - 50) * step / len(losses), bottom - (bottom - 30) * value / top)
-                      for step, value in enumerate(values)], color, thickness)
+                      for step, value in points], color, thickness)
         pen.line([(50, 30), (50, bottom), (right, bottom)], "black")
         pen.text((50, 8), f"{folder.name}: loss, {len(losses)} steps, at the end {means[-1]:.3f}", "black")
         for share in (0.0, 0.5, 1.0):
