@@ -235,12 +235,11 @@ def foretold(args) -> float:
         sketch = Llava(make_config(args))
     let_learn(sketch, 2)
     learned, rows = (args.tokens - sketch.config.vision.side**2) // 2, args.rows
-    samples = argparse.Namespace(lengths=[args.tokens] * rows, learned=[learned] * rows,
-                                 records=[{"pictures": ["one"]}] * rows)
+    load = train.Load(rows * args.tokens, rows * learned, rows)
     flags = argparse.Namespace(**vars(args), stage=2, lora_rank=None, lora_vision=False, in_backward=True,
                                card=None, batch_size=rows, micro_batch_size=rows)
     empty, _ = peaks(args.device, dict, len)
-    return empty + train.memory(sketch, samples, [list(range(rows))], flags)["peak"] / 2**30
+    return empty + train.estimate_memory(sketch, load, flags)["peak"] / 2**30
 
 
 def share_weights(ours: Llava, theirs) -> None:
