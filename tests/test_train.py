@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import llava
 import train
 from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig, replace
 from tests import toy
@@ -80,8 +81,8 @@ def whole(toy_folder):
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes()
-            for name in ("model.safetensors", "trainer/step-000010/optimizer.safetensors")}
+    assert [file.name for file in (folder / "trainer").iterdir()] == ["step-000010"]
+    return {"model.safetensors": (folder / "model.safetensors").read_bytes()}
 
 
 def refused(toy_folder: Path, out: Path, more: str = "", records=None) -> str:
@@ -104,7 +105,7 @@ def gradients(toy_folder: Path, micro_batch_size: int) -> torch.Tensor:
     model = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32)
     processor = Processor.from_pretrained(toy_folder / "base", model.config)
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
-    micros, _ = train.split_step(train.Collate(micro_batch_size)([samples[i] for i in range(8)]))
+    micros, _ = train.split_step(train.collate(micro_batch_size, [samples[i] for i in range(8)]), 8)
     for micro, weight in micros:
         (model(**micro) * weight).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -244,15 +245,15 @@ def die_at(count: int, function):
     """`function`, after whose count-th call the process is killed."""
     calls = []
 
-    def dying(*args):
-        calls.append(function(*args))
+    def dying(*args, **kwargs):
+        calls.append(function(*args, **kwargs))
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
     return dying
 
 
 @pytest.mark.parametrize("place, name, count", [
-    (train, "save_file", 3),                 # in the middle of saving
+    (llava, "save_file", 3),                 # in the middle of saving
     (os, "link", 9),                         # some links are old, some new
 ])
 def test_a_killed_run_resumes_to_equal_weights(toy_folder, whole, tmp_path, monkeypatch, place, name, count):
@@ -300,17 +301,17 @@ def test_bf16_and_lora_runs_resume_to_equal_weights(toy_folder, tmp_path, monkey
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(toy_folder, tmp_path, monkeypatch):
-    calls, save_file = [], train.save_file
+    calls, save_file = [], llava.save_file
 
-    def full(tensors, file):
+    def full(tensors, file, metadata=None):
         calls.append(file)
-        if len(calls) == 2:
+        if len(calls) == 4:                  # the optimizer state of the second checkpoint
             Path(file).write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        save_file(tensors, file)
+        save_file(tensors, file, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", full)
+        patch.setattr(llava, "save_file", full)
         sentence = refused(toy_folder, tmp_path / "run", "--save-every 3")
     assert sentence.startswith("step 6 could not be saved") and "No space left" in sentence
     assert [folder.name for folder in (tmp_path / "run/trainer").iterdir()] == ["step-000003"]
@@ -347,7 +348,7 @@ def inputs(toy_folder: Path) -> dict:
     config = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32).config
     processor = Processor.from_pretrained(toy_folder / "base", config)
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
-    return train.Collate(4)([samples[i] for i in range(4)])[0]
+    return train.collate(4, [samples[i] for i in range(4)])[0]
 
 
 def test_an_adapter_opens_merged(toy_folder, tmp_path, monkeypatch):
@@ -442,7 +443,7 @@ def test_memory_estimate_is_within_8_percent(toy_folder, tmp_path, monkeypatch, 
         need = train.choose_micro_batch(model, samples, [[8] * 4], args)    # no padding
         train.wrap_blocks(model, args)
         optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
-        micros = train.Collate(args.micro_batch_size)([sample] * 4)
+        micros = train.collate(args.micro_batch_size, [sample] * 4)
         live.most = 0
         for _ in range(2):
             optimizer.begin(1e-3)
@@ -497,7 +498,7 @@ def test_a_bad_record_is_named(toy_folder, tmp_path, record, message):
 
 
 @pytest.mark.parametrize("records, message", [
-    ("[{", "not JSON"), ({}, "not a list"), ([], "not a list"), ([7], "record 0: not a LLaVA record")])
+    ("[{", "JSON"), ({}, "not a list"), ([], "not a list"), ([7], "record 0: not a LLaVA record")])
 def test_a_bad_file_is_named(toy_folder, tmp_path, records, message):
     assert message in refused(toy_folder, tmp_path / "run", records=records)
 
@@ -575,17 +576,63 @@ def test_a_plan_needs_no_weights(toy_folder, tmp_path, capsys):
 # More than one process
 
 
-@pytest.mark.parametrize("alone, together", [("", "--micro-batch-size 2"), ("--in-backward",) * 2])
-def test_two_processes_have_the_losses_of_one(toy_folder, tmp_path, alone, together):
-    one, two = tmp_path / "one", tmp_path / "two"
-    expected = go(toy_folder, one, alone)
+TWO_PROCESSES = """
+import json, signal, sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import train
+dist.init_process_group()
+step = train.Adam.step
+def interrupted(adam):
+    step(adam)
+    if adam.steps == 3 and train.RANK == 0:
+        signal.raise_signal(signal.SIGINT)
+for stop, argv in json.loads({runs!r}):
+    train.Adam.step = interrupted if stop else step
+    try:
+        train.run_stage(train.parse(argv))
+    except KeyboardInterrupt:
+        assert stop
+    dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def two(toy_folder):
+    """Run folders by name, trained by two processes; batches of 7 of 22 records leave a batch of one."""
+    runs = {name: (False, flags(toy_folder, toy_folder / "two" / name, more)) for name, more in PAIRS.items()}
+    runs["interrupted"] = (True, flags(toy_folder, toy_folder / "two/resumed", PAIRS["lora"]))
+    file = toy_folder / "two.py"
+    file.write_text(TWO_PROCESSES.format(root=str(ROOT), runs=json.dumps(list(runs.values()))))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "train.py", *flags(toy_folder, two, together)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert finished.returncode == 0, finished.stderr
-    for line, other in zip(log(one), log(two), strict=True):
+    resume = [str(ROOT / "train.py"), *runs["interrupted"][1], "--resume"]
+    for command in ([str(file)], resume):
+        finished = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=100,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert finished.returncode == 0, finished.stderr
+    return toy_folder / "two"
+
+
+PAIRS = {"micro": "--batch-size 7 --micro-batch-size 2",
+         "in_backward": "--batch-size 7 --in-backward",
+         "lora": "--batch-size 7 --lora-rank 2 --lora-vision --save-every 2"}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_processes_have_the_losses_and_weights_of_one(toy_folder, two, tmp_path, name):
+    expected = go(toy_folder, tmp_path, PAIRS[name])
+    assert {len(batch) for batch in train.make_batches(range(22), [1] * 22, 7, 0)} == {7, 1}
+    for line, other in zip(log(tmp_path), log(two / name), strict=True):
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
-    for name, tensor in load_file(two / "model.safetensors").items():
+        assert other["tokens"] == line["tokens"]
+    for name, tensor in load_file(next((two / name).glob("*model.safetensors"))).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_resume_to_equal_weights(two):
+    files = [two / name / "adapter_model.safetensors" for name in ("lora", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    losses = [[line["loss"] for line in log(two / name)] for name in ("lora", "resumed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
