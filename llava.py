@@ -61,7 +61,6 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------------
 # 1. Configurations. Fields have the names that the published config.json files use.
 
-
 @dataclass(frozen=True)
 class VisionConfig:
     """A CLIP vision transformer; the defaults are openai/clip-vit-large-patch14-336."""
@@ -388,10 +387,7 @@ class LanguageModel(nn.Module):
     def run_layers(self, x: Tensor, positions: Tensor, attends: list, select) -> Tensor:
         cos_sin = rope(positions, self.config, x.dtype)
         for layer, attend in zip(self.layers, attends):
-            if layer is self.layers[-1]:
-                x = layer(x, cos_sin, attend, select)
-            else:
-                x = layer(x, cos_sin, attend)
+            x = layer(x, cos_sin, attend, select if layer is self.layers[-1] else None)
         return self.norm(x)
 
 
@@ -478,23 +474,15 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
     return slice(y, rows - y), slice(x, columns - x)
 
 
-def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
-    """How many tiles a (height, width) image is cut into."""
-    if config.image_mode != "anyres":
-        return 1
-    width, height = choose_grid(size, config.grids)
-    return 1 + width * height // config.vision.image_size**2
-
-
 def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
     """How many tokens replace a (height, width) image; with PruMerge, which adapts, at most."""
-    if config.prune != "none":
-        return count_tiles(config, size) * max_tile_tokens(config)
-    patches = config.vision.side**2
+    tile = max_tile_tokens(config)
     if config.image_mode != "anyres":
-        return patches
+        return tile
+    if config.prune != "none":
+        return tile + tile * math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
     rows, columns = (window.stop - window.start for window in anyres_window(config, size))
-    return patches + rows * (columns + 1)
+    return tile + rows * (columns + 1)
 
 
 PRUMERGE = {                                 # arguments of prumerge
@@ -510,40 +498,37 @@ BUDGETED = ("prumerge", "prumerge+", "random", "pool", "divprune")        # thos
 
 def check_token_budget(config: LlavaConfig) -> None:
     """Raise UserError where `prune` and `keep_tokens` do not fit together."""
-    name, N, patches = config.prune, config.keep_tokens, config.vision.side**2
+    name, N, most = config.prune, config.keep_tokens, config.vision.side**2
+    least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name not in ("none", *PRUNING):
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
     if N is None and name in ("random", "pool", "divprune"):
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
     if N is not None and name not in BUDGETED:
         raise UserError(f"--keep-tokens works with --prune {', '.join(BUDGETED)}, not with {name}")
-    least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
-    if N is not None and not least <= N <= patches:
-        raise UserError(f"--keep-tokens {N} is not between {least} and the {patches} patches of a tile")
+    if N is not None and not least <= N <= most:
+        raise UserError(f"--keep-tokens {N} is not between {least} and the {most} patches of a tile")
     if name == "pool" and max(pooled_size(N)) > config.vision.side:
         raise UserError(f"--keep-tokens {N} is not a product of two numbers up to {config.vision.side}, "
                         f"as --prune pool needs it; {math.isqrt(N)**2} is")
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
-    """The most tokens that one tile has after reduction. PruMerge's outliers lie above the third
-    quartile and are therefore at most a quarter of the patches; one token sums up the others."""
+    """The most tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
+    which are at most a quarter of the patches, and adds one token for the others."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
-    if config.keep_tokens is not None:
-        return config.keep_tokens
+    if config.prune == "none" or config.keep_tokens is not None:
+        return config.keep_tokens or patches
     if "ratio" in variant:
         return len(choose_patches(torch.zeros(patches), **variant)) + 1
-    if "plus" in variant:
-        return patches + 1
-    return max(1, patches // 4) + 1
+    return patches + 1 if "plus" in variant else max(1, patches // 4) + 1
 
 
 def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = None,
                    paper: bool = False, budget: int | None = None) -> Tensor:
-    """PruMerge's choice: indices [m] of patches by attention [P], strongest first; the outliers, or
-    the share `ratio`. With `plus` an even sample of the other patches follows. The paper keeps the
-    order of the image. With `budget`, exactly that many: by attention, or with `plus` half of them
-    by attention and the other half evenly spaced among the rest."""
+    """PruMerge's choice: indices [m] of patches by attention [P], strongest first: the outliers, the
+    share `ratio`, or exactly `budget`. With `plus` an even sample of the others follows, which with
+    `budget` is half of it. The paper keeps the order of the image."""
     P = len(attention)
     order = attention.argsort(descending=True, stable=True)
     if budget is not None:
@@ -568,11 +553,10 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
              paper: bool = False, budget: int | None = None, neighbours: int = 32) -> Tensor:
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
 
-    attention [P]: of the CLS token to each patch; keys [P, C]. To each chosen patch is added the
-    attention-weighted sum of its `neighbours` most similar patches, and one last token is the
-    attention-weighted sum of all patches that were not chosen. This follows the released code. The
-    `paper` keeps the image's order, does not normalise the keys, weights a chosen patch like its
-    neighbours and adds no token. `budget` counts all tokens, the last one included.
+    attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
+    chosen patch gets the attention-weighted sum of its `neighbours` most similar patches added; the
+    last token is that sum over all patches not chosen. So the released code; the `paper` does not
+    normalise keys, weights a chosen patch like its neighbours and has no last token.
     """
     kept = choose_patches(attention, plus, ratio, paper, budget and budget - 1)
     weight_of_kept = torch.ones_like(attention)
@@ -589,8 +573,8 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
 
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
-    """`keep` of `patches` indices at random, in the image's order. The seed is a checksum of the
-    normalised tile [3, S, S] in 8 bits, so the same image always keeps the same patches."""
+    """`keep` of `patches` indices at random, in the image's order; the seed is a checksum of the
+    normalised tile [3, S, S] in 8 bits."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
     eight_bits = ((pixels.float() * std + mean) * 255).round().to(torch.uint8)
     generator = torch.Generator().manual_seed(zlib.crc32(eight_bits.cpu().numpy().tobytes()))
@@ -620,13 +604,12 @@ def diverse_patches(features: Tensor, keep: int) -> Tensor:
 
 
 def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
-    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection. Each
-    is the point whose distance to the nearest selected point is largest, the lowest index of equals;
-    start None is the point nearest the mean. Raises UserError for points that are not finite.
+    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each
+    the point farthest from its nearest selected point, the lowest index of equals; start None is the
+    point nearest the mean. Raises UserError for points that are not finite.
 
-    One matrix-vector product a selection: |a - b|² = |a|² - 2ab + |b|². To avoid cancellation far from
-    the origin, the point nearest the mean becomes the origin; unlike the mean itself it leaves equal
-    distances exactly equal.
+    One matrix-vector product a selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the
+    point nearest the mean becomes the origin; unlike the mean it leaves equal distances equal.
     """
     if not 0 < k <= len(x):
         raise UserError(f"{k} of {len(x)} points cannot be selected")
@@ -660,22 +643,19 @@ class Llava(nn.Module):
         super().__init__()
         self.config, C = config, config.text.hidden_size
         self.vision_tower = VisionTower(config.vision)
-        layers = [nn.Linear(config.vision.hidden_size, C)]
+        self.projector = nn.Sequential(nn.Linear(config.vision.hidden_size, C))
         if config.projector == "mlp2x_gelu":
-            layers += [nn.GELU(), nn.Linear(C, C)]
-        self.projector = nn.Sequential(*layers)
+            self.projector.extend([nn.GELU(), nn.Linear(C, C)])
         if config.image_mode == "anyres":
             self.image_newline = nn.Parameter(torch.randn(C) / C**0.5)
         self.language_model = LanguageModel(config.text)
         self.bases: list[str] = []           # folders or id@revision that the weights came from
 
-    # From images and ids to embeddings
-
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
         """One [n, C] per image: the features that replace its id among the token embeddings.
 
-        images: for each image its tiles [tiles, 3, S, S], normalised or in uint8; image_sizes: the
-        (height, width) of each original image; prune: a name in PRUNING or "none", None: the config's.
+        images: the tiles [tiles, 3, S, S] of each image, normalised or in uint8; image_sizes: its
+        original (height, width); prune: a name in PRUNING or "none", None: the config's.
         """
         prune = self.config.prune if prune is None else prune
         weight = self.vision_tower.class_embedding
@@ -689,31 +669,29 @@ class Llava(nn.Module):
             tiles = self.reduce_tiles(pixels, states, prune)              # N times [n, C]
         features, start = [], 0
         for i, image in enumerate(images):
-            mine = tiles[start:start + len(image)]
-            start += len(image)
+            stop = start + len(image)
             if self.config.image_mode == "anyres" and prune == "none":
-                features.append(self.arrange_tiles(mine, image_sizes[i]))
+                features.append(self.arrange_tiles(tiles[start:stop], image_sizes[i]))
             else:
-                features.append(torch.cat(list(mine)))
+                features.append(torch.cat(list(tiles[start:stop])))
+            start = stop
         return features
 
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
         """The projected tokens [n, C] that the method `prune` keeps of each tile, from its pixels
         [N, 3, S, S] and the tower's states [N, 1+P, C]."""
-        config = replace(self.config, prune=prune)                        # checks the budget
-        keep, tiles = config.keep_tokens, []
+        keep, tiles = replace(self.config, prune=prune).keep_tokens, []   # replace checks the budget
         attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
         for i, patches in enumerate(states[:, 1:]):                       # [P, C]
             if prune == "random":
-                tokens = self.projector(patches[random_patches(pixels[i], keep, len(patches))])
+                patches = patches[random_patches(pixels[i], keep, len(patches))]
             elif prune == "pool":
-                tokens = self.projector(pool_patches(patches, keep))
-            elif prune == "divprune":
-                projected = self.projector(patches)
-                tokens = projected[diverse_patches(projected.detach(), keep)]
-            else:
-                mix = prumerge(attention[i], keys[i], budget=keep, **PRUMERGE[prune])
-                tokens = self.projector(mix @ patches)
+                patches = pool_patches(patches, keep)
+            elif prune in PRUMERGE:
+                patches = prumerge(attention[i], keys[i], budget=keep, **PRUMERGE[prune]) @ patches
+            tokens = self.projector(patches)
+            if prune == "divprune":
+                tokens = tokens[diverse_patches(tokens.detach(), keep)]
             tiles.append(tokens)
         return tiles
 
@@ -768,8 +746,6 @@ class Llava(nn.Module):
             labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE)
         return pad_sequence(rows, batch_first=True), lengths, labels
 
-    # Training
-
     def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
         """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss.
 
@@ -786,10 +762,8 @@ class Llava(nn.Module):
                             "within --max-length")
         targets = labels[rows, columns + 1].to(x.device)
         select = rows.to(x.device), columns.to(x.device)
-        logits = self.language_model.lm_head(self.language_model(x, select))             # [n, V]
+        logits = self.language_model.lm_head(self.language_model(x, select=select))      # [n, V]
         return F.cross_entropy(logits.float(), targets)
-
-    # Generation
 
     @torch.inference_mode()
     def generate_tokens(self, input_ids, images=None, image_sizes=None, attention_mask=None,
@@ -802,9 +776,7 @@ class Llava(nn.Module):
         """
         x, lengths, _ = self.splice(input_ids, images, image_sizes, attention_mask)
         window = self.config.text.sliding_window
-        slots = x.shape[1] + max_new_tokens
-        if window is not None:
-            slots = min(slots, window)
+        slots = min(x.shape[1] + max_new_tokens, window or sys.maxsize)
         caches = [KVCache(slots, lengths, window) for _ in self.language_model.layers]
         last = torch.arange(len(x), device=x.device), lengths - 1
         hidden = self.language_model.prefill(x, caches, select=last)      # [B, C]
@@ -838,8 +810,6 @@ class Llava(nn.Module):
             if all(ended):
                 break
         return answers
-
-    # Opening and saving
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
@@ -1109,7 +1079,11 @@ def open_checkpoint(source: str, weights: bool = True, bases=()
     own.pop(None, None)
     parts, stored = {}, {}
     for base, needed in name_bases(folder, raw, adapter, own, weights, list(bases)).items():
-        more, tensors = open_base(base, needed, folder)
+        try:
+            more, tensors, _ = open_checkpoint(base, needed)
+        except OSError as error:
+            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
+                          "its new place with --base, once for each base in config.json") from None
         parts, stored = parts | more, stored | tensors
     parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
@@ -1146,16 +1120,6 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
     return bases
 
 
-def open_base(base: str, weights: bool, folder: Path) -> tuple[dict, dict[str, StoredTensor]]:
-    try:
-        return open_checkpoint(base, weights)[:2]
-    except OSError as error:
-        if Path(base).exists():
-            raise
-        raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
-                      "its new place with --base, once for each base in config.json") from None
-
-
 def check_tensors(expected, fresh, stored: dict[str, StoredTensor], where: str) -> None:
     """Raise one UserError that lists all tensors that are missing, unexpected or of the wrong shape."""
     wrong = [f"{n} is missing" for n in expected if n not in stored and n not in fresh]
@@ -1180,7 +1144,7 @@ def read_config(raw: dict, file: Path) -> dict:
         return {"vision": parse_config("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     else:
         raise UserError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
-    found |= {"template": TEMPLATES[found["text"].model_type]} | raw.get("llava.py", {})
+    found = {"template": TEMPLATES[found["text"].model_type]} | found | raw.get("llava.py", {})
     return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
 
 
@@ -1236,35 +1200,32 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in needed if name not in found]:
             raise UserError(f"{file} has no {', '.join(missing)}")
-    check_sizes(default, found, file)
     if kind == "llama" and "num_attention_heads" in found:
         found = {"num_key_value_heads": found["num_attention_heads"]} | found
-    if kind != "clip":
-        heads = found.get("num_attention_heads", default.num_attention_heads)
-        found = {"head_dim": found.get("hidden_size", default.hidden_size) // heads} | found
-    config = replace(default, **{f.name: found[f.name] for f in fields(default)
-                                 if f.name in found and f.name != "model_type"})
+    found = {f.name: found[f.name] for f in fields(default) if f.name in found and f.name != "model_type"}
+    check_numbers(default, found, file)
+    config = replace(default, **found)
     heads = config.num_attention_heads
-    if kind == "clip" and config.hidden_size % heads:
-        raise UserError(f"{file}: hidden_size {config.hidden_size} is not a multiple of the "
-                        f"num_attention_heads {heads}")
-    if kind != "clip" and heads % config.num_key_value_heads:
-        raise UserError(f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                        f"{config.num_key_value_heads}")
+    if kind != "clip" and "head_dim" not in found:
+        config = replace(config, head_dim=config.hidden_size // heads)
+    whole, part = (("hidden_size", "num_attention_heads") if kind == "clip" else
+                   ("num_attention_heads", "num_key_value_heads"))
+    if getattr(config, whole) % getattr(config, part):
+        raise UserError(f"{file}: {whole} {getattr(config, whole)} is not a multiple of {part} "
+                        f"{getattr(config, part)}")
     return config
 
 
-def check_sizes(default: TextConfig | VisionConfig, found: dict, file: Path) -> None:
-    """Raise UserError for a field that is not a number, not positive, or not whole where it must be."""
-    for f in fields(default):
-        value, usual = found.get(f.name), getattr(default, f.name)
-        if f.name not in found or isinstance(usual, (str, bool)) or (f.name == "sliding_window" and value is None):
+def check_numbers(default: TextConfig | VisionConfig, found: dict, file: Path) -> None:
+    """Raise UserError for a field of another type than its default, or a size that is not positive."""
+    for name, value in found.items():
+        usual = getattr(default, name)
+        if name == "sliding_window" and value is None or isinstance(usual, bool) and isinstance(value, bool):
             continue
-        whole = isinstance(usual, int) or f.name == "sliding_window"
-        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or value <= 0:
-            raise UserError(f"{file}: {f.name} is {value!r}; it must be a positive "
-                            f"{'whole ' if whole else ''}number")
+        kinds = (int, float) if isinstance(usual, float) else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            what = "a positive number" if isinstance(usual, float) else "a positive whole number"
+            raise UserError(f"{file}: {name} is {value!r}; it must be {what}")
 
 
 def hf_vocab_size(config: LlavaConfig) -> int:
@@ -1554,10 +1515,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def default_dtype(device: str) -> str:
     """bfloat16 on a GPU that computes in it, float16 on an older one and on MPS, float32 on a CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
-    return "float32" if kind == "cpu" else "float16"
+    return "float32" if device == "cpu" else "float16"
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
@@ -1591,56 +1551,44 @@ def read_question() -> str:
         return ""
 
 
-class Trace:
-    """Forward hooks that print shape, dtype, parameters, FLOPs and time of each module as it ends."""
+def print_trace(model: Llava, inputs: dict) -> None:
+    """Print shape, dtype, parameters, FLOPs and time of every module, for the prompt and one decode step,
+    and the attention kernels. FLOPs come from a separate pass, because counting slows the timed one."""
+    tower, decoder = model.vision_tower, model.language_model
+    parts = [tower.patch_embedding, tower.pre_layrnorm, *tower.layers, model.projector,
+             decoder.embed_tokens, *decoder.layers, decoder.norm, decoder.lm_head]
+    names = {module: name for name, module in model.named_modules() if module in parts}
+    counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
+    flops, clock = [0], [0.0]                # totals at the end of each module
 
-    def __init__(self, model: Llava):
-        tower, decoder = model.vision_tower, model.language_model
-        parts = [tower.patch_embedding, tower.pre_layrnorm, *tower.layers, model.projector,
-                 decoder.embed_tokens, *decoder.layers, decoder.norm, decoder.lm_head]
-        self.names = {module: name for name, module in model.named_modules() if module in parts}
-        self.counter = FlopCounterMode(display=False, custom_mapping={    # not known to torch 2.13
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-                lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
-        self.flops, self.clock = [0], [0.0]  # totals at the end of each module
+    def count(*_) -> None:
+        flops.append(counter.get_total_flops())
 
-    def count(self, *_) -> None:
-        self.flops.append(self.counter.get_total_flops())
-
-    def show(self, module: nn.Module, _, y: Tensor) -> None:
+    def show(module: nn.Module, _, y: Tensor) -> None:
         if y.is_cuda:
             torch.cuda.synchronize()
-        self.clock.append(time.perf_counter())
-        step = len(self.clock) - 1
-        gflop = (self.flops[step] - self.flops[step - 1]) / 1e9
-        ms = 1e3 * (self.clock[step] - self.clock[step - 1])
-        parameters = f"{sum(p.numel() for p in module.parameters()):,}"
-        self.row(self.names[module], y.shape, y.dtype, parameters, f"{gflop:.3f}", f"{ms:.2f}")
+        clock.append(time.perf_counter())
+        gflop, ms = (flops[len(clock) - 1] - flops[len(clock) - 2]) / 1e9, 1e3 * (clock[-1] - clock[-2])
+        size = f"{sum(p.numel() for p in module.parameters()):,}"
+        print_row(names[module], y.shape, y.dtype, size, f"{gflop:.3f}", f"{ms:.2f}")
 
-    def row(self, module: str, shape, *cells) -> None:
+    def print_row(module: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{module:33}{str(list(shape)):>20}", *cells, sep="")
 
-    def run(self, model: Llava, inputs: dict, hook, context) -> None:
-        handles = [module.register_forward_hook(hook) for module in self.names]
-        self.clock[0] = time.perf_counter()
+    print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
+    for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
+        print_row(f"image {width} x {height}", tiles.shape, tiles.dtype)
+    print_row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
+    for hook, context in ((count, counter), (show, nullcontext())):
+        handles, clock[0] = [module.register_forward_hook(hook) for module in parts], time.perf_counter()
         with context:
             list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
         for handle in handles:
             handle.remove()
-
-
-def print_trace(model: Llava, inputs: dict) -> None:
-    """Print what every module returns and costs, for the prompt and for one decode step, and the
-    attention kernels. FLOPs are counted in a separate pass, because counting slows the timed one."""
-    trace = Trace(model)
-    print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
-    for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
-        trace.row(f"image {width} x {height}", tiles.shape, tiles.dtype)
-    trace.row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
-    trace.run(model, inputs, trace.count, trace.counter)
-    trace.run(model, inputs, trace.show, nullcontext())
-    kernels = {str(op) for op in trace.counter.get_flop_counts()["Global"] if "attention" in str(op)}
+    kernels = {str(op) for op in counter.get_flop_counts()["Global"] if "attention" in str(op)}
     print(f"attention kernels: {', '.join(sorted(kernels)) or 'none'}\n")
 
 
@@ -1650,47 +1598,40 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
     patches clear, the others dark, with PruMerge in the color of the patch that they are merged into.
     Right: the attention of the CLS token."""
     S, side, config = tiles.shape[-1], model.config.vision.side, model.config
-    weight, scale = model.vision_tower.class_embedding, math.ceil(336 / S)
-    canvas = Image.new("RGB", (2 * S, len(tiles) * S))
-    pixels = normalize(tiles.to(weight.device))
+    weight, N = model.vision_tower.class_embedding, config.keep_tokens
+    pixels, canvas = normalize(tiles.to(weight.device)), Image.new("RGB", (2 * S, len(tiles) * S))
     states = model.vision_tower(pixels.to(weight.dtype), config.vision_feature_layer)
-    attention, keys = model.cls_attention(states)
 
     def enlarge(patches: Tensor) -> Image.Image:                          # [P] or [P, 3] of 0...255
         values = patches.byte().cpu().unflatten(0, (side, side)).numpy()
         return Image.fromarray(values).resize((S, S), Image.NEAREST)
 
-    for i, tile in enumerate(tiles):
+    for i, (tile, attention, keys) in enumerate(zip(tiles, *model.cls_attention(states))):
         tint = torch.full((side**2, 3), 96)
         if config.prune == "random":
-            kept = random_patches(pixels[i], config.keep_tokens, side**2)
+            kept = random_patches(pixels[i], N, side**2)
         elif config.prune == "divprune":
-            kept = diverse_patches(model.projector(states[i, 1:]), config.keep_tokens)
+            kept = diverse_patches(model.projector(states[i, 1:]), N)
         else:
-            kept, tint = prumerge_colors(attention[i], keys[i], config)
+            variant = PRUMERGE[config.prune]
+            kept = choose_patches(attention, budget=N and N - 1, **variant)
+            merged = prumerge(attention, keys, budget=N, **variant)[:len(kept)].cpu() > 0     # [m, P]
+            hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
+            tint = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], tint)
         clear = torch.zeros(side**2).index_fill(0, kept.cpu(), 255)
         image = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
         dark = Image.blend(image, enlarge(tint), 0.6)
         canvas.paste(Image.composite(image, dark, enlarge(clear)), (0, i * S))
-        canvas.paste(enlarge(255 * attention[i] / attention[i].max()), (S, i * S))
+        canvas.paste(enlarge(255 * attention / attention.max()), (S, i * S))
+    scale = math.ceil(336 / S)
     return canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST)
-
-
-def prumerge_colors(attention: Tensor, keys: Tensor, config: LlavaConfig) -> tuple[Tensor, Tensor]:
-    """PruMerge's kept patches [m], and for each patch [P, 3] the color of the first it is merged into."""
-    variant, budget = PRUMERGE[config.prune], config.keep_tokens
-    mix = prumerge(attention, keys, budget=budget, **variant)
-    kept = choose_patches(attention, budget=budget and budget - 1, **variant)
-    hues = torch.tensor([ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))])
-    merged = mix[:len(kept)].cpu() > 0                                    # [m, P]
-    return kept, hues[merged.int().argmax(0)].where(merged.any(0)[:, None], torch.tensor(96))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Ask a LLaVA about images. Without a prompt, a conversation begins; an empty line ends it.")
+        description="Ask a LLaVA about images. Without a question, a conversation begins.")
     add = parser.add_argument
-    add("prompt", nargs="?", help="the question")
+    add("prompt", nargs="?", help="the question; without one a conversation begins, which an empty line ends")
     add("--model", required=True, metavar="ID",
         help="folder, run folder, or hub id such as llava-hf/llava-v1.6-mistral-7b-hf (or id@revision)")
     add("--image", nargs="+", action="extend", default=[], metavar="FILE",
@@ -1708,18 +1649,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if args.prompt is None and len(args.image) > 1 and not is_image_name(args.image[-1]):
-        args.prompt = args.image.pop()
+    if args.prompt is None and len(args.image) > 1:
+        last = args.image[-1]                # the question, unless it is a file, perhaps a misspelt one
+        if not os.path.exists(last) and Path(last).suffix.lower() not in Image.registered_extensions():
+            args.prompt = args.image.pop()
     if args.save and (args.prompt or args.image):
         parser.error("--save writes the model and asks nothing: leave out the question and --image")
     if args.show_kept and not args.image:
         parser.error("--show-kept needs an --image")
     return args
-
-
-def is_image_name(text: str) -> bool:
-    """Whether an argument after --image is a file, perhaps a misspelt one, and not the question."""
-    return os.path.exists(text) or Path(text).suffix.lower() in Image.registered_extensions()
 
 
 def save_whole(args: argparse.Namespace) -> None:
@@ -1730,8 +1668,7 @@ def save_whole(args: argparse.Namespace) -> None:
     model = Llava.from_pretrained(args.model, dtype=dtype, base=args.base)
     model.save_pretrained(args.save)
     Processor.from_pretrained(args.tokenizer or args.model, model.config).save_pretrained(args.save)
-    print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers and for "
-          "--model here")
+    print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers")
 
 
 def main() -> None:
