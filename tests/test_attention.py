@@ -149,8 +149,10 @@ def callers() -> set[str]:
 
 
 def check_calls(calls, lengths, masked=False) -> None:
-    """Raise AssertionError if recorded attention is not the flash kernel alone. `lengths` are the numbers of tokens that a
-    row or block has, chosen so that no other dimension is equal; masked: a decode step needs a mask."""
+    """Raise AssertionError if recorded attention is not the flash kernel alone.
+
+    lengths: the numbers of tokens that a row or block has, chosen so that no other dimension is equal;
+    masked: a decode step, which needs a mask."""
     found, kernels = [], 0
     for name, args, kwargs, shapes in calls:
         if "attention" in name:
