@@ -23,15 +23,13 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import chain, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -80,15 +78,16 @@ def run_stage(args: argparse.Namespace) -> None:
     processor = Processor.from_pretrained(args.tokenizer or args.init or args.language, config)
     if args.check_data:
         return check_data(args, processor)
-    samples = Samples(read_records(args.data, args.images), processor, args.max_length)
+    samples, val = Samples(read_records(args.data, args.images), processor, args.max_length), None
     if args.show is not None:
         return show(samples, args.show)
-    if not samples.usable:
-        raise UserError(f"{args.data} has no record with an answer within --max-length {args.max_length}")
-    val = open_val(args, processor)
-    batches = []
-    for epoch in range(args.epochs):
-        batches += make_batches(samples.usable, samples.lengths, args.batch_size, args.seed + epoch)
+    if args.val:
+        val = Samples(read_records(args.val, args.val_images or args.images), processor, args.max_length)
+    for file, part in ((args.data, samples), (args.val, val)):
+        if part and not part.usable:
+            raise UserError(f"{file}: no record has an answer within --max-length {args.max_length}")
+    batches = [batch for epoch in range(args.epochs) for batch in make_batches(
+        samples.usable, samples.lengths, args.batch_size, args.seed + epoch)]
     checkpoints = Checkpoints(args, len(batches))
     with torch.device("meta"):
         sketch = Llava(config)               # shapes without memory, for the estimates
@@ -156,10 +155,8 @@ def make_loader(samples: Samples, batches: list[list[int]], args: argparse.Names
 
 def split_step(batch: list[dict], batch_size: int) -> tuple[list[tuple[dict, float]], int]:
     """([(micro-batch, weight of its mean loss), ...], the number of supervised tokens in the step).
-
-    Each supervised token of a step has equal weight, in whichever micro-batch or process it is.
-    Gradients are averaged over the processes, and all processes must take part in every pass: one with
-    fewer micro-batches repeats its last one with weight 0, one without records has weight 0."""
+    All supervised tokens of a step have equal weight. Gradients are averaged over the processes, and
+    all must take part in every pass: one with fewer micro-batches repeats its last one with weight 0."""
     counts = [int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in batch]
     if RANK >= batch_size:
         counts = [0] * len(batch)
@@ -190,13 +187,10 @@ def validation_loss(model: Llava, val: Samples, args: argparse.Namespace) -> flo
 
 def to_device(micro: dict, device: str) -> dict:
     """Images travel as uint8 and are normalised there; from pinned memory while the device computes."""
-    moved = {}
-    for name, value in micro.items():
-        if isinstance(value, Tensor):
-            value = value.to(device, non_blocking=True)
-        moved[name] = value
-    moved["images"] = [image.to(device, non_blocking=True) for image in micro["images"]]
-    return moved
+    moved = {name: value.to(device, non_blocking=True) for name, value in micro.items()
+             if isinstance(value, Tensor)}
+    images = [image.to(device, non_blocking=True) for image in micro["images"]]
+    return micro | moved | {"images": images}
 
 
 def schedule(step: int, steps: int) -> float:
@@ -209,9 +203,8 @@ def schedule(step: int, steps: int) -> float:
 
 def raise_nonfinite(samples: Samples, batches: list[list[int]], step: int, what: str, value: float) -> None:
     names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
-    raise UserError(f"step {step}: the {what} is {value}, so the run stops; what was saved before is "
-                    "untouched; use a lower --lr, or remove the record that causes it; "
-                    f"the step contained the records {names}")
+    raise UserError(f"step {step}: the {what} is {value}, so the run stops as last saved; use a lower --lr or "
+                    f"remove the record that causes it; the step contained the records {names}")
 
 
 @contextmanager
@@ -273,12 +266,10 @@ def print_summary(args, samples: Samples, steps: int, newest: Path | None, model
           f"{len(samples.usable):,} records, {steps:,} steps (from step {start}), micro-batches of "
           f"{args.micro_batch_size}, {args.checkpoint_blocks} checkpointed layers; "
           f"{args.card or args.device}, {args.dtype}; to {args.out}")
-    if not samples.cut:
-        return
     lost = sorted(set(range(len(samples))) - set(samples.usable))
-    print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
-          f"{len(lost)} of them lose their whole answer and are left out: {args.out / 'cut.json'}")
-    if RANK == 0:
+    if samples.cut and RANK == 0:
+        print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
+              f"{len(lost)} of them lose their whole answer and are left out: {args.out / 'cut.json'}")
         write_json(args.out / "cut.json", {"cut": [samples.records[i]["id"] for i in samples.cut],
                                            "left out": [samples.records[i]["id"] for i in lost]})
 
@@ -333,8 +324,7 @@ def read_record(record: dict, folder: Path) -> dict:
     names = record.get("image") or []
     if isinstance(names, str):
         names = [names]
-    marks = sum(message["content"].count("<image>") for message in messages)
-    if marks != len(names):
+    if (marks := sum(message["content"].count("<image>") for message in messages)) != len(names):
         raise UserError(f"{marks} <image> in the text, but {len(names)} images")
     for name in names:
         if os.path.isabs(name) or ".." in Path(name).parts:
@@ -401,23 +391,13 @@ def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
     return sizes
 
 
-def open_val(args: argparse.Namespace, processor: Processor) -> Samples | None:
-    if args.val is None:
-        return None
-    val = Samples(read_records(args.val, args.val_images or args.images), processor, args.max_length)
-    if not val.usable:
-        raise UserError(f"{args.val} has no record with an answer within --max-length {args.max_length}")
-    return val
-
-
 def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
     """One epoch: every sample once, in random batches of samples of similar length."""
     generator = torch.Generator().manual_seed(seed)
     order = [usable[i] for i in torch.randperm(len(usable), generator=generator)]
-    batches = []
-    for start in range(0, len(order), 50 * batch_size):
-        pool = sorted(order[start:start + 50 * batch_size], key=lambda i: -lengths[i])
-        batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+    pools = [order[i:i + 50 * batch_size] for i in range(0, len(order), 50 * batch_size)]
+    order = [i for pool in pools for i in sorted(pool, key=lambda i: -lengths[i])]
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
@@ -429,21 +409,20 @@ def put_largest_first(samples: Samples, batches: list[list[int]], args: argparse
 
 def collate(micro_batch_size: int, samples: list) -> list[dict] | Exception:
     """Right-padded micro-batches, longest first, of the samples of one step."""
-    for sample in samples:
-        if isinstance(sample, Exception):
-            return sample
+    if errors := [sample for sample in samples if isinstance(sample, Exception)]:
+        return errors[0]
     samples = sorted(samples, key=lambda s: -len(s["input_ids"]))
-    return [pad(samples[i:i + micro_batch_size]) for i in range(0, len(samples), micro_batch_size)]
-
-
-def pad(samples: list[dict]) -> dict:
-    real = [torch.ones_like(s["input_ids"], dtype=torch.bool) for s in samples]
-    labels = [s["labels"] for s in samples]
-    return {"input_ids": pad_sequence([s["input_ids"] for s in samples], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-            "attention_mask": pad_sequence(real, batch_first=True),
-            "images": [image for s in samples for image in s["images"]],
-            "image_sizes": [size for s in samples for size in s["image_sizes"]]}
+    micro_batches = []
+    for i in range(0, len(samples), micro_batch_size):
+        rows = samples[i:i + micro_batch_size]
+        ids, labels = [s["input_ids"] for s in rows], [s["labels"] for s in rows]
+        real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        micro_batches.append({"input_ids": pad_sequence(ids, batch_first=True),
+                              "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+                              "attention_mask": pad_sequence(real, batch_first=True),
+                              "images": [image for s in rows for image in s["images"]],
+                              "image_sizes": [size for s in rows for size in s["image_sizes"]]})
+    return micro_batches
 
 
 # ---------------------------------------------------------------------------------------------
@@ -575,13 +554,10 @@ def is_cuda(device: str) -> bool:
 
 
 class Adam:
-    """Adam without weight decay, computed in float32 for bf16 weights, too.
-
-    In bf16 alone, steps of lr 2e-5 are rounded away. So the optimizer keeps the low 16 bits of each
-    float32 master weight, and stores bf16 moments with stochastic rounding: small changes survive on
-    average. That is 8 bytes a weight in all, if each weight is updated `in_backward`, as soon as its
-    gradient is complete, so that only one gradient exists at a time.
-    """
+    """Adam without weight decay, computed in float32 for bf16 weights, too: in bf16 alone, steps of lr
+    2e-5 are rounded away. So the optimizer keeps the low 16 bits of each float32 master weight, and
+    stores bf16 moments with stochastic rounding: small changes survive on average. That is 8 bytes a
+    weight in all, if each weight is updated `in_backward`, as soon as its gradient is complete."""
 
     def __init__(self, named_parameters, betas=(0.9, 0.999), eps=1e-8, in_backward=False, compile=False):
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
@@ -604,21 +580,14 @@ class Adam:
                     saved = distribute_tensor(saved.to(state.device), state.device_mesh, state.placements)
                 state.copy_(saved)
 
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole tensors on the CPU, one at a time; all processes must iterate."""
-        for name, tensor in self.state.items():
-            yield name, full_tensor(tensor).cpu()
-
     def begin(self, lr: float) -> None:
-        """Begin a step. `rate` and `v_scale` correct the bias of the moments; tensors, so that
-        torch.compile takes them for variables."""
+        """Begin a step. The bias corrections are tensors, so that torch.compile treats them as variables."""
         self.steps, self.lr, self.square_sum = self.steps + 1, lr, 0.0
         self.rate = torch.tensor(lr / (1 - self.betas[0]**self.steps))
         self.v_scale = torch.tensor(1 - self.betas[1]**self.steps)
 
     def clip(self, max_norm: float | None) -> float:
-        """Return the norm of the whole gradient and scale it down to max_norm; with in_backward it is
-        too late to scale."""
+        """Return the norm of the whole gradient and, without in_backward, scale it down to max_norm."""
         if self.in_backward:
             return math.sqrt(all_reduce_sum(float(self.square_sum)))
         return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)).item()
@@ -631,8 +600,8 @@ class Adam:
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
-        """Update one weight and clear its gradient. In chunks: the temporary float32 tensors take little
-        memory, and on a CPU stay in the cache. All chunks share the noise that rounds them."""
+        """Update one weight and clear its gradient, in chunks, so that the temporary float32 tensors take
+        little memory. All chunks share the noise that rounds them."""
         gradient, p.grad, p = local_shard(p.grad).reshape(-1), None, local_shard(p)
         size = CHUNK["cpu" if p.device.type == "cpu" else "gpu"]
         kinds, noise = ("m", "v"), None
@@ -684,11 +653,7 @@ def round_stochastically(exact: Tensor, out: Tensor, noise: Tensor) -> None:
 # 5. Memory, and --plan
 
 
-class Load(NamedTuple):
-    """What a micro-batch holds; `tokens` with padding."""
-    tokens: int
-    supervised: int
-    tiles: int                               # of its images
+Load = namedtuple("Load", "tokens supervised tiles")         # of a micro-batch; tokens with padding
 
 
 def largest_load(samples: Samples, batches: list[list[int]], micro_batch_size: int) -> Load:
@@ -704,33 +669,28 @@ def largest_load(samples: Samples, batches: list[list[int]], micro_batch_size: i
 
 def estimate_memory(model: Llava, load: Load, args: argparse.Namespace) -> dict[str, float]:
     """Bytes on one device, by use; "peak" is the most that is needed at once.
-
-    The model may be on device meta. Tests hold the estimate within 8% of the measured bytes."""
+ The
+    model may be on device meta. Tests hold the estimate within 8% of the measured bytes."""
     text, size = model.config.text, 2 if args.dtype == "bfloat16" else 4
     on_cpu = args.card == "cpu" or not (args.card or is_cuda(args.device))
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    gradients = max(trainable) if args.in_backward else sum(trainable)
     need = {"weights": weight_bytes(model, args, size),
             "optimizer": (6 if size == 2 else 8) * sum(trainable) / PROCESSES,
-            "gradients": size * gradients / PROCESSES,
+            "gradients": size * (max(trainable) if args.in_backward else sum(trainable)) / PROCESSES,
             "activations": activation_bytes(model.config, load, args, size),
             "logits": 12 * load.supervised * text.vocab_size}    # float32: log-softmax, two gradients
-    in_layer = size * 4 * text.intermediate_size             # a token, in the backward pass of one layer
+    in_layer = load.tokens * size * 4 * text.intermediate_size            # the backward pass of one layer
     if args.checkpoint_blocks:
-        in_layer += sum(layer_bytes(text, args, size))
-    in_layer *= load.tokens
-    kept_gradients, accumulated = 0, 0
-    if args.in_backward:
-        kept_gradients = need["gradients"]
-    elif args.micro_batch_size < args.batch_size:            # gradients wait for other micro-batches
-        kept_gradients = accumulated = need["gradients"]
+        in_layer += load.tokens * sum(layer_bytes(text, args, size))
+    accumulates = not args.in_backward and args.micro_batch_size < args.batch_size
+    accumulated = need["gradients"] if accumulates else 0    # of the micro-batches before
+    kept_gradients = need["gradients"] if args.in_backward else accumulated
     update = 24 * min(max(trainable), CHUNK["cpu" if on_cpu else "gpu"])  # six float32 tensors
     moments = (need["activations"] + need["logits"] + accumulated,        # at the loss
                need["activations"] + in_layer + kept_gradients,           # in the last layer's backward
                need["gradients"] + in_layer,                              # in the first layer's
                need["gradients"] + update)                                # in the optimizer
-    overhead = ALLOCATOR_OVERHEAD if on_cpu else 1
-    need["peak"] = need["weights"] + need["optimizer"] + overhead * max(moments)
+    need["peak"] = need["weights"] + need["optimizer"] + max(moments) * (ALLOCATOR_OVERHEAD if on_cpu else 1)
     return need
 
 
@@ -754,14 +714,11 @@ def layer_bytes(text: TextConfig, args: argparse.Namespace, size: int) -> tuple[
     """Bytes a token that autograd keeps of a decoder layer: of its attention, of its MLP."""
     C, inner = text.hidden_size, text.intermediate_size
     qkvy = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
-    attention = 4 * C + size * qkvy          # the norm is in float32
-    mlp = 4 * C + size * 3 * inner
+    attention, mlp = 4 * C + size * qkvy, 4 * C + size * 3 * inner        # the norms are in float32
     if args.stage == 2:                      # inputs of trainable layers
-        attention += size * C
-        mlp += size * (C + inner)
-        if not args.lora_rank:
-            attention += size * C
-            mlp += size * C
+        attention, mlp = attention + size * C, mlp + size * (C + inner)
+    if args.stage == 2 and not args.lora_rank:
+        attention, mlp = attention + size * C, mlp + size * C
     return attention, mlp
 
 
@@ -811,21 +768,19 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args, uti
     """Print the estimated memory, disk space, FLOPs and hours on the GPU --card. A backward pass costs
     as much as a forward pass, and once more for trainable layers."""
     print_summary(args, samples, steps, None, model)
-    config, (speed, memory) = model.config, GPUS[args.card]
+    config, (speed, memory), bf16 = model.config, GPUS[args.card], args.dtype == "bfloat16"
     passes = 2 + args.checkpoint_blocks / config.text.num_hidden_layers
     if args.stage == 2 and not args.lora_rank:
         passes += 1
-    tile = vision_flops(config.vision, config.vision.num_hidden_layers - 1)
-    if args.lora_vision:
-        tile *= 2
-    tile += 3 * projector_flops(config, config.vision.side**2)
+    tower = vision_flops(config.vision, config.vision.num_hidden_layers - 1)
+    tile = (2 if args.lora_vision else 1) * tower + 3 * projector_flops(config, config.vision.side**2)
     flops = args.epochs * sum(
         passes * language_flops(config.text, samples.lengths[i], samples.supervised[i])
         + tile * samples.tiles[i] for i in samples.usable)
     hours = flops / (speed * 1e12 * utilisation * PROCESSES) / 3600
     for name, size in need.items():
         print(f"  {name:12} {size / 2**30:10.2f} GiB")
-    weights = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if "b" in args.dtype else 4)
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if bf16 else 4)
     both = 2 * (weights + PROCESSES * need["optimizer"])     # the newest checkpoint and the next one
     print(f"  disk         {both / 2**30:10.2f} GiB while training, {weights / 2**30:.2f} GiB in the end\n"
           f"  host memory  {min(2 * SHARD_BYTES, both) / 2**30:10.2f} GiB while saving, besides Python's")
@@ -947,7 +902,8 @@ class Checkpoints:
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
         """Write a checkpoint; after the last step without the optimizer state. All processes gather the
         tensors, one at a time, and the first process writes them."""
-        tensors = optimizer.full_state() if optimizer.steps < self.steps else ()
+        state = optimizer.state if optimizer.steps < self.steps else {}
+        tensors = ((name, full_tensor(tensor).cpu()) for name, tensor in state.items())
         if RANK == 0:
             self.write(model, processor, optimizer.steps, tensors)
         else:
