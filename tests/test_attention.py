@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import llava
 from llava import Llava, LlavaConfig, TextConfig, VisionConfig
+from tests.bench import band_attention
 
 torch.set_num_threads(1)
 
@@ -210,19 +211,6 @@ def check_kernels(window, device, dtype) -> None:
 @pytest.mark.parametrize("window", [None, 11, 1])
 def test_training_prefill_and_decoding_use_the_flash_kernel_alone(window, dtype):
     check_kernels(window, "cpu", dtype)
-
-
-def band_attention(q, k, v, window):
-    """Blocks with a band mask: what the two triangles replace."""
-    T = q.shape[2]
-    mask = torch.ones(window, 2 * window, dtype=torch.bool).triu(1).tril(window)
-    blocks = [llava.F.scaled_dot_product_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window],
-                                                   is_causal=True, enable_gqa=True)]
-    for i in range(window, T, window):
-        n, seen = min(window, T - i), slice(i - window, i + window)
-        blocks.append(llava.F.scaled_dot_product_attention(
-            q[:, :, i:i + n], k[:, :, seen], v[:, :, seen], mask[:n, :window + n], enable_gqa=True))
-    return torch.cat(blocks, dim=2)
 
 
 def repeated_heads(q, k, v, window):

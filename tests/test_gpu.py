@@ -90,8 +90,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(toy_folder, tmp_path, devi
     wanted, losses = run(toy_folder, tmp_path / "whole", device)
     write = train.TrainingLog.write
 
-    def interrupt(self, step, **columns):
-        write(self, step, **columns)
+    def interrupt(self, step, *line):
+        write(self, step, *line)
         if step == 4:
             train.signal.raise_signal(train.signal.SIGINT)
 

@@ -60,16 +60,11 @@ def trace_peak(config: LlavaConfig, args, batch: dict) -> tuple[Llava, float]:
 
 @pytest.mark.parametrize("mode, more", [
     ("pad", "--stage 1"),
-    ("text", "--stage 2"),
     ("anyres", "--stage 2"),
-    ("pad", "--stage 2 --in-backward"),
     ("text", "--stage 2 --in-backward --checkpoint-blocks 32"),
-    ("anyres", "--stage 2 --in-backward --checkpoint-blocks 16"),
     ("anyres", "--stage 2 --checkpoint-blocks 8"),
-    ("pad", "--stage 2 --checkpoint-blocks 32 --batch-size 4"),
     ("pad", "--stage 2 --lora-rank 128"),
-    ("anyres", "--stage 2 --lora-rank 128 --checkpoint-blocks 16"),
-    ("anyres", "--stage 2 --lora-rank 128 --checkpoint-blocks 32")])
+    ("anyres", "--stage 2 --lora-rank 128 --checkpoint-blocks 16")])
 def test_memory_estimate_of_a_7b_run_is_within_3_percent(monkeypatch, mode, more):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
     args = train.parse("--data x --init x --out x --plan --card a100 --batch-size 2 --micro-batch-size 2 "
