@@ -4,15 +4,22 @@
 """
 
 import json
+import os
+import sys
 import threading
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import torch
 
 import eval
-from eval import chat, retry_after
+from eval import chat, normalize_m4c, normalize_vqa, parse_letter, parse_mme, parse_pope, parse_verdict, retry_after
 from llava import UserError
+from tests.toy import write_benchmarks, write_lines, write_random
+
+torch.set_num_threads(1)
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which is better? é"}]
 
@@ -130,3 +137,61 @@ def test_retry_after_is_followed_up_to_a_minute(judge, waits):
     server = judge((429, {"Retry-After": 7}, ""), (503, {"Retry-After": 3600}, ""), (429, {"Retry-After": "?"}, ""), "5")
     assert chat(server.url, "m", MESSAGES) == "5"
     assert waits == [7, 60, 4]
+
+
+# ---------------------------------------------------------------------------------------------
+# Every benchmark from a model to its figures, on toy files
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_random(folder / "model")
+    write_benchmarks(folder / "data", size=4)
+    return folder
+
+
+def run(monkeypatch, *words) -> dict:
+    """The figures that eval.py writes with these flags; {} if it writes none."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    eval.main()
+    figures = Path(words[words.index("--json") + 1]) if "--json" in words else None
+    return json.loads(figures.read_text()) if figures else {}
+
+
+def flags(folder, task: str) -> list:
+    """--task, --questions, --annotations and --images of a toy benchmark, or of the real samples."""
+    files = {
+        "vqav2": ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
+        "textvqa": ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"),
+        "pope": ("llava_pope_test.jsonl", *(f"coco_pope_{name}.json" for name in ("random", "popular", "adversarial"))),
+        "mme": ("llava_mme.jsonl", "Your_Results" if (folder / "mme/Your_Results").exists() else "."),
+        "mmbench": ("mmbench_dev_20230712.tsv",),
+        "llavabench": ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")}[task]
+    questions, *annotations = [folder / task / name for name in files]
+    words = ["--task", task, "--questions", questions, "--images", folder / ("mme" if task == "mme" else "val2014")]
+    return words + ["--annotations", *annotations] if annotations else words
+
+
+TASKS = ("vqav2", "textvqa", "pope", "mme", "mmbench", "llavabench")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_toy_benchmark_runs_from_a_model_to_its_figures(monkeypatch, toy, tmp_path, judge, capsys, task):
+    asking = ["--model", toy / "model", "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 6]
+    words = [*flags(toy / "data", task), "--json", tmp_path / "figures.json"]
+    if task == "llavabench":
+        server = judge("8 4\nThe first one is better.")
+        words += ["--judge", server.url, "--judge-model", "m", "--reviews", tmp_path / "reviews.jsonl"]
+    one = run(monkeypatch, *words, *asking, "--out", tmp_path / "one.jsonl", "--batch-size", 1)
+    many = run(monkeypatch, *words, *asking, "--out", tmp_path / "many.jsonl", "--batch-size", 5)
+    assert one == many and one["missing"] == 0 and one["questions"] == {"pope": 24, "mme": 16, "mmbench": 8}.get(task, 4)
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "many.jsonl").read_text()
+    assert run(monkeypatch, *words, "--predictions", tmp_path / "many.jsonl") == one
+    assert "missing 0, questions" in capsys.readouterr().out
+    keys = {"vqav2": {"overall", "yes/no", "number", "other"}, "textvqa": {"accuracy", "answers"},
+            "pope": {"f1", "random", "popular", "adversarial"}, "mme": {"perception", "cognition", "color", "code_reasoning"},
+            "mmbench": {"circular", "one_pass", "categories"}, "llavabench": {"all", "conv", "detail", "complex", "reviews"}}
+    assert set(one) == keys[task] | {"missing", "questions"}
+    if task == "llavabench":
+        assert one["all"] == 50.0 and one["reviews"] == [50.0] and len(server.requests) == 4
