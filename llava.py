@@ -1,23 +1,23 @@
-"""LLaVA on Mistral-7B in one file: a picture goes in as 576 extra words, an answer comes out.
+"""LLaVA on Mistral-7B in one file: images become tokens of a language model, which answers in text.
 
-    picture [1, 3, 336, 336] --vision tower--> [1, 576, 1024] --projector--> [576, 4096]
-                                                                                 | for <image>
+    image [1, 3, 336, 336] --vision tower--> [1, 576, 1024] --projector--> [576, 4096]
+                                                                              | in place of <image>
     "[INST] <image>\\nWhat is it? [/INST]" --embed--> [1, T, 4096] --splice--> [1, T + 575, 4096]
-                                                                                 |
-                                      "A cat." <--sample-- [1, V] <--lm_head-- language model
+                                                                              |
+                                    "A cat." <--sample-- [1, V] <--lm_head-- language model
 
-Read it top to bottom: sizes (1), the language model (2), the vision tower (3), pictures of any
-resolution and fewer tokens (4), LLaVA (5), published weights (6), words and pictures to tensors
-(7), the command line (8). Shapes are written [like, this]:
+The file reads from top to bottom: configurations (1), the language model (2), the vision tower (3),
+weights in 8 and 4 bits (4), AnyRes tiling and token reduction (5), LLaVA (6), checkpoints (7),
+preprocessing (8), the command line (9). Shapes are written [like, this] with these letters:
 
-    B  rows of a batch        N  tiles: the pictures, cut up      C  width of the residual stream
-    T  tokens in a row        P  patches of a tile                D  width of one attention head
-    S  slots of the cache     W  sliding window                   H  query heads, K key/value heads
-    V  words in the vocabulary
+    B  rows of a batch        N  tiles of all images          C  hidden size
+    T  tokens in a row        P  patches of a tile            D  size of one attention head
+    S  slots of the KV cache  W  sliding window               H  query heads, K key/value heads
+    V  vocabulary size
 
-Sources: LLaVA (arXiv:2304.08485), 1.5 (2310.03744), 1.6 (llava-vl.github.io), Mistral 7B
-(2310.06825), CLIP (2103.00020), PruMerge (2403.15388). Where a paper and its released code
-disagree, this file follows the code and says so.
+Sources: LLaVA (arXiv:2304.08485), LLaVA-1.5 (2310.03744), LLaVA-1.6 (llava-vl.github.io), Mistral 7B
+(2310.06825), CLIP (2103.00020), PruMerge (2403.15388), DivPrune (2503.02175). Where a paper and its
+released code differ, this file follows the code and says so.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -45,7 +47,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm import tqdm
 
 IGNORE = -100                                # the label of a token that is read but not learned
 
@@ -55,8 +59,7 @@ class UserError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------
-# 1. Sizes. Fields are called what the published config.json files call them.
-
+# 1. Configurations. Fields have the names that the published config.json files use.
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -90,26 +93,29 @@ class TextConfig:
     rope_theta: float = 1e6                  # 1e4 in v0.1
     sliding_window: int | None = None        # W: 4096 in v0.1, a token sees itself and 4095 others
     max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False        # True: lm_head has the weights of embed_tokens
 
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """The whole: LLaVA-1.5's ways by default."""
+    """Configuration of a whole LLaVA; the defaults are those of LLaVA-1.5."""
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    vision_feature_layer: int = -2           # the tower's states before its last block
-    image_token_id: int = 32000              # stands for one whole picture in input_ids
+    vision_feature_layer: int = -2           # the tower's hidden states before its last layer
+    image_token_id: int = 32000              # stands for one whole image in input_ids
     projector: str = "mlp2x_gelu"            # or "linear": LLaVA 1
     image_mode: str = "pad"                  # or "crop": LLaVA 1; "anyres": LLaVA 1.6
     grids: tuple[tuple[int, int], ...] = ()  # AnyRes: the (width, height) to choose from, in order
-    hf_preprocessing: bool = False           # its ways where they differ: rounded grids, white behind
+    hf_preprocessing: bool = False           # Hugging Face's preprocessing where it differs from LLaVA's
     template: str = "mistral_instruct"       # or "v1": Vicuna; "plain": stage 1
     prune: str = "none"                      # or a name in PRUNING
+    keep_tokens: int | None = None           # tokens to keep of each tile, for the methods of BUDGETED
 
     def __post_init__(self):
         if self.image_mode == "anyres" and not self.grids:               # as released
             tiles, S = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), self.vision.image_size
             object.__setattr__(self, "grids", tuple((S * w, S * h) for w, h in tiles))
+        check_token_budget(self)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,19 +130,19 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)   # rounded before the weight: in bf16 the order shows
+        return self.weight * y.to(x.dtype)   # cast before multiplying, as in transformers: it matters in bf16
 
 
 def rope(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., D/2] of the angle by which each position turns each pair of dimensions."""
+    """Rotary embeddings: cos and sin [..., D/2] of the rotation angles at `positions` [...]."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions[..., None].float() * (1.0 / config.rope_theta**powers)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x [B, heads, T, D], the pairing of Hugging Face's files.
-    Mistral's own consolidated files pair (2i, 2i + 1) and would have to be permuted first."""
+    """Rotate the pairs of dimensions (i, i + D/2) of x [B, heads, T, D], as Hugging Face's files
+    pair them. Mistral's own consolidated files pair (2i, 2i + 1) and would have to be permuted."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -146,51 +152,161 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D].
+    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D].
 
-    Rows are padded on the right, where causality hides the padding: no mask is needed. Beyond the
-    window the rows are cut into blocks of W tokens, so the cost grows with T instead of T². Each
-    block reads the one before and itself through a band; for W = 3:    . x x x . .
-                                                                        . . x x x .
-                                                                        . . . x x x
+    Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
+    with T² up to the window and with T beyond it. The choice of the kernel is made here alone.
     """
-    T = q.shape[2]
-    if window is None or T <= window:
+    if window is None or q.shape[2] <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    blocks = [causal_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], None)]
-    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).triu(1).tril(window)
-    for i in range(window, T, window):
-        n, seen = min(window, T - i), slice(i - window, i + window)       # the last may be short
-        blocks.append(F.scaled_dot_product_attention(
-            q[:, :, i:i + n], k[:, :, seen], v[:, :, seen], band[:n, :window + n], enable_gqa=True))
-    return torch.cat(blocks, dim=2)                                       # [B, H, T, D]
+    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
+    if q.device.type == "cpu" or (q.device.type in ("cuda", "meta") and half):
+        return SlidingWindow.apply(q, k, v, window)
+    return masked_attention(q, k, v, window)              # no flash kernel: MPS; float32 on CUDA
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same by the definition: a mask [T, T], and each key head repeated for its H/K query heads."""
+    T, repeats = q.shape[2], q.shape[1] // k.shape[1]
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+class SlidingWindow(torch.autograd.Function):
+    """Attention past the window as two causal triangles, each computed by the flash kernel.
+
+    The rows are cut into blocks of W tokens. A query sees the `a` of its own block and the `b` of the
+    block before. For W = 4, queries down, keys across:
+
+                  block 0    block 1    block 2
+                  0 1 2 3    4 5 6 7    8 9 ..          `a`: query and key in the same block,
+        query 3   a a a a                               a causal triangle.
+        query 4   . b b b    a . . .                    `b`: queries 4, 5, 6 and keys 1, 2, 3. In the
+        query 5   . . b b    a a . .                    order 6, 5, 4 and 3, 2, 1 it is causal, too:
+        query 6   . . . b    a a a .                                  3 2 1
+        query 7   . . . .    a a a a                       query 6    b . .
+        query 8              . b b b    a . . .            query 5    b b .
+        query 9              . . b b    a a . .            query 4    b b b
+
+    All blocks of all rows are one batch, so there are two calls of the kernel for any T. A call gives
+    a softmax over its own keys and the logarithm of the softmax's denominator (log-sum-exp, lse). With
+    both, the two outputs are averaged by their shares of the common denominator.
+    Backward calls the kernel's backward once a triangle, with the merged output and the merged lse:
+    then its exp(qk - lse) are the probabilities of the common softmax, and the gradients add up.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
+        blocks = [cut_blocks(x, W) for x in (q, k, v)]                    # [B, n, heads, W, D]
+        out, lse, *rest = flash(*blocks)
+        if W > 1:                            # a window of 1 has no `b`, and the kernel no length 0
+            out_b, lse_b, *_ = flash(*turn_before(*blocks))
+            out_a, lse_a = out[:, 1:, :, :-1], lse[:, 1:, :, :-1]         # the queries that have a `b`
+            lse_b = lse_b.flip(3)
+            share = (lse_b - lse_a).sigmoid()                             # of `b` in the denominator
+            out_a.lerp_(out_b.flip(3), share[..., None].to(out.dtype))
+            lse_a.copy_(torch.logaddexp(lse_a, lse_b))
+        out = join_blocks(out, q.shape[2])
+        ctx.save_for_backward(q, k, v, out, lse, *rest)
+        ctx.window = W
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        W, T = ctx.window, q.shape[2]
+        q, k, v, out, grad = (cut_blocks(x, W) for x in (q, k, v, out, grad))
+        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *rest)
+        if W > 1:
+            grad, out, lse = (x[:, 1:, :, :-1].flip(3) for x in (grad, out, lse))
+            dq_b, dk_b, dv_b = flash_backward(grad, *turn_before(q, k, v), out, lse, *rest)
+            dq[:, 1:, :, :-1] += dq_b.flip(3)
+            dk[:, :-1, :, 1:] += dk_b.flip(3)
+            dv[:, :-1, :, 1:] += dv_b.flip(3)
+        return *(join_blocks(x, T) for x in (dq, dk, dv)), None
+
+
+def cut_blocks(x: Tensor, W: int) -> Tensor:
+    """[B, heads, T, D] -> [B, n, heads, W, D]; the last block is filled with zeros at its end."""
+    if x.shape[2] % W:
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % W))
+    return x.unflatten(2, (-1, W)).transpose(1, 2)
+
+
+def join_blocks(x: Tensor, T: int) -> Tensor:
+    return x.transpose(1, 2).flatten(2, 3)[:, :, :T]                      # [B, heads, T, D]
+
+
+def turn_before(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The triangle `b` of blocks [B, n, heads, W, D], time reversed: [B, n - 1, heads, W - 1, D]."""
+    return q[:, 1:, :, :-1].flip(3), k[:, :-1, :, 1:].flip(3), v[:, :-1, :, 1:].flip(3)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Causal attention in every block [B, n, heads, W, D] by the device's flash kernel: output, lse
+    [B, n, H, W] and, on CUDA, the two tensors of random state that backward takes without using."""
+    ops, size = torch.ops.aten, q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if q.device.type == "cpu":
+        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        rest = []
+    else:
+        out, lse, _, _, _, _, *rest, _ = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    return [out.unflatten(0, size), lse.unflatten(0, size), *rest]
+
+
+def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                   *rest: Tensor) -> list[Tensor]:
+    """The gradients of q, k and v, in their shapes, by the backward of the kernel that `flash` calls."""
+    ops, size, W = torch.ops.aten, q.shape[:2], q.shape[3]
+    args = [x.flatten(0, 1) for x in (grad, q, k, v, out, lse.contiguous())]
+    if q.device.type == "cpu":
+        grads = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args, 0.0, True)
+    else:                                    # no cumulative lengths: all rows have the same length W
+        grads = ops._scaled_dot_product_flash_attention_backward(*args, None, None, W, W, 0.0, True, *rest)
+    return [x.unflatten(0, size) for x in grads]
 
 
 class KVCache:
-    """One layer's keys and values in S slots; the token at position p lives in slot p mod S.
+    """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S.
 
-    Without a window every position has its slot. With one S = W: a new token takes the slot of
-    the token that just left the window. Keys are stored rotated, so slots need no order.
+    Without a sliding window S is the final length. With a window S = W, and a new token overwrites
+    the token that has just left the window. Keys are stored after rotation, so attention does not
+    depend on the order of the slots.
     """
 
-    def __init__(self, slots: int, lengths: Tensor):
-        self.slots, self.lengths = slots, lengths
+    def __init__(self, slots: int, lengths: Tensor, window: int | None):
+        self.slots, self.lengths, self.window = slots, lengths, window
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention over the right-padded prompts; keeps their keys and values."""
+        self.fill(k, v)
+        return causal_attention(q, k, v, self.window)
 
     def fill(self, k: Tensor, v: Tensor) -> None:
-        """Store k, v [B, K, T, D] of right-padded prompts of `lengths` [B] tokens."""
+        """Store k, v [B, K, T, D] of right-padded prompts with `lengths` [B] tokens.
+
+        Each slot gets the newest position that belongs to it. Example with S = 4 and a prompt of 6
+        tokens: slots 0, 1, 2, 3 hold positions 4, 5, 2, 3. A slot that no token has reached gets
+        position 0, which decoding masks.
+        """
         last, slot = self.lengths[:, None] - 1, torch.arange(self.slots, device=k.device)
-        newest = (last - (last - slot) % self.slots).clamp(min=0)         # [B, S] position in slot
+        newest = (last - (last - slot) % self.slots).clamp(min=0)         # [B, S]
         index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         self.k, self.v = k.gather(2, index), v.gather(2, index)           # [B, K, S, D]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """Store the one new token per row, at `positions` [B]; its q [B, H, 1, D] sees the cache."""
-        rows, slot = torch.arange(len(k), device=k.device), positions % self.slots
+    def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, slot: Tensor,
+                    filled: Tensor) -> Tensor:
+        """Attention of one new token per row, q [B, H, 1, D], over the cache and itself.
+
+        Its k, v [B, K, 1, D] are stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots
+        in use. The H / K query heads that share a key head are the rows of one product.
+        """
         self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
-        filled = torch.arange(self.slots, device=k.device) <= positions[:, None]         # [B, S]
         groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
-        y = F.scaled_dot_product_attention(groups, self.k, self.v, filled[:, None, None])
-        return y.view_as(q)
+        return F.scaled_dot_product_attention(groups, self.k, self.v, filled).view_as(q)
 
 
 class Attention(nn.Module):
@@ -199,23 +315,19 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
-        self.head_dim, self.window = D, config.sliding_window
+        self.head_dim = D
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x: Tensor, cos_sin, cache: KVCache | None, positions: Tensor | None, select) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], attend) -> Tensor:
+        """x [B, T, C] -> [B, T, C]; attend(q, k, v) is causal attention, a prefill or a decode step."""
         q = rotate(split_heads(self.q_proj(x), self.head_dim), *cos_sin)  # [B, H, T, D]
         k = rotate(split_heads(self.k_proj(x), self.head_dim), *cos_sin)  # [B, K, T, D]
-        v = split_heads(self.v_proj(x), self.head_dim)
-        if positions is not None:            # one new token per row; the others are in the cache
-            y = cache.attend(q, k, v, positions)
-        else:
-            y = causal_attention(q, k, v, self.window)
-            if cache is not None:
-                cache.fill(k, v)
-        return self.o_proj(y.transpose(1, 2).flatten(2)[select])          # [B, T, C], in the last block [n, C]
+        v = split_heads(self.v_proj(x), self.head_dim)                    # [B, K, T, D]
+        y = attend(q, k, v)                                               # [B, H, T, D]
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -229,16 +341,18 @@ class DecoderLayer(nn.Module):
                                   "up_proj": nn.Linear(C, inner, bias=False),
                                   "down_proj": nn.Linear(inner, C, bias=False)})
 
-    def forward(self, x: Tensor, cos_sin, cache=None, positions=None, select=...) -> Tensor:
-        x = x[select] + self.self_attn(self.input_layernorm(x), cos_sin, cache, positions, select)
+    def forward(self, x: Tensor, cos_sin, attend, select=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos_sin, attend)
+        if select is not None:               # the last layer: the other positions have no further use
+            x = x[select]                                                 # [n, C]
         y = self.post_attention_layernorm(x)
         y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)     # [..., inner]
         return x + self.mlp["down_proj"](y)
 
 
 class LanguageModel(nn.Module):
-    """Mistral or LLaMA. It reads embeddings, because patches have no ids, and leaves lm_head to the
-    caller, because few positions need logits."""
+    """Mistral or LLaMA. It reads embeddings, because image tokens have no ids, and the caller applies
+    lm_head, because few positions need logits."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -247,16 +361,33 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, x: Tensor, caches: list[KVCache] | None = None, positions=None, select=...) -> Tensor:
-        """x [B, T, C] -> normed hidden states [B, T, C]: whole rows, kept in `caches` if given;
-        or with positions [B] the next token of each row, x [B, 1, C]. If only some states are
-        select, an index (rows [n], columns [n]), [n, C]: the last block drops the others early."""
-        where = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None, None]
-        cos_sin = rope(where, self.config, x.dtype)
-        for i, layer in enumerate(self.layers):
-            last = layer is self.layers[-1]
-            x = layer(x, cos_sin, caches[i] if caches else None, positions, select if last else ...)
+    def forward(self, x: Tensor, select: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Embeddings x [B, T, C] -> hidden states [B, T, C] after the final norm; with `select`, an
+        index (rows [n], columns [n]), only those of these positions, [n, C]."""
+        attend = partial(causal_attention, window=self.config.sliding_window)
+        return self.run_layers(x, torch.arange(x.shape[1], device=x.device),
+                               [attend] * len(self.layers), select)
+
+    def prefill(self, x: Tensor, caches: list[KVCache], select) -> Tensor:
+        """Like forward; also stores the keys and values of each layer in its cache."""
+        attends = [cache.prefill for cache in caches]
+        return self.run_layers(x, torch.arange(x.shape[1], device=x.device), attends, select)
+
+    def decode_step(self, x: Tensor, caches: list[KVCache], positions: Tensor) -> Tensor:
+        """One new token of each row, x [B, 1, C] at `positions` [B] -> hidden states [B, 1, C]."""
+        slots, rows = caches[0].slots, torch.arange(len(x), device=x.device)
+        filled = torch.arange(slots, device=x.device) <= positions[:, None]              # [B, S]
+        where = {"rows": rows, "slot": positions % slots, "filled": filled[:, None, None]}
+        attends = [partial(cache.decode_step, **where) for cache in caches]
+        return self.run_layers(x, positions[:, None, None], attends, None)
+
+    def run_layers(self, x: Tensor, positions: Tensor, attends: list, select) -> Tensor:
+        cos_sin = rope(positions, self.config, x.dtype)
+        for layer, attend in zip(self.layers, attends):
+            x = layer(x, cos_sin, attend, select if layer is self.layers[-1] else None)
         return self.norm(x)
 
 
@@ -265,12 +396,12 @@ class LanguageModel(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """What CLIP was trained with; up to 0.02 away from GELU."""
+    """CLIP's activation function; it differs from GELU by up to 0.02."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class VisionLayer(nn.Module):
-    """A pre-norm block in which every patch sees every patch."""
+    """A pre-norm transformer layer in which every patch attends to every patch."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -292,8 +423,8 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """CLIP's ViT. LLaVA reads what enters the last block; that block and post_layernorm are kept
-    because they belong to every checkpoint, and because PruMerge asks the last block."""
+    """CLIP's ViT. LLaVA uses the input of the last layer; that layer and post_layernorm are kept
+    because every checkpoint contains them, and because PruMerge uses the last layer's q and k."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -301,13 +432,13 @@ class VisionTower(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(C))
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=p, stride=p, bias=False)
         self.position_embedding = nn.Embedding(1 + config.side**2, C)
-        self.pre_layrnorm = nn.LayerNorm(C, config.layer_norm_eps)        # sic, in every checkpoint
+        self.pre_layrnorm = nn.LayerNorm(C, config.layer_norm_eps)        # spelt so in every checkpoint
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(C, config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, feature_layer: int = -2) -> Tensor:
-        """pixels [N, 3, image_size, image_size] -> states [N, 1+P, C], the CLS token first;
-        feature_layer -1 means after the last block, -2 before it."""
+        """pixels [N, 3, image_size, image_size] -> hidden states [N, 1+P, C], the CLS token first;
+        feature_layer -1 means after the last layer, -2 before it."""
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)       # [N, P, C], row by row
         x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), dim=1)
         x = self.pre_layrnorm(x + self.position_embedding.weight)         # [N, 1+P, C]
@@ -317,24 +448,24 @@ class VisionTower(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Pictures of any resolution (AnyRes) and fewer tokens (PruMerge)
+# 5. AnyRes tiling and token reduction
 
 
 def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
-    """The (width, height) of `grids` in which most of a (height, width) picture survives, then the
-    one that wastes least. Ties go to the earlier: LLaVA lists (width, height), transformers reads
-    the same list as (height, width), so they treat some small pictures differently."""
+    """The (width, height) of `grids` that preserves most pixels of a (height, width) image, and of
+    those the one that wastes least. The first of equals wins: LLaVA lists (width, height) and
+    transformers reads the same list as (height, width), so they differ on some small images."""
     def merit(grid):
         scale = min(grid[0] / size[1], grid[1] / size[0])
-        survives = min(int(size[1] * scale) * int(size[0] * scale), size[1] * size[0])
-        return survives, survives - grid[0] * grid[1]
+        preserved = min(int(size[1] * scale) * int(size[0] * scale), size[1] * size[0])
+        return preserved, preserved - grid[0] * grid[1]
 
     return max(grids, key=merit)
 
 
 def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, slice]:
-    """Rows and columns that a (height, width) picture covers in the patches of its grid; what is
-    left is black border. LLaVA truncates where transformers rounds to 7 decimals first."""
+    """Rows and columns that a (height, width) image covers in the patches of its grid; the rest is
+    black padding. LLaVA truncates where transformers rounds to 7 decimals first."""
     columns, rows = (side // config.vision.patch_size for side in choose_grid(size, config.grids))
     wide = size[1] / size[0] > columns / rows
     exact = size[0] * (columns / size[1]) if wide else size[1] * (rows / size[0])
@@ -344,32 +475,71 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
 
 
 def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
-    """How many tokens take the place of a (height, width) picture; with pruning, at most."""
-    patches = config.vision.side**2
+    """How many tokens replace a (height, width) image; with PruMerge, which adapts, at most."""
+    tile = max_tile_tokens(config)
     if config.image_mode != "anyres":
-        return patches
+        return tile
+    if config.prune != "none":
+        return tile + tile * math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
     rows, columns = (window.stop - window.start for window in anyres_window(config, size))
-    return patches + rows * (columns + 1)
+    return tile + rows * (columns + 1)
 
 
-PRUNING = {                                  # the choices of --prune, as arguments of prumerge
+PRUMERGE = {                                 # arguments of prumerge
     "prumerge": {},
     "prumerge+": {"plus": True},
     "prumerge-fixed": {"ratio": 1 / 8},      # the released training setting: 73 tokens a tile
     "prumerge+-fixed": {"plus": True, "ratio": 1 / 8},                    # and 145
     "prumerge-paper": {"paper": True},
 }
+PRUNING = (*PRUMERGE, "random", "pool", "divprune")                       # the choices of --prune
+BUDGETED = ("prumerge", "prumerge+", "random", "pool", "divprune")        # those that take --keep-tokens
+
+
+def check_token_budget(config: LlavaConfig) -> None:
+    """Raise UserError where `prune` and `keep_tokens` do not fit together."""
+    name, N, most = config.prune, config.keep_tokens, config.vision.side**2
+    least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
+    if name not in ("none", *PRUNING):
+        raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
+    if N is None and name in ("random", "pool", "divprune"):
+        raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
+    if N is not None and name not in BUDGETED:
+        raise UserError(f"--keep-tokens works with --prune {', '.join(BUDGETED)}, not with {name}")
+    if N is not None and not least <= N <= most:
+        raise UserError(f"--keep-tokens {N} is not between {least} and the {most} patches of a tile")
+    if name == "pool" and max(pooled_size(N)) > config.vision.side:
+        raise UserError(f"--keep-tokens {N} is not a product of two numbers up to {config.vision.side}, "
+                        f"as --prune pool needs it; {math.isqrt(N)**2} is")
+
+
+def max_tile_tokens(config: LlavaConfig) -> int:
+    """The most tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
+    which are at most a quarter of the patches, and adds one token for the others."""
+    patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
+    if config.prune == "none" or config.keep_tokens is not None:
+        return config.keep_tokens or patches
+    if "ratio" in variant:
+        return len(choose_patches(torch.zeros(patches), **variant)) + 1
+    return patches + 1 if "plus" in variant else max(1, patches // 4) + 1
 
 
 def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = None,
-                   paper: bool = False) -> Tensor:
-    """The patches [m] to keep, by attention [P] strongest first: its outliers, or the share `ratio`;
-    with `plus` then an even sample of the others. The paper keeps them in the picture's order."""
+                   paper: bool = False, budget: int | None = None) -> Tensor:
+    """PruMerge's choice: indices [m] of patches by attention [P], strongest first: the outliers, the
+    share `ratio`, or exactly `budget`. With `plus` an even sample of the others follows, which with
+    `budget` is half of it. The paper keeps the order of the image."""
     P = len(attention)
+    order = attention.argsort(descending=True, stable=True)
+    if budget is not None:
+        count = (budget + 1) // 2 if plus else budget
+        rest = order[count:].sort().values                                # in the order of the image
+        spaced = torch.arange(budget - count, device=rest.device) * len(rest) // max(1, budget - count)
+        return torch.cat((order[:count], rest[spaced]))
     q1, q3 = attention.float().quantile(torch.tensor([0.25, 0.75], device=attention.device))
     count = int((attention > q3 + 1.5 * (q3 - q1)).sum()) if ratio is None else int(P * ratio)
     count = max(1, count)                    # without an outlier the released code crashes
-    kept = attention.argsort(descending=True, stable=True)[:count]
+    kept = order[:count]
     if plus and ratio is None:
         even = torch.arange(0, P - 1, max(1, P // count // 3), device=kept.device)
         kept = torch.cat((kept, even[~torch.isin(even, kept)]))
@@ -380,80 +550,164 @@ def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = 
 
 
 def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float | None = None,
-             paper: bool = False, neighbours: int = 32, in_order: bool = False,
-             normalized: bool = False) -> Tensor:
-    """PruMerge as a matrix [m + 1, P]: times a tile's features [P, C] it gives its tokens.
+             paper: bool = False, budget: int | None = None, neighbours: int = 32) -> Tensor:
+    """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
 
-    attention [P]: what the CLS token pays to each patch; keys [P, C]. To each chosen patch is added
-    the attention-weighted sum of its `neighbours` most similar patches, and one last token sums up
-    all that were not chosen. So the released code; as the `paper` prints it, patches stay in order,
-    keys are not normalised, a chosen patch weighs like its neighbours, and no token is added.
+    attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
+    chosen patch gets the attention-weighted sum of its `neighbours` most similar patches added; the
+    last token is that sum over all patches not chosen. So the released code; the `paper` does not
+    normalise keys, weights a chosen patch like its neighbours and has no last token.
     """
-    kept = choose_patches(attention, plus, ratio, paper)
-    kept = kept.sort().values if in_order else kept
-    own = torch.ones_like(attention)
+    kept = choose_patches(attention, plus, ratio, paper, budget and budget - 1)
+    weight_of_kept = torch.ones_like(attention)
     if paper:
-        own = attention = attention / attention.sum()                     # CLS left out of the softmax
+        weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
     directions = keys if paper else F.normalize(keys, dim=-1)
     similarity = (directions[kept] @ directions.T).scatter(1, kept[:, None], -torch.inf)
     near = similarity.topk(min(neighbours, len(keys) - 1)).indices        # [m, 32]
     mix = torch.zeros_like(similarity).scatter(1, near, attention[near])
-    mix = mix.scatter(1, kept[:, None], own[kept, None])                  # [m, P]
-    if not paper:
-        mix = torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
-    return mix / mix.sum(1, keepdim=True) if normalized else mix
+    mix = mix.scatter(1, kept[:, None], weight_of_kept[kept, None])       # [m, P]
+    if paper:
+        return mix
+    return torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
+
+
+def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
+    """`keep` of `patches` indices at random, in the image's order; the seed is a checksum of the
+    normalised tile [3, S, S] in 8 bits."""
+    mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
+    eight_bits = ((pixels.float() * std + mean) * 255).round().to(torch.uint8)
+    generator = torch.Generator().manual_seed(zlib.crc32(eight_bits.cpu().numpy().tobytes()))
+    return torch.randperm(patches, generator=generator)[:keep].sort().values.to(pixels.device)
+
+
+def pooled_size(keep: int) -> tuple[int, int]:
+    """The rows and columns a x b = keep that are nearest to a square, a <= b."""
+    a = next(a for a in range(math.isqrt(keep), 0, -1) if keep % a == 0)
+    return a, keep // a
+
+
+def pool_patches(features: Tensor, keep: int) -> Tensor:
+    """Average pooling of neighbouring patches: [P, C], P a square, -> [keep, C]."""
+    side = math.isqrt(len(features))
+    image = features.T.unflatten(1, (side, side))                         # [C, side, side]
+    return F.adaptive_avg_pool2d(image, pooled_size(keep)).flatten(1).T
+
+
+def diverse_patches(features: Tensor, keep: int) -> Tensor:
+    """DivPrune: the `keep` of features [P, C] whose smallest cosine distance is greedily maximised,
+    in the image's order. It starts with the feature whose nearest neighbour is farthest."""
+    x = F.normalize(features.float(), dim=-1)
+    similarity = (x @ x.T).fill_diagonal_(-torch.inf)
+    start = int(similarity.amax(1).argmin())
+    return farthest_points(x, keep, start).sort().values.to(features.device)
+
+
+def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
+    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each
+    the point farthest from its nearest selected point, the lowest index of equals; start None is the
+    point nearest the mean. Raises UserError for points that are not finite.
+
+    One matrix-vector product a selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the
+    point nearest the mean becomes the origin; unlike the mean it leaves equal distances equal.
+    """
+    if not 0 < k <= len(x):
+        raise UserError(f"{k} of {len(x)} points cannot be selected")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if len(bad := (~x.isfinite().all(1)).nonzero()):
+        raise UserError(f"the features of point {int(bad[0])} are not finite")
+    center = int(torch.linalg.vector_norm(x - x.mean(0), dim=1).argmin())
+    x = x - x[center]
+    squares, selected = x.square().sum(1), []
+    pick = center if start is None else start
+    nearest = torch.full_like(squares, math.inf)                          # [N] squared distances
+    for _ in tqdm(range(k), desc="selecting", leave=False, delay=2):
+        selected.append(pick)
+        sums = squares + squares[pick]
+        distances = torch.addmv(sums, x, x[pick], alpha=-2)
+        distances[distances < 32 * torch.finfo(x.dtype).eps * sums] = 0   # rounding errors
+        nearest = torch.minimum(nearest, distances)
+        nearest[pick] = -1                   # never again, not even among duplicates
+        pick = int(nearest.argmax())
+    return torch.tensor(selected)
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. LLaVA
+# 6. LLaVA
 
 
 class Llava(nn.Module):
-    """CLIP's patches, projected into the language model's space and read as if they were words."""
+    """A language model that reads the projected patches of a vision tower in place of image tokens."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config, C = config, config.text.hidden_size
         self.vision_tower = VisionTower(config.vision)
-        second = [nn.GELU(), nn.Linear(C, C)] if config.projector == "mlp2x_gelu" else []
-        self.projector = nn.Sequential(nn.Linear(config.vision.hidden_size, C), *second)
+        self.projector = nn.Sequential(nn.Linear(config.vision.hidden_size, C))
+        if config.projector == "mlp2x_gelu":
+            self.projector.extend([nn.GELU(), nn.Linear(C, C)])
         if config.image_mode == "anyres":
             self.image_newline = nn.Parameter(torch.randn(C) / C**0.5)
         self.language_model = LanguageModel(config.text)
         self.bases: list[str] = []           # folders or id@revision that the weights came from
 
-    def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None):
-        """One [n, C] per picture: the features that take the place of its id among the words.
+    def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
+        """One [n, C] per image: the features that replace its id among the token embeddings.
 
-        images: for each picture its tiles [tiles, 3, S, S], normalised, or in uint8 to be
-        normalised here; image_sizes: the (height, width) it had; prune: None is the config's.
+        images: the tiles [tiles, 3, S, S] of each image, normalised or in uint8; image_sizes: its
+        original (height, width); prune: a name in PRUNING or "none", None: the config's.
         """
-        prune, like = prune or self.config.prune, self.vision_tower.class_embedding
-        pixels = torch.cat(list(images)).to(like.device, non_blocking=True)              # [N, 3, S, S]
-        pixels = normalize(pixels) if pixels.dtype == torch.uint8 else pixels
-        states = self.vision_tower(pixels.to(like.dtype), self.config.vision_feature_layer)
+        prune = self.config.prune if prune is None else prune
+        weight = self.vision_tower.class_embedding
+        pixels = torch.cat(list(images)).to(weight.device, non_blocking=True)            # [N, 3, S, S]
+        if pixels.dtype == torch.uint8:
+            pixels = normalize(pixels)
+        states = self.vision_tower(pixels.to(weight.dtype), self.config.vision_feature_layer)
         if prune == "none":
-            tiles = iter(self.projector(states[:, 1:]))                   # N x [P, C], without CLS
+            tiles = self.projector(states[:, 1:])                         # [N, P, C], without CLS
         else:
-            tiles = (self.projector(prumerge(*seen, **PRUNING[prune]) @ x)
-                     for *seen, x in zip(*self.cls_attention(states), states[:, 1:]))
-        pictures = [[next(tiles) for _ in image] for image in images]
-        if self.config.image_mode == "anyres" and prune == "none":
-            return [self.arrange_tiles(torch.stack(p), size) for p, size in zip(pictures, image_sizes)]
-        return [torch.cat(picture) for picture in pictures]
+            tiles = self.reduce_tiles(pixels, states, prune)              # N times [n, C]
+        features, start = [], 0
+        for i, image in enumerate(images):
+            stop = start + len(image)
+            if self.config.image_mode == "anyres" and prune == "none":
+                features.append(self.arrange_tiles(tiles[start:stop], image_sizes[i]))
+            else:
+                features.append(torch.cat(list(tiles[start:stop])))
+            start = stop
+        return features
+
+    def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
+        """The projected tokens [n, C] that the method `prune` keeps of each tile, from its pixels
+        [N, 3, S, S] and the tower's states [N, 1+P, C]."""
+        keep, tiles = replace(self.config, prune=prune).keep_tokens, []   # replace checks the budget
+        attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
+        for i, patches in enumerate(states[:, 1:]):                       # [P, C]
+            if prune == "random":
+                patches = patches[random_patches(pixels[i], keep, len(patches))]
+            elif prune == "pool":
+                patches = pool_patches(patches, keep)
+            elif prune in PRUMERGE:
+                patches = prumerge(attention[i], keys[i], budget=keep, **PRUMERGE[prune]) @ patches
+            tokens = self.projector(patches)
+            if prune == "divprune":
+                tokens = tokens[diverse_patches(tokens.detach(), keep)]
+            tiles.append(tokens)
+        return tiles
 
     def cls_attention(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """What the CLS token pays to each patch [N, P] and the patches' keys [N, P, C] in the last
-        block, whose q and k are taken as one head of width C, as in PruMerge's released code."""
-        block = self.vision_tower.layers[-1]
-        x = block.layer_norm1(states)                                     # as they enter that block
-        q, k = block.self_attn["q_proj"](x[:, :1]), block.self_attn["k_proj"](x)
+        """Attention [N, P] of the CLS token to each patch, and the keys [N, P, C], in the layer that
+        reads `states`, the tower's last. q and k form one head of width C, as in PruMerge's code."""
+        layer = self.vision_tower.layers[-1]
+        x = layer.layer_norm1(states)
+        q, k = layer.self_attn["q_proj"](x[:, :1]), layer.self_attn["k_proj"](x)
         attention = (q @ k.mT * k.shape[-1] ** -0.5).softmax(-1)          # [N, 1, 1+P]
         return attention[:, 0, 1:], k[:, 1:]
 
     def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """AnyRes: tiles [1 + rows * columns, P, C] -> the squashed whole of the first one, then the
-        others as one map, row by row, without black border, a newline after each row."""
+        """AnyRes: tiles [1 + rows * columns, P, C] -> the tokens of the first tile, which is the whole
+        image, then those of the others as one map, row by row, without the black padding and with a
+        newline after each row."""
         side, columns = self.config.vision.side, choose_grid(size, self.config.grids)[0]
         x = tiles[1:].unflatten(0, (-1, columns // self.config.vision.image_size))
         x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
@@ -462,141 +716,202 @@ class Llava(nn.Module):
         return torch.cat((tiles[0], x.flatten(0, 1)))
 
     def splice(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
-        """Ids [B, T] -> embeddings [B, T', C] with the pictures' features in place of their ids;
-        also the rows' lengths [B], and the labels [B, T'] with nothing to learn at pictures."""
-        embed = self.language_model.embed_tokens
-        input_ids, labels, attention_mask = (x if x is None else x.to(embed.weight.device)
-                                             for x in (input_ids, labels, attention_mask))
-        is_image = input_ids == self.config.image_token_id
+        """Replace each image id by the features of its image.
+
+        input_ids [B, T] -> embeddings [B, T', C], right-padded with zeros; the rows' lengths [B];
+        and the labels [B, T'], IGNORE at image tokens and padding, or None. Ids, mask and labels may
+        stay on the CPU, where their lengths and positions are read without waiting for a GPU.
+        """
+        embed, image_id = self.language_model.embed_tokens, self.config.image_token_id
         features = self.encode_images(images, image_sizes) if images else []
+        is_image = input_ids == image_id
         if (marks := int(is_image.sum())) != len(features):
-            raise UserError(f"{marks} <image> in the text, but {len(features)} pictures")
-        counts = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        counts[is_image] = counts.new_tensor([len(f) for f in features])
-        lengths = counts.sum(1)
-        real = torch.arange(int(lengths.max()), device=counts.device) < lengths[:, None]  # [B, T']
-
-        def stretch(values: Tensor, padding: int) -> Tensor:              # [B, T] -> [B, T']
-            repeated = values.flatten().repeat_interleave(counts.flatten())
-            return values.new_full(real.shape, padding).masked_scatter(real, repeated)
-
-        slots = stretch(is_image, False)
-        x = embed(stretch(input_ids.masked_fill(is_image, 0), 0))
-        if features:
-            x = x.masked_scatter(slots[..., None], torch.cat(features).to(x.dtype))
+            raise UserError(f"the text has {marks} <image>, but {len(features)} images are given")
+        text = embed(input_ids.masked_fill(is_image, 0).to(embed.weight.device))         # [B, T, C]
+        rows, label_rows, used = [], [], 0
+        for b, row in enumerate(text.unbind()):
+            length = len(row) if attention_mask is None else int(attention_mask[b].sum())
+            parts, label_parts, start = [], [], 0
+            for position in is_image[b].nonzero()[:, 0].tolist():
+                parts += [row[start:position], features[used].to(row.dtype)]
+                if labels is not None:
+                    ignored = labels.new_full((len(features[used]),), IGNORE)
+                    label_parts += [labels[b, start:position], ignored]
+                start, used = position + 1, used + 1
+            rows.append(torch.cat([*parts, row[start:length]]))
+            if labels is not None:
+                label_rows.append(torch.cat([*label_parts, labels[b, start:length]]))
+        lengths = torch.tensor([len(row) for row in rows], device=text.device)
         if labels is not None:
-            labels = stretch(labels, IGNORE).masked_fill(slots, IGNORE)
-        return x, lengths, labels
+            labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE)
+        return pad_sequence(rows, batch_first=True), lengths, labels
 
     def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
-        """Logits [B, T', V] over the spliced, right-padded rows; with labels their mean loss.
+        """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss.
 
-        input_ids [B, T] holds one image_token_id per picture, read row after row; attention_mask
-        [B, T] is False on padding, which is on the right; labels [B, T] are shifted here. Only
-        positions whose next token is learned get logits: they are few, and each costs V numbers.
+        input_ids [B, T] has one image_token_id per image, in reading order; attention_mask [B, T] is
+        False at padding, which is on the right; labels [B, T] are shifted here. With labels, logits
+        are computed only at positions whose next token is supervised: each costs V numbers.
         """
         x, _, labels = self.splice(input_ids, images, image_sizes, attention_mask, labels)
         if labels is None:
             return self.language_model.lm_head(self.language_model(x))
         rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        logits = self.language_model.lm_head(self.language_model(x, select=(rows, columns)))
-        return F.cross_entropy(logits.float(), labels[rows, columns + 1])
+        if len(rows) == 0:
+            raise UserError(f"all labels are {IGNORE}, so there is nothing to learn; a record needs an answer "
+                            "within --max-length")
+        targets = labels[rows, columns + 1].to(x.device)
+        select = rows.to(x.device), columns.to(x.device)
+        logits = self.language_model.lm_head(self.language_model(x, select=select))      # [n, V]
+        return F.cross_entropy(logits.float(), targets)
 
     @torch.inference_mode()
     def generate_tokens(self, input_ids, images=None, image_sizes=None, attention_mask=None,
-               max_new_tokens=256, temperature=0.0, top_p=1.0) -> Iterator[Tensor]:
-        """The next token [B] of every row, max_new_tokens times. The rows, right-padded, may have
-        any lengths and pictures: each goes on from its own position. Temperature 0 takes the
-        likeliest token, others draw from the likeliest that together have probability top_p."""
+                        max_new_tokens=256, temperature=0.0, top_p=1.0) -> Iterator[Tensor]:
+        """Yield the next token [B] of every row, max_new_tokens times.
+
+        The rows are right-padded and may differ in length and images; each continues at its own
+        position. Temperature 0 is greedy; otherwise tokens are sampled from the most probable ones
+        that together have the probability top_p.
+        """
         x, lengths, _ = self.splice(input_ids, images, image_sizes, attention_mask)
-        window = self.config.text.sliding_window or sys.maxsize
-        slots = min(int(lengths.max()) + max_new_tokens, window)
-        caches = [KVCache(slots, lengths) for _ in self.language_model.layers]
+        window = self.config.text.sliding_window
+        slots = min(x.shape[1] + max_new_tokens, window or sys.maxsize)
+        caches = [KVCache(slots, lengths, window) for _ in self.language_model.layers]
         last = torch.arange(len(x), device=x.device), lengths - 1
-        hidden = self.language_model(x, caches, select=last)              # [B, C]
+        hidden = self.language_model.prefill(x, caches, select=last)      # [B, C]
         for i in range(max_new_tokens):
             token = sample(self.language_model.lm_head(hidden), temperature, top_p)
             yield token
             if i + 1 < max_new_tokens:
                 x = self.language_model.embed_tokens(token)[:, None]                     # [B, 1, C]
-                hidden = self.language_model(x, caches, positions=lengths + i)[:, 0]
+                hidden = self.language_model.decode_step(x, caches, lengths + i)[:, 0]
 
     def generate(self, input_ids, images=None, image_sizes=None, eos_token_id: int | None = 2,
-                 **decoding) -> Iterator[int]:
-        """The answer to one row, token by token, up to eos_token_id (not yielded; None: no end)."""
-        for token in self.generate_tokens(input_ids, images, image_sizes, **decoding):
-            if token.item() == eos_token_id:
+                 **sampling) -> Iterator[int]:
+        """Yield the answer to one row token by token, up to eos_token_id (excluded; None: no end).
+        `sampling`: max_new_tokens, temperature, top_p."""
+        for token in self.generate_tokens(input_ids, images, image_sizes, **sampling):
+            token = token.item()
+            if token == eos_token_id:
                 return
-            yield token.item()
+            yield token
 
     def generate_batch(self, input_ids, images=None, image_sizes=None, attention_mask=None,
-                       eos_token_id: int | None = 2, **decoding) -> list[list[int]]:
-        """What `generate` yields for each row, all rows at once."""
-        rows, ended = [[] for _ in input_ids], [False] * len(input_ids)
-        for tokens in self.generate_tokens(input_ids, images, image_sizes, attention_mask, **decoding):
-            ended = [end or token == eos_token_id for end, token in zip(ended, tokens.tolist())]
-            for row, end, token in zip(rows, ended, tokens.tolist()):
-                row += [] if end else [token]
+                       eos_token_id: int | None = 2, **sampling) -> list[list[int]]:
+        """What `generate` yields for each row, computed for all rows at once."""
+        answers, ended = [[] for _ in input_ids], [False] * len(input_ids)
+        for tokens in self.generate_tokens(input_ids, images, image_sizes, attention_mask, **sampling):
+            for row, token in enumerate(tokens.tolist()):
+                if token == eos_token_id:
+                    ended[row] = True
+                if not ended[row]:
+                    answers[row].append(token)
             if all(ended):
                 break
-        return rows
+        return answers
 
     @classmethod
-    def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None,
-                        dtype=torch.bfloat16, device="cpu", **overrides) -> Llava:
-        """Open a LLaVA of any publisher or a run folder; or a CLIP and a language model, between
-        which the projector starts afresh. Each is a folder, a hub id or id@revision.
+    def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
+                        device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
+        """Open a LLaVA of any publisher or a run folder; or a CLIP and a language model, with a freshly
+        initialised projector between them. Each is a folder, a hub id or id@revision.
 
-        `overrides` replace fields of LlavaConfig. Weights are mapped from disk and, where their
-        type differs, cast one at a time: there is never a second copy in memory.
+        dtype None keeps the dtype of the files. quantize "int8" or "int4" stores the linear layers of
+        the language model in few bits. `base`: new places of the bases that a run folder names, in its
+        order. `overrides` replace fields of LlavaConfig. Files are memory-mapped, each once; tensors
+        are cast, moved or quantised one at a time, so there is never a second copy in memory.
         """
         if (path_or_repo_id is None) == (vision is None or language is None):
             raise UserError("name one LLaVA, or a vision tower and a language model")
         parts, stored, bases = {}, {}, []
         for source in [path_or_repo_id] if path_or_repo_id else [vision, language]:
-            more, tensors, name = open_checkpoint(str(source))
+            more, tensors, name = open_checkpoint(str(source), bases=base)
             parts, stored, bases = parts | more, stored | tensors, [*bases, name]
         if missing := {"vision", "text"} - parts.keys():
-            raise UserError(f"{bases[0]} holds no {' or '.join(missing)} model: name both halves")
-        config, state = LlavaConfig(**parts | overrides), {}
+            raise UserError(f"{bases[0]} has no {' or '.join(missing)} model: name both, a vision tower and a "
+                            "language model")
+        config = LlavaConfig(**parts | overrides)
         with torch.device("meta"):
             model = cls(config)
-        if vision:                           # a LLaVA without layers lends its untrained projector
-            empty = cls(replace(config, vision=replace(config.vision, num_hidden_layers=0),
-                                text=replace(config.text, num_hidden_layers=0, vocab_size=1)))
-            state = {n: t for n, t in empty.state_dict().items() if n.startswith(("projector", "image"))}
+        state = {}
+        if vision:
+            state = fresh_connector(config)
+        elif config.image_mode == "anyres" and parts.get("image_mode") != "anyres":      # to be trained
+            state = {"image_newline": fresh_connector(config)["image_newline"]}
+        if config.image_mode != "anyres":
+            stored.pop("image_newline", None)                             # of an AnyRes checkpoint
         check_tensors(model.state_dict(), state, stored, " and ".join(bases))
-        state, opened = {name: tensor.to(device, dtype) for name, tensor in state.items()}, {}
-        for name, tensor in stored.items():
-            on_disk = tensor.read(opened)
-            state[name] = on_disk.to(device, dtype)
-            if state[name] is not on_disk:   # a copy: let go of the file's pages
-                opened.clear()
+        state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+        for name in tqdm(list(stored), desc="opening", delay=2, leave=False):
+            state[name] = stored.pop(name).read(dtype).to(device, dtype)  # the last one unmaps its file
         model.load_state_dict(state, assign=True)
+        if config.text.tie_word_embeddings:
+            model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
         model.bases = bases
         return model
 
-    def save_pretrained(self, folder, trained_only: bool = False) -> None:
-        """Write llava-hf's layout (llava, or with AnyRes llava_next), which transformers opens.
+    def save_pretrained(self, folder, trained_only: bool = False, shard_bytes: int = 5 * 10**9) -> None:
+        """Write the layout of llava-hf (llava, or with AnyRes llava_next), which transformers opens;
+        in shards with an index if it is larger than shard_bytes.
 
-        trained_only: just the weights that require a gradient, and in config.json the bases that
-        hold the others: a run folder, which from_pretrained opens like any checkpoint.
+        trained_only: only the trainable parameters, and in config.json the bases that hold the others:
+        a run folder, which from_pretrained opens like any checkpoint.
         """
-        folder, config = Path(folder), hub_config(self.config, whole=not trained_only)
+        folder, config = Path(folder), hf_config(self.config, whole=not trained_only)
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "model.safetensors") as file:
-            save_file(hub_tensors(self, config["text_config"]["vocab_size"], whole=not trained_only), file,
-                      metadata={"format": "pt"})
-        write_json(folder / "config.json", config | ({"bases": self.bases} if trained_only else {}))
+        save_sharded(folder / "model.safetensors", self.hf_tensors(whole=not trained_only), shard_bytes)
+        if trained_only:
+            config["bases"] = self.bases
+        write_json(folder / "config.json", config)
+
+    def hf_tensors(self, whole: bool) -> Iterator[tuple[str, Tensor]]:
+        """Names of llava-hf and tensors on the CPU, one at a time; all, or the trainable parameters.
+        Tensors that FSDP has sharded are gathered: then every process must iterate."""
+        for name, p in self.state_dict(keep_vars=True).items() if whole else self.named_parameters():
+            if not whole and not p.requires_grad:
+                continue
+            tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
+            tensor = tensor.detach().cpu().contiguous()
+            if whole and name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
+                tensor = add_token_rows(tensor, hf_vocab_size(self.config))
+            yield rename_key(name, TO_HF), tensor
+        if whole and self.config.projector == "linear":      # llava-hf always has a second layer
+            bias = self.projector[0].bias.detach().cpu()
+            yield "multi_modal_projector.linear_2.weight", torch.eye(len(bias), dtype=bias.dtype)
+            yield "multi_modal_projector.linear_2.bias", torch.zeros_like(bias)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token [B] from logits [B, V]; see generate_tokens."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0         # keep the most probable tokens that together have top_p
+    return order.gather(-1, torch.multinomial(p, 1))[:, 0]
+
+
+def fresh_connector(config: LlavaConfig) -> dict[str, Tensor]:
+    """Newly initialised tensors of the projector and, with AnyRes, image_newline."""
+    small = Llava(replace(config, vision=replace(config.vision, num_hidden_layers=0),
+                          text=replace(config.text, num_hidden_layers=0, vocab_size=1)))
+    return {name: tensor for name, tensor in small.state_dict().items()
+            if name.startswith(("projector.", "image_newline"))}
+
+
+def add_token_rows(embedding: Tensor, rows: int) -> Tensor:
+    """Rows for <image> and padding, [V, C] -> [rows, C]: the mean row, which is never the most probable."""
+    mean = embedding.float().mean(0).to(embedding.dtype)
+    return torch.cat((embedding, mean.expand(rows - len(embedding), -1)))
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Published weights
+# 7. Checkpoints: published layouts in, llava-hf's layout out
 
-# What a published name begins with, as a pattern, and what that becomes here; the first that fits
-# counts. None: nothing that LLaVA needs.
+# Pattern at the start of a published key -> its replacement here. The first matching pattern wins;
+# None: LLaVA does not need the tensor.
 FROM_PUBLISHED = (
-    (r"(text_model|text_projection|visual_projection|logit_scale)\b", None),  # CLIP's other half
+    (r"(text_model|text_projection|visual_projection|logit_scale)\b", None),  # CLIP's text encoder
     (r".*\b(inv_freq|position_ids)$", None),                                  # buffers of old files
     (r"(model\.)?((vision_tower|vision_model)\.)+((embeddings|encoder)\.)?", "vision_tower."),
     (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.0."),        # llava-hf
@@ -607,7 +922,7 @@ FROM_PUBLISHED = (
     (r"lm_head\.", "language_model.lm_head."),
     (r"(language_model\.model|model\.language_model|model)\.", "language_model."),
 )
-TO_HF = (                                    # and from here to llava-hf
+TO_HF = (                                    # from the names here to those of llava-hf
     (r"vision_tower\.(?=layers)", "vision_tower.vision_model.encoder."),
     (r"vision_tower\.(?=\w+_embedding)", "vision_tower.vision_model.embeddings."),
     (r"vision_tower\.", "vision_tower.vision_model."),
@@ -615,10 +930,11 @@ TO_HF = (                                    # and from here to llava-hf
     (r"projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.(?!lm_head)", "language_model.model."),
 )
-OURS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune")   # unknown to the hub
+# Fields of LlavaConfig that llava-hf's config.json has no keys for.
+EXTRA_FIELDS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune", "keep_tokens")
 TEMPLATES = {"mistral": "mistral_instruct", "llama": "v1"}
-# What transformers takes for granted where a config.json is silent. Beware: not the released models'
-# values; and an absent sliding_window is 4096, while a null one is none.
+# Defaults of transformers for keys that config.json does not have. They are not the values of the
+# released models; a missing sliding_window means 4096, a null one means none.
 HF_DEFAULTS = {
     "mistral": TextConfig(rms_norm_eps=1e-6, rope_theta=1e4, sliding_window=4096,
                           max_position_embeddings=131072),
@@ -629,29 +945,30 @@ HF_DEFAULTS = {
 
 
 def rename_key(name: str, table) -> str | None:
-    for pattern, start in table:
+    for pattern, replacement in table:
         if match := re.match(pattern, name):
-            return start and start + name[match.end():]
+            return None if replacement is None else replacement + name[match.end():]
     return name
 
 
 def fetch(source: str, weights: bool = True) -> Path:
-    """The folder of a checkpoint: a local one, or what is needed of a hub id's files, from the hub
-    or its cache (HF_HUB_OFFLINE=1: only from there)."""
+    """The folder of a checkpoint: a local one, or the needed files of a hub repository, downloaded or
+    from the cache (HF_HUB_OFFLINE=1: only from the cache). Raises OSError."""
     if Path(source).is_dir():
         return Path(source)
     repo, _, revision = source.partition("@")
-    wanted = ["*.json"] + ["model*.safetensors", "adapter_model.*", "mm_projector.bin",
-                           "non_lora_trainables.bin"] * weights
+    patterns = ["*.json"]
+    if weights:
+        patterns += ["model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin"]
     try:
-        for patterns in (wanted, ["pytorch_model*.bin"]):
+        for patterns in (patterns, ["pytorch_model*.bin"]):
             folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns,
                                             ignore_patterns="*/*"))
             if not weights or list(folder.glob("model*.safetensors")):
                 break
         return folder
     except (OSError, ValueError) as error:
-        raise OSError(f"{source} is no folder here and the hub does not give it: "
+        raise OSError(f"{source} is not a local folder and could not be downloaded: "
                       f"{first_line(error)}") from None
 
 
@@ -664,8 +981,8 @@ def read_json(file: Path):
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OSError(f"{file} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON, or not all of it: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON, or is cut off: {first_line(error)}") from None
 
 
 def read_object(file: Path, *needed: str) -> dict:
@@ -674,7 +991,7 @@ def read_object(file: Path, *needed: str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object")
     if missing := [key for key in needed if key not in content]:
-        raise UserError(f"{file} lacks {', '.join(missing)}")
+        raise UserError(f"{file} has no {', '.join(missing)}")
     return content
 
 
@@ -686,7 +1003,7 @@ def write_json(file: Path, content) -> None:
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """A temporary name to write to, which takes the file's place only when all went well."""
+    """A temporary file name to write to; it replaces `file` only if the block succeeds."""
     temporary = file.with_name(f".{file.name}.part")
     temporary.unlink(missing_ok=True)
     try:
@@ -696,26 +1013,21 @@ def atomic_write(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-class TensorRef(NamedTuple):
-    """Where a tensor lies on disk, and what LoRA adds to it: scale * B [out, r] @ A [r, in]."""
-    file: Path
-    key: str
-    shape: torch.Size
-    lora: tuple[TensorRef, TensorRef, float] | None = None
+class StoredTensor(NamedTuple):
+    """A memory-mapped tensor of a checkpoint, and what LoRA adds to it: scale * B [out, r] @ A [r, in]."""
+    tensor: Tensor
+    lora: tuple[Tensor, Tensor, float] | None = None
 
-    def read(self, opened: dict[Path, dict[str, Tensor]]) -> Tensor:
-        """The tensor, mapped into memory; `opened` keeps the files that are."""
-        if self.file not in opened:
-            opened[self.file] = open_file(self.file)
-        tensor = opened[self.file][self.key]
+    def read(self, dtype: torch.dtype | None) -> Tensor:
+        """The tensor, still mapped; with LoRA the sum, in `dtype` or if None in that of the tensor."""
         if self.lora is None:
-            return tensor
+            return self.tensor
         a, b, scale = self.lora
-        return tensor.float() + scale * (b.read(opened).float() @ a.read(opened).float())
+        return (self.tensor.float() + scale * (b.float() @ a.float())).to(dtype or self.tensor.dtype)
 
 
 def open_file(file: Path) -> dict[str, Tensor]:
-    """A file's tensors, mapped into memory but not read. A pickle may hold tensors, never code."""
+    """The tensors of a file, memory-mapped. A pickle may contain tensors only: code is never run."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
@@ -724,32 +1036,36 @@ def open_file(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise OSError(f"{file} is missing") from None
     except UnpicklingError:
-        raise OSError(f"{file} holds more than tensors, perhaps a program: it is not opened") from None
+        raise OSError(f"{file} contains more than tensors, perhaps code: it is not opened") from None
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise OSError(f"{file} is damaged, or no file of tensors: {first_line(error)}") from None
+        raise OSError(f"{file} is damaged or not a file of tensors: {first_line(error)}") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{file} holds other things than tensors by name")
+        raise UserError(f"{file} is not a dictionary of named tensors")
     return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint: small parts, and the model whole or in the shards of its index."""
+    """The files of a checkpoint: parts such as a projector, and the model in one file or in shards."""
     names = [name for name in ("adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin",
                                "non_lora_trainables.bin") if (folder / name).exists()]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{whole}.index.json").exists():
-            shards = set(read_object(index, "weight_map")["weight_map"].values())
-            return [folder / n for n in (*names, *sorted(shards))]
+            shards = sorted(set(read_object(index, "weight_map")["weight_map"].values()))
+            if outside := [shard for shard in shards if Path(shard).name != shard]:
+                raise UserError(f"{index} names {outside[0]}, which is not a file of the same folder")
+            return [folder / name for name in (*names, *shards)]
         if (folder / whole).exists():
-            return [folder / n for n in (*names, whole)]
-    return [folder / n for n in names]
+            return [folder / name for name in (*names, whole)]
+    return [folder / name for name in names]
 
 
-def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, TensorRef], str]:
-    """What a folder or hub id holds: fields of LlavaConfig, tensors by our names, its exact name.
+def open_checkpoint(source: str, weights: bool = True, bases=()
+                    ) -> tuple[dict, dict[str, StoredTensor], str]:
+    """A folder or hub id as fields of LlavaConfig, tensors by the names here, and its exact name.
 
-    One that holds only a part (a projector, LoRA, a LLaVA without its tower) names its bases in its
-    configs: they are opened first, and it is laid over them.
+    A checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names
+    its bases in its configs: they are opened first, and it is laid over them. `bases` replaces the
+    bases that a run folder names, for when they have moved.
     """
     folder = fetch(source, weights)
     name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
@@ -759,224 +1075,308 @@ def open_checkpoint(source: str, weights: bool = True) -> tuple[dict, dict[str, 
         require(adapter, folder / "adapter_config.json", use_rslora=(False,), use_dora=(False,))
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
-            ours = rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)
-            own[ours] = TensorRef(file, key, tensor.shape)
+            own[rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)] = tensor
     own.pop(None, None)
-    bases = dict.fromkeys(raw.get("bases", []), weights)
-    if "mm_vision_tower" in raw:             # liuhaotian: 1.6 brings its tower along, 1.5 does not
-        stems = {".".join(n.split(".")[:2]) for n in own if "lora_" not in n}
-        bases[raw["mm_vision_tower"]] = weights and "vision_tower.layers" not in stems
-        if weights and "language_model.layers" not in stems:
-            language = adapter.get("base_model_name_or_path") or raw.get("_name_or_path")
-            if language is None:
-                raise UserError(f"{folder} has no language model, its config.json no _name_or_path of one")
-            bases[language] = True
     parts, stored = {}, {}
-    for base, needed in bases.items():
-        more, tensors, _ = open_checkpoint(base, needed)
+    for base, needed in name_bases(folder, raw, adapter, own, weights, list(bases)).items():
+        try:
+            more, tensors, _ = open_checkpoint(base, needed)
+        except OSError as error:
+            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
+                          "its new place with --base, once for each base in config.json") from None
         parts, stored = parts | more, stored | tensors
     parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
         if key.endswith("lora_A.weight"):
             target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
-            if b is None or target not in stored or (b.shape[0], tensor.shape[1]) != stored[target].shape:
-                raise UserError(f"{tensor.file}: no lora_B, or no weight of the base, fits {tensor.key}")
+            fits = b is not None and target in stored
+            if not fits or (b.shape[0], tensor.shape[1]) != stored[target].tensor.shape:
+                raise UserError(f"{folder}: {key} has no matching lora_B, or no matching weight in the base")
             scale = adapter["lora_alpha"] / adapter["r"]
             stored[target] = stored[target]._replace(lora=(tensor, b, scale))
         elif not key.endswith("lora_B.weight"):
-            stored[key] = tensor
-    if parts.get("projector") == "linear":   # llava-hf has a second layer, which then does nothing
+            stored[key] = StoredTensor(tensor)
+    if parts.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
         stored = {n: t for n, t in stored.items() if not n.startswith("projector.2.")}
     return parts, stored, name
 
 
-def check_tensors(expected, fresh, stored: dict[str, TensorRef], where: str) -> None:
-    """Every tensor is there, none is left over, all have the right shape; or one error lists them."""
+def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], weights: bool,
+               moved: list[str]) -> dict[str, bool]:
+    """The checkpoints that complete `folder`, each with whether its weights are needed."""
+    named = raw.get("bases", [])
+    if moved and len(moved) != len(named):
+        raise UserError(f"{folder} has {len(named)} bases ({', '.join(named) or 'none'}), but --base names "
+                        f"{len(moved)}: name each once, in this order")
+    bases = dict.fromkeys(moved or named, weights)
+    if "mm_vision_tower" in raw:             # liuhaotian: 1.6 contains its tower, 1.5 does not
+        stems = {".".join(n.split(".")[:2]) for n in own if "lora_" not in n}
+        bases[raw["mm_vision_tower"]] = weights and "vision_tower.layers" not in stems
+        if weights and "language_model.layers" not in stems:
+            language = adapter.get("base_model_name_or_path") or raw.get("_name_or_path")
+            if language is None:
+                raise UserError(f"{folder} has no language model, and its config.json has no _name_or_path")
+            bases[language] = True
+    return bases
+
+
+def check_tensors(expected, fresh, stored: dict[str, StoredTensor], where: str) -> None:
+    """Raise one UserError that lists all tensors that are missing, unexpected or of the wrong shape."""
     wrong = [f"{n} is missing" for n in expected if n not in stored and n not in fresh]
     wrong += [f"{n} is not part of the model" for n in stored if n not in expected]
-    wrong += [f"{n} is {list(t.shape)} instead of {list(expected[n].shape)}"
-              for n, t in stored.items() if n in expected and t.shape != expected[n].shape]
+    wrong += [f"{n} is {list(t.tensor.shape)} instead of {list(expected[n].shape)}"
+              for n, t in stored.items() if n in expected and t.tensor.shape != expected[n].shape]
     if wrong:
-        raise UserError(f"{where} does not hold the model its config describes: {'; '.join(wrong)}")
+        raise UserError(f"{where} does not contain the model that its config describes: {'; '.join(wrong)}")
 
 
 def read_config(raw: dict, file: Path) -> dict:
-    """The fields of LlavaConfig that a publisher's config.json tells."""
+    """The fields of LlavaConfig that a publisher's config.json determines."""
     kind = raw.get("model_type", "")
-    if "text_config" in raw and kind in ("llava", "llava_next"):         # llava-hf
-        require(raw, file, vision_feature_select_strategy=("default",), vision_feature_layer=(-2, -1),
-               projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
-        kind_of_text = raw["text_config"].get("model_type", "llama")
-        text = parse_config(kind_of_text, raw["text_config"], file, nested=True)
-        if "vision_config" not in raw:
-            raise UserError(f"{file} lacks vision_config")
-        found = {"vision": parse_config("clip", raw["vision_config"], file, nested=True),
-                 "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
-                 "vision_feature_layer": raw.get("vision_feature_layer", -2),
-                 "image_mode": "anyres" if kind == "llava_next" else "crop", "hf_preprocessing": True,
-                 "grids": [(w, h) for h, w in raw.get("image_grid_pinpoints") or ()]}
-    elif "mm_vision_tower" in raw:                                       # liuhaotian
-        mode = raw.get("image_aspect_ratio", "square")
-        require(raw, file, mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
-               mm_vision_select_layer=(-2, -1), mm_projector_type=("linear", "mlp2x_gelu"),
-               image_aspect_ratio=("square", "pad", "anyres"),
-               mm_patch_merge_type=("spatial_unpad",) if mode == "anyres" else ("flat",))
-        text = parse_config("mistral" if "mistral" in kind else "llama", raw, file, nested=False)
-        found = {"image_token_id": text.vocab_size,
-                 "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
-                 "projector": raw.get("mm_projector_type", "linear"),
-                 "image_mode": "crop" if mode == "square" else mode,
-                 "grids": json.loads(str(raw.get("image_grid_pinpoints") or []))}
+    if "text_config" in raw and kind in ("llava", "llava_next"):
+        found = read_hf_config(raw, file)
+    elif "mm_vision_tower" in raw:
+        found = read_liuhaotian_config(raw, file)
     elif kind in TEMPLATES:
         text = parse_config(kind, raw, file, nested=False)
-        found = {"image_token_id": text.vocab_size}
+        found = {"text": text, "image_token_id": text.vocab_size}
     elif kind in ("clip", "clip_vision_model"):
         return {"vision": parse_config("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     else:
         raise UserError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
-    found |= {"text": text, "template": TEMPLATES[text.model_type]} | raw.get("llava.py", {})
+    found = {"template": TEMPLATES[found["text"].model_type]} | found | raw.get("llava.py", {})
     return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
 
 
+def read_hf_config(raw: dict, file: Path) -> dict:
+    ours = "llava.py" in raw
+    require(raw, file, vision_feature_select_strategy=("default",), vision_feature_layer=(-2, -1),
+            projector_hidden_act=("gelu", "linear") if ours else ("gelu",))
+    if "vision_config" not in raw:
+        raise UserError(f"{file} has no vision_config")
+    anyres, text = raw["model_type"] == "llava_next", raw["text_config"]
+    return {"text": parse_config(text.get("model_type", "llama"), text, file, nested=True),
+            "vision": parse_config("clip", raw["vision_config"], file, nested=True),
+            "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
+            "vision_feature_layer": raw.get("vision_feature_layer", -2),
+            "image_mode": "anyres" if anyres else "crop", "hf_preprocessing": True,
+            "grids": [(w, h) for h, w in raw.get("image_grid_pinpoints") or ()]}
+
+
+def read_liuhaotian_config(raw: dict, file: Path) -> dict:
+    mode = raw.get("image_aspect_ratio", "square")
+    require(raw, file, mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
+            mm_vision_select_layer=(-2, -1), mm_projector_type=("linear", "mlp2x_gelu"),
+            image_aspect_ratio=("square", "pad", "anyres"),
+            mm_patch_merge_type=("spatial_unpad",) if mode == "anyres" else ("flat",))
+    kind = "mistral" if "mistral" in raw.get("model_type", "") else "llama"
+    text = parse_config(kind, raw, file, nested=False)
+    return {"text": text, "image_token_id": text.vocab_size,
+            "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
+            "projector": raw.get("mm_projector_type", "linear"),
+            "image_mode": "crop" if mode == "square" else mode,
+            "grids": json.loads(str(raw.get("image_grid_pinpoints") or []))}
+
+
 def require(raw: dict, file: Path, **supported) -> None:
+    """Raise UserError unless each key, if present, has one of the supported values."""
     for key, values in supported.items():
         if raw.get(key, values[0]) not in values:
             wanted = " or ".join(map(repr, values))
-            raise UserError(f"{file}: {key} is {raw[key]!r}; only {wanted} works here")
+            raise UserError(f"{file}: {key} is {raw[key]!r}; only {wanted} is supported")
 
 
 def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
-    """The dataclass of a config; only a nested one may leave out sizes, as transformers does."""
+    """The dataclass of a config.json; only a nested config may leave out sizes, as in transformers."""
     if kind not in HF_DEFAULTS:
         raise UserError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
-    turns = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    require(raw | turns, file, rope_type=("default",), type=("default",),
-           hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
-    usual, found = HF_DEFAULTS[kind], {k: v for k, v in (raw | turns).items() if v is not None or "window" in k}
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    raw = raw | scaling
+    require(raw, file, rope_type=("default",), type=("default",),
+            hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
+    default = HF_DEFAULTS[kind]
+    found = {k: v for k, v in raw.items() if v is not None or k == "sliding_window"}
     if not nested:
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in needed if name not in found]:
-            raise UserError(f"{file} lacks {', '.join(missing)}")
+            raise UserError(f"{file} has no {', '.join(missing)}")
     if kind == "llama" and "num_attention_heads" in found:
         found = {"num_key_value_heads": found["num_attention_heads"]} | found
-    if kind != "clip":
-        heads = found.get("num_attention_heads", usual.num_attention_heads)
-        found = {"head_dim": found.get("hidden_size", usual.hidden_size) // heads} | found
-    return replace(usual, **{f.name: found[f.name] for f in fields(usual)
-                              if f.name in found and f.name != "model_type"})
+    found = {f.name: found[f.name] for f in fields(default) if f.name in found and f.name != "model_type"}
+    check_numbers(default, found, file)
+    config = replace(default, **found)
+    heads = config.num_attention_heads
+    if kind != "clip" and "head_dim" not in found:
+        config = replace(config, head_dim=config.hidden_size // heads)
+    whole, part = (("hidden_size", "num_attention_heads") if kind == "clip" else
+                   ("num_attention_heads", "num_key_value_heads"))
+    if getattr(config, whole) % getattr(config, part):
+        raise UserError(f"{file}: {whole} {getattr(config, whole)} is not a multiple of {part} "
+                        f"{getattr(config, part)}")
+    return config
 
 
-def hub_config(config: LlavaConfig, whole: bool) -> dict:
-    """config.json as llava-hf writes it, for transformers 4 and 5, and what only this file knows."""
-    anyres, rows = config.image_mode == "anyres", config.text.vocab_size
-    if whole and config.image_token_id >= rows:              # <image> and <pad> get rows there
-        rows = math.ceil((config.image_token_id + 2) / 64) * 64
-    turns = {"rope_type": "default", "rope_theta": config.text.rope_theta}
+def check_numbers(default: TextConfig | VisionConfig, found: dict, file: Path) -> None:
+    """Raise UserError for a field of another type than its default, or a size that is not positive."""
+    for name, value in found.items():
+        usual = getattr(default, name)
+        if name == "sliding_window" and value is None or isinstance(usual, bool) and isinstance(value, bool):
+            continue
+        kinds = (int, float) if isinstance(usual, float) else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            what = "a positive number" if isinstance(usual, float) else "a positive whole number"
+            raise UserError(f"{file}: {name} is {value!r}; it must be {what}")
+
+
+def hf_vocab_size(config: LlavaConfig) -> int:
+    """llava-hf's vocabulary, which has rows for <image> and padding, in multiples of 64."""
+    if config.image_token_id < config.text.vocab_size:
+        return config.text.vocab_size
+    return math.ceil((config.image_token_id + 2) / 64) * 64
+
+
+def hf_config(config: LlavaConfig, whole: bool) -> dict:
+    """config.json as llava-hf writes it, for transformers 4 and 5, and the EXTRA_FIELDS."""
+    anyres = config.image_mode == "anyres"
+    text = asdict(config.text)
+    if whole:                                # hf_tensors writes lm_head also where it is tied
+        text |= {"vocab_size": hf_vocab_size(config), "tie_word_embeddings": False}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
+             "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
     return {
-        "architectures": [f"Llava{'Next' * anyres}ForConditionalGeneration"],
+        "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
         "model_type": "llava_next" if anyres else "llava",
         "image_token_index": config.image_token_id, "image_seq_length": config.vision.side**2,
         "image_grid_pinpoints": [(h, w) for w, h in config.grids],
         "projector_hidden_act": "linear" if config.projector == "linear" else "gelu",
         "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
-        "text_config": {**asdict(config.text), "vocab_size": rows, "rope_parameters": turns,
-                        "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2},
+        "vision_feature_select_strategy": "default", "tie_word_embeddings": False, "text_config": text,
         "vision_config": {**asdict(config.vision), "model_type": "clip_vision_model",
                           "hidden_act": "quick_gelu", "projection_dim": 768},
-        "llava.py": {name: getattr(config, name) for name in OURS}}
+        "llava.py": {name: getattr(config, name) for name in EXTRA_FIELDS}}
 
 
-def hub_tensors(model: Llava, rows: int, whole: bool) -> dict[str, Tensor]:
-    tensors = {rename_key(name, TO_HF): p.detach().cpu().contiguous()
-               for name, p in model.named_parameters() if whole or p.requires_grad}
-    if whole and model.config.projector == "linear":         # llava-hf always has two layers
-        one = tensors["multi_modal_projector.linear_1.bias"]
-        tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(one), dtype=one.dtype)
-        tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(one)
-    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight") * whole:
-        words = tensors[name]                # new words get the mean row: never the likeliest
-        mean = words.float().mean(0).to(words.dtype)
-        tensors[name] = torch.cat((words, mean.expand(rows - len(words), -1)))
-    return tensors
+def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Write named tensors to model.safetensors; if they exceed shard_bytes, to
+    model-00001-of-0000N.safetensors and so on, with model.safetensors.index.json, as the hub does.
+
+    Tensors are taken one at a time, so host memory holds one shard more than the model itself. All
+    files get their names only when the last shard is written.
+    """
+    parts, shard, size, weight_map, total = [], {}, 0, {}, 0
+
+    def write_part() -> None:
+        parts.append(file.with_name(f".{file.stem}.{len(parts) + 1}.part"))
+        save_file(shard, parts[-1], metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, len(parts)))
+        shard.clear()
+
+    try:
+        for name, tensor in tqdm(tensors, desc=f"saving {file.stem}", unit="tensor", delay=2, leave=False):
+            if shard and size + tensor.nbytes > shard_bytes:
+                write_part()
+                size = 0
+            shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
+        write_part()
+        if len(parts) == 1:
+            os.replace(parts[0], file)
+            file.with_name(f"{file.name}.index.json").unlink(missing_ok=True)            # of earlier shards
+            return
+        names = [f"{file.stem}-{i:05}-of-{len(parts):05}{file.suffix}" for i in range(1, len(parts) + 1)]
+        for part, name in zip(parts, names):
+            os.replace(part, file.with_name(name))
+        write_json(file.with_name(f"{file.name}.index.json"), {
+            "metadata": {"total_size": total}, "weight_map": {k: names[i - 1] for k, i in weight_map.items()}})
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Words and pictures to tensors
+# 8. Preprocessing: images and conversations to tensors
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def open_image(file: Path) -> Image.Image:
-    """The first frame, as it is: how its mode becomes RGB depends on the publisher (to_rgb)."""
+    """The first frame in its own mode: to_rgb converts it, differently for each publisher. Raises
+    OSError for files that are missing, damaged, or so large that decoding them could fill the memory."""
     try:
         with Image.open(file) as image:
             return image.copy()
     except FileNotFoundError:
-        raise OSError(f"there is no picture {file}") from None
+        raise OSError(f"there is no image {file}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{file} is not a readable picture: {first_line(error)}") from None
+        raise OSError(f"{file} is not a readable image: {first_line(error)}") from None
 
 
 def to_rgb(image: Image.Image, config: LlavaConfig) -> Image.Image:
-    """transformers sees a transparent picture over white, LLaVA's code its colours alone."""
+    """transformers shows a transparent image on white; LLaVA's code drops the transparency."""
     if config.hf_preprocessing and ("A" in image.getbands() or "transparency" in image.info):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
-    """An RGB picture as squares of image_size; resized in 8 bits, bicubic, as CLIP was trained."""
+    """An RGB image as squares of image_size; resized in 8 bits, bicubic, as for CLIP's training."""
     S, (w, h) = config.vision.image_size, image.size
-    if config.image_mode == "pad":           # the mean colour around, truncated as LLaVA does
+    if config.image_mode == "pad":           # to a square, with the mean color, truncated as in LLaVA
         canvas = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * mean) for mean in CLIP_MEAN))
         canvas.paste(image, ((canvas.width - w) // 2, (canvas.height - h) // 2))
         return [canvas.resize((S, S), Image.BICUBIC)]
-    if config.image_mode == "crop":          # the middle
+    if config.image_mode == "crop":          # the center
         w, h = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
         left, top = (w - S) // 2, (h - S) // 2
         return [image.resize((w, h), Image.BICUBIC).crop((left, top, left + S, top + S))]
     W, H = choose_grid((h, w), config.grids)
     inner = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
-    canvas = Image.new("RGB", (W, H))        # black around
+    canvas = Image.new("RGB", (W, H))        # black
     canvas.paste(image.resize(inner, Image.BICUBIC), ((W - inner[0]) // 2, (H - inner[1]) // 2))
     corners = [(x, y) for y in range(0, H, S) for x in range(0, W, S)]
     return [image.resize((S, S), Image.BICUBIC), *(canvas.crop((x, y, x + S, y + S)) for x, y in corners)]
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 [N, 3, S, S] -> float32 with the mean and spread that CLIP expects."""
+    """uint8 [N, 3, S, S] -> float32 with CLIP's mean and standard deviation."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
-    return (pixels.float() / 255 - mean) / std       # times 1 / 255 would round half of the values away
+    return (pixels.float() / 255 - mean) / std       # multiplying by 1 / 255 would differ in the last bit
+
+
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 
 def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
-    """A conversation as pieces of text and whether the model is to learn them; "<image>" and "</s>"
-    are pieces of their own. A lone <image> moves to the front of its message, as in LLaVA."""
+    """A conversation as pieces of text, each with whether it is supervised; "<image>" and "</s>" are
+    pieces of their own. As in LLaVA, a single <image> moves to the front of its message."""
     pieces = []
     for i, message in enumerate(messages):
         text, answers = message["content"], i % 2 == 1
         if message["role"] != ("assistant" if answers else "user"):
-            raise UserError(f"message {i + 1} is the {message['role']}'s: user and assistant must alternate")
+            raise UserError(f"message {i + 1} has the role {message['role']}: user and assistant must alternate")
         if not answers and text.count("<image>") == 1:
             text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-        if template == "plain":              # stage 1: the picture and its caption, no question
-            pieces += [(text + "\n", True)] if answers else [("<image>", False)] * text.count("<image>")
+        if template == "plain" and answers:  # stage 1: the image and its caption, no question
+            pieces.append((text + "\n", True))
+        elif template == "plain":
+            pieces += [("<image>", False)] * text.count("<image>")
         elif answers:
-            pieces += [(text + " " * (template == "mistral_instruct"), True), ("</s>", True)]
+            pieces += [(text + " " if template == "mistral_instruct" else text, True), ("</s>", True)]
+        elif template == "mistral_instruct":
+            pieces += split_images(f"[INST] {text} [/INST]")
         else:
-            start, end = ("[INST]", "[/INST]") if template == "mistral_instruct" else ("USER:", "ASSISTANT:")
-            start = f"{SYSTEM} {start}" if template == "v1" and i == 0 else start
-            text = f"{start} {text} {end}"
-            pieces += [(piece, False) for piece in re.split("(<image>)", text)]
+            system = f"{SYSTEM} " if i == 0 else ""
+            pieces += split_images(f"{system}USER: {text} ASSISTANT:")
     return pieces
 
 
+def split_images(text: str) -> list[tuple[str, bool]]:
+    return [(piece, False) for piece in re.split("(<image>)", text)]
+
+
 class Processor:
-    """Conversations and pictures to tensors, ids back to words."""
+    """Conversations and images to tensors, token ids to text."""
 
     def __init__(self, tokenizer_json: str, config: LlavaConfig, legacy: bool = True):
         self.config, self.tokenizer_json, self.legacy = config, tokenizer_json, legacy
@@ -984,67 +1384,72 @@ class Processor:
         self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))
         if None in (self.bos, self.eos):
             raise UserError("the tokenizer has no <s> or no </s>: it is not one of LLaMA or Mistral")
-        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode sets the first one
+        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode adds the first one
         self.tokenizer.pre_tokenizer = None
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, config: LlavaConfig | None = None) -> Processor:
-        """The tokenizer of a folder or hub id; `config` is that of the model it is to serve."""
+        """The tokenizer of a folder or hub id; `config` is that of the model that it serves."""
         folder = fetch(str(path_or_repo_id), weights=False)
         config = config or LlavaConfig(**open_checkpoint(str(path_or_repo_id), weights=False)[0])
         if not (folder / "tokenizer.json").exists():
-            raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has, such as "
+            raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has one, such as "
                           "--tokenizer llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
-        more = folder / "tokenizer_config.json"
-        legacy = read_json(more).get("legacy") is not False if more.exists() else True
+        settings = folder / "tokenizer_config.json"
+        legacy = read_json(settings).get("legacy") is not False if settings.exists() else True
         try:
             return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy)
-        except Exception as error:           # tokenizers raises nothing more exact
+        except Exception as error:           # tokenizers raises nothing more specific
             raise UserError(f"{folder / 'tokenizer.json'} does not work: {first_line(error)}") from None
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Ids of a piece of text; SentencePiece puts a space before the first word of a text."""
-        text = "\u2581" + text if first and text else text
+        """Token ids of a text; SentencePiece puts a space before the first word."""
+        if first and text:
+            text = "\u2581" + text
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """uint8 [tiles, 3, image_size, image_size], to be normalised where the model is."""
+        """uint8 [tiles, 3, image_size, image_size], to be normalised on the model's device."""
         tiles = np.stack([np.asarray(tile) for tile in cut_tiles(to_rgb(image, self.config), self.config)])
         return torch.from_numpy(tiles).permute(0, 3, 1, 2)
 
     def tokenize(self, messages: list[dict]) -> tuple[list[int], list[int]]:
-        """Ids, and labels: the same ids where the assistant speaks or ends, elsewhere IGNORE."""
+        """Token ids, and labels: the ids of the assistant's text and of its end, elsewhere IGNORE."""
         ids, labels, ended = [self.bos], [IGNORE], False
-        for text, learned in render(messages, self.config.template):
+        for text, supervised in render(messages, self.config.template):
             if text == "<image>":
                 piece = [self.config.image_token_id]
             elif text == "</s>":
                 piece = [self.eos]
-            else:                            # a text of its own; after </s> only to legacy tokenizers
+            else:                            # legacy tokenizers add a space after </s>, too
                 piece = self.encode(text, first=self.legacy or not ended)
             ended = text == "</s>"
-            ids, labels = ids + piece, labels + (piece if learned else [IGNORE] * len(piece))
+            ids += piece
+            labels += piece if supervised else [IGNORE] * len(piece)
         return ids, labels
 
     def __call__(self, messages: list[dict], images=(), labels: bool = False) -> dict:
         """messages [{"role": "user" | "assistant", "content": "<image>\\nWhat is it?"}, ...] and PIL
         images in reading order -> input_ids [1, T], images, image_sizes and, if asked for, labels
         [1, T], all as Llava takes them."""
-        ids, learned = self.tokenize(messages)
+        ids, supervised = self.tokenize(messages)
         if (marks := ids.count(self.config.image_token_id)) != len(images):
-            raise UserError(f"{marks} <image> in the text, but {len(images)} pictures")
-        inputs = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([learned]),
+            raise UserError(f"the text has {marks} <image>, but {len(images)} images are given")
+        inputs = {"input_ids": torch.tensor([ids]),
                   "images": [normalize(self.pixels(image)) for image in images],
                   "image_sizes": [(image.height, image.width) for image in images]}
-        return inputs if labels else {k: v for k, v in inputs.items() if k != "labels"}
+        if labels:
+            inputs["labels"] = torch.tensor([supervised])
+        return inputs
 
     def save_pretrained(self, folder) -> None:
-        """The tokenizer, with <image> and <pad>, and what transformers' processors ask for."""
-        S, crop = self.config.vision.image_size, self.config.image_mode == "crop"
-        kind = "LlavaNext" if self.config.image_mode == "anyres" else "Llava"
+        """The tokenizer, with <image> and <pad>, and the files that transformers' processors need."""
+        S, kind = self.config.vision.image_size, "Llava"
+        if self.config.image_mode == "anyres":
+            kind = "LlavaNext"
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.add_special_tokens(["<image>", "<pad>"])
         files = {
@@ -1054,31 +1459,22 @@ class Processor:
                 "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
             "preprocessor_config.json": {
                 "image_processor_type": f"{kind}ImageProcessor", "size": {"shortest_edge": S},
-                "crop_size": {"height": S, "width": S}, "do_pad": not crop, "image_mean": CLIP_MEAN,
-                "image_std": CLIP_STD, "image_grid_pinpoints": [(h, w) for w, h in self.config.grids]},
+                "crop_size": {"height": S, "width": S}, "do_pad": self.config.image_mode != "crop",
+                "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+                "image_grid_pinpoints": [(h, w) for w, h in self.config.grids]},
             "processor_config.json": {
                 "processor_class": f"{kind}Processor", "patch_size": self.config.vision.patch_size,
                 "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}}
-        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_json(Path(folder) / name, content)
 
 
-def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token [B] from logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0         # the likeliest tokens that together have top_p
-    return order.gather(-1, torch.multinomial(p, 1))[:, 0]
-
-
 # ---------------------------------------------------------------------------------------------
-# 8. The command line
+# 9. The command line
 
 
 def command_line(main) -> None:
-    """Run a program; a mistake of its user ends in one sentence and exit code 1."""
+    """Run a program; a mistake of its user ends with one sentence and exit code 1."""
     try:
         main()
     except (UserError, OSError) as error:
@@ -1087,36 +1483,61 @@ def command_line(main) -> None:
         sys.exit(130)
 
 
+def number(kind: type, least: float, most: float = math.inf):
+    """An argparse type: an int or float from `least` to `most`."""
+    def parse(text: str) -> int | float:
+        value = kind(text)                   # argparse reports the ValueError
+        if not least <= value <= most:
+            limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limit}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every program that opens a model."""
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--tokenizer", metavar="ID",
-                        help="folder or hub id with the tokenizer.json, if the model has none")
-    parser.add_argument("--image-mode", choices=("pad", "crop"), help="default: the model's")
-    parser.add_argument("--template", choices=("plain", "mistral_instruct", "v1"),
-                        help="default: the model's")
-    parser.add_argument("--prune", choices=("none", *PRUNING),
-                        help="merge the tokens of each picture (default: the model's)")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32",
-                        choices=("bfloat16", "float16", "float32"),
-                        help="default: bfloat16 on a GPU, float32 on a CPU")
+    add = parser.add_argument
+    add("--tokenizer", metavar="ID", help="folder or hub id with the tokenizer.json, if the model has none")
+    add("--base", action="append", default=[], metavar="ID",
+        help="new place of a base that a run folder names; once for each, in the order of its config.json")
+    add("--image-mode", choices=("pad", "crop"), help="default: the model's")
+    add("--template", choices=("plain", "mistral_instruct", "v1"), help="default: the model's")
+    add("--prune", choices=("none", *PRUNING), help="reduce the tokens of each tile (default: the model's)")
+    add("--keep-tokens", type=number(int, 1), metavar="N",
+        help=f"tokens to keep of each tile, with --prune {', '.join(BUDGETED)}")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16 on a GPU that supports it, float32 on a CPU")
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 on a GPU that computes in it, float16 on an older one and on MPS, float32 on a CPU."""
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32" if device == "cpu" else "float16"
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
-    chosen = {k: getattr(args, k) for k in ("image_mode", "prune", "template") if getattr(args, k)}
-    model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device, **chosen)
+    """The model and the processor that the flags of add_model_flags name; sets args.dtype."""
+    overrides = {name: getattr(args, name) for name in ("image_mode", "prune", "template", "keep_tokens")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    args.dtype = args.dtype or default_dtype(args.device)
+    model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device,
+                                  base=args.base, **overrides)
     return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
 
 
-def stream_answer(model: Llava, processor: Processor, messages, images, **decoding) -> str:
-    """Print the answer to a conversation word by word, as it comes, and return it."""
+def stream_answer(model: Llava, processor: Processor, messages, images, **sampling) -> str:
+    """Print the answer to a conversation while it is generated, and return it."""
     ids, text, shown = [], "", 0
     inputs = processor(messages, images)
-    for token in model.generate(**inputs, eos_token_id=processor.eos, **decoding):
+    for token in model.generate(**inputs, eos_token_id=processor.eos, **sampling):
         ids.append(token)
         text = processor.decode(ids)
-        if not text.endswith("\ufffd"):      # half a character waits for its other half
+        if not text.endswith("\ufffd"):      # an incomplete UTF-8 character waits for its other bytes
             print(text[shown:], end="", flush=True)
             shown = len(text)
     print(text[shown:])
@@ -1131,16 +1552,16 @@ def read_question() -> str:
 
 
 def print_trace(model: Llava, inputs: dict) -> None:
-    """Print the way of the picture and the words through the model while they go it: the prompt,
-    then one word of the answer. A silent pass before counts FLOPs, which would spoil the clock."""
+    """Print shape, dtype, parameters, FLOPs and time of every module, for the prompt and one decode step,
+    and the attention kernels. FLOPs come from a separate pass, because counting slows the timed one."""
     tower, decoder = model.vision_tower, model.language_model
     parts = [tower.patch_embedding, tower.pre_layrnorm, *tower.layers, model.projector,
              decoder.embed_tokens, *decoder.layers, decoder.norm, decoder.lm_head]
     names = {module: name for name, module in model.named_modules() if module in parts}
-    counter = FlopCounterMode(display=False, custom_mapping={             # unknown to torch 2.13
+    counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
-    flops, clock = [0], [0.0]                # when each part was done, in FLOPs and seconds
+    flops, clock = [0], [0.0]                # totals at the end of each module
 
     def count(*_) -> None:
         flops.append(counter.get_total_flops())
@@ -1150,87 +1571,128 @@ def print_trace(model: Llava, inputs: dict) -> None:
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
         gflop, ms = (flops[len(clock) - 1] - flops[len(clock) - 2]) / 1e9, 1e3 * (clock[-1] - clock[-2])
-        row(names[module], y.shape, y.dtype, f"{sum(p.numel() for p in module.parameters()):,}",
-            f"{gflop:.3f}", f"{ms:.2f}")
+        size = f"{sum(p.numel() for p in module.parameters()):,}"
+        print_row(names[module], y.shape, y.dtype, size, f"{gflop:.3f}", f"{ms:.2f}")
 
-    def row(stage: str, shape, *cells) -> None:
+    def print_row(module: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
-        print(f"{stage:33}{str(list(shape)):>20}", *cells, sep="")
+        print(f"{module:33}{str(list(shape)):>20}", *cells, sep="")
 
-    print(f"{'done':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
+    print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
-        row(f"picture {width} x {height}", tiles.shape, tiles.dtype)
-    row("words and <image>", inputs["input_ids"].shape, inputs["input_ids"].dtype)
+        print_row(f"image {width} x {height}", tiles.shape, tiles.dtype)
+    print_row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
     for hook, context in ((count, counter), (show, nullcontext())):
-        hooks, clock[0] = [part.register_forward_hook(hook) for part in parts], time.perf_counter()
+        handles, clock[0] = [module.register_forward_hook(hook) for module in parts], time.perf_counter()
         with context:
             list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
-        for hook in hooks:
-            hook.remove()
-    print()
+        for handle in handles:
+            handle.remove()
+    kernels = {str(op) for op in counter.get_flop_counts()["Global"] if "attention" in str(op)}
+    print(f"attention kernels: {', '.join(sorted(kernels)) or 'none'}\n")
 
 
 @torch.inference_mode()
 def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
-    """What pruning does to the tiles uint8 [N, 3, S, S] of a picture, a row each. Left: kept patches
-    clear, the others in the tint of the strongest that takes them in. Right: CLS's attention."""
-    S, side, like = tiles.shape[-1], model.config.vision.side, model.vision_tower.class_embedding
-    scale = math.ceil(336 / S)
-    variant, canvas = PRUNING[model.config.prune], Image.new("RGB", (2 * S, len(tiles) * S))
-    pixels = normalize(tiles.to(like.device)).to(like.dtype)
-    states = model.vision_tower(pixels, model.config.vision_feature_layer)
+    """What token reduction keeps of the tiles uint8 [N, 3, S, S] of an image, one row a tile. Left: kept
+    patches clear, the others dark, with PruMerge in the color of the patch that they are merged into.
+    Right: the attention of the CLS token."""
+    S, side, config = tiles.shape[-1], model.config.vision.side, model.config
+    weight, N = model.vision_tower.class_embedding, config.keep_tokens
+    pixels, canvas = normalize(tiles.to(weight.device)), Image.new("RGB", (2 * S, len(tiles) * S))
+    states = model.vision_tower(pixels.to(weight.dtype), config.vision_feature_layer)
 
     def enlarge(patches: Tensor) -> Image.Image:                          # [P] or [P, 3] of 0...255
         values = patches.byte().cpu().unflatten(0, (side, side)).numpy()
         return Image.fromarray(values).resize((S, S), Image.NEAREST)
 
     for i, (tile, attention, keys) in enumerate(zip(tiles, *model.cls_attention(states))):
-        mix, kept = prumerge(attention, keys, **variant), choose_patches(attention, **variant)
-        hues = torch.tensor([ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))])
-        taken = mix[:len(kept)].cpu() > 0                                 # [m, P]
-        tint = hues[taken.int().argmax(0)].where(taken.any(0)[:, None], torch.tensor(96))
+        tint = torch.full((side**2, 3), 96)
+        if config.prune == "random":
+            kept = random_patches(pixels[i], N, side**2)
+        elif config.prune == "divprune":
+            kept = diverse_patches(model.projector(states[i, 1:]), N)
+        else:
+            variant = PRUMERGE[config.prune]
+            kept = choose_patches(attention, budget=N and N - 1, **variant)
+            merged = prumerge(attention, keys, budget=N, **variant)[:len(kept)].cpu() > 0     # [m, P]
+            hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
+            tint = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], tint)
         clear = torch.zeros(side**2).index_fill(0, kept.cpu(), 255)
-        picture = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
-        dim = Image.blend(picture, enlarge(tint), 0.6)
-        canvas.paste(Image.composite(picture, dim, enlarge(clear)), (0, i * S))
+        image = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
+        dark = Image.blend(image, enlarge(tint), 0.6)
+        canvas.paste(Image.composite(image, dark, enlarge(clear)), (0, i * S))
         canvas.paste(enlarge(255 * attention / attention.max()), (S, i * S))
+    scale = math.ceil(336 / S)
     return canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask a LLaVA about pictures; without a prompt, talk to it.")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Ask a LLaVA about images. Without a question, a conversation begins.")
     add = parser.add_argument
-    add("prompt", nargs="?", help="the question; without one a conversation begins")
+    add("prompt", nargs="?", help="the question; without one a conversation begins, which an empty line ends")
     add("--model", required=True, metavar="ID",
-        help="folder, run, or hub id such as llava-hf/llava-v1.6-mistral-7b-hf (or id@revision)")
+        help="folder, run folder, or hub id such as llava-hf/llava-v1.6-mistral-7b-hf (or id@revision)")
     add("--image", nargs="+", action="extend", default=[], metavar="FILE",
-        help="pictures to look at; what stands after the last one and is no file is the question")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest word")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest, P in sum")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--trace", action="store_true", help="first show the way through the model, step by step")
-    add("--show-kept", metavar="FILE", help="save a picture of what --prune keeps of the first one")
+        help="images; the question may follow the last one")
+    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="default: %(default)s")
+    add("--temperature", type=number(float, 0), default=0.0, metavar="T",
+        help="0, the default, is greedy: always the most probable token")
+    add("--top-p", type=number(float, 1e-9, 1), default=1.0, metavar="P",
+        help="sample from the most probable tokens that together have probability P (default: 1)")
+    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add("--trace", action="store_true",
+        help="first print shape, parameters, FLOPs and time of every module")
+    add("--show-kept", metavar="FILE", help="save an image of the patches that --prune keeps of the first image")
+    add("--save", type=Path, metavar="DIR",
+        help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop")
     add_model_flags(parser)
-    args = parser.parse_args()
-    if args.prompt is None and len(args.image) > 1 and not os.path.exists(args.image[-1]):
-        args.prompt = args.image.pop()
+    args = parser.parse_args(argv)
+    if args.prompt is None and len(args.image) > 1:
+        last = args.image[-1]                # the question, unless it is a file, perhaps a misspelt one
+        if not os.path.exists(last) and Path(last).suffix.lower() not in Image.registered_extensions():
+            args.prompt = args.image.pop()
+    if args.save and (args.prompt or args.image):
+        parser.error("--save writes the model and asks nothing: leave out the question and --image")
+    if args.show_kept and not args.image:
+        parser.error("--show-kept needs an --image")
+    return args
+
+
+def save_whole(args: argparse.Namespace) -> None:
+    """--save: the model and the processor as one folder, in the dtype of the files or --dtype."""
+    if args.save.exists() and any(args.save.iterdir()):
+        raise UserError(f"{args.save} is not empty: name a new folder for --save")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model = Llava.from_pretrained(args.model, dtype=dtype, base=args.base)
+    model.save_pretrained(args.save)
+    Processor.from_pretrained(args.tokenizer or args.model, model.config).save_pretrained(args.save)
+    print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.save:
+        return save_whole(args)
     images = [open_image(file) for file in args.image]
     model, processor = load_model(args)
     if args.show_kept:
-        if not images or model.config.prune == "none":
-            parser.error("--show-kept needs an --image and a --prune")
+        if model.config.prune in ("none", "pool"):
+            raise UserError("--show-kept needs a --prune that keeps patches: all but none and pool do")
         draw_kept_patches(model, processor.pixels(images[0])).save(args.show_kept)
     torch.manual_seed(args.seed)
-    messages = []
-    for question in [args.prompt] if args.prompt is not None else iter(read_question, ""):
-        shown = "<image>\n" * len(images) if not messages and "<image>" not in question else ""
-        messages.append({"role": "user", "content": shown + question})
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    messages, question = [], args.prompt or read_question()
+    while question:
+        if not messages and "<image>" not in question:
+            question = "<image>\n" * len(images) + question
+        messages.append({"role": "user", "content": question})
         if args.trace and len(messages) == 1:
             print_trace(model, processor(messages, images))
-        answer = stream_answer(model, processor, messages, images, max_new_tokens=args.max_new_tokens,
-                     temperature=args.temperature, top_p=args.top_p)
+        answer = stream_answer(model, processor, messages, images, **sampling)
         messages.append({"role": "assistant", "content": answer})
+        question = "" if args.prompt else read_question()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from eval import (answer, collate, fingerprint, grade, interval, question, read_answers, read_scienceqa,
                   to_record)
-from llava import (IGNORE, TEMPLATES, Llava, Processor, add_model_flags, command_line, open_image,
+from llava import (IGNORE, TEMPLATES, Llava, Processor, add_model_flags, command_line, farthest_points, open_image,
                    load_model, read_json, atomic_write, write_json, UserError)
 
 WITH_PICTURE = 0.85                          # guided: at least this share, while there are pictures
@@ -74,35 +74,6 @@ def maxmin(problems: list[dict], k: int, args) -> dict[int, str]:
     """The farthest apart in a LLaVA's hidden states."""
     states = measure(problems, args, args.pooling).to(args.device)
     return dict.fromkeys(farthest_points(states, k).tolist(), "the farthest from those before it")
-
-
-def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
-    """Greedy max-min (Gonzalez 1985): k indices of x [N, D] in order of choice, each the point whose
-    nearest chosen one is farthest, the lowest of equals; start None is the point nearest the mean.
-    The smallest distance among them is at least half of the best possible.
-
-    One matrix-vector product a pick: |a - b|² = |a|² - 2ab + |b|². Far from the origin that cancels,
-    so the point in the middle becomes the origin. Unlike the mean, which no point is, it leaves
-    equal distances exactly equal.
-    """
-    if not 0 < k <= len(x):
-        raise UserError(f"{k} of {len(x)} points cannot be chosen")
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if len(bad := (~x.isfinite().all(1)).nonzero()):
-        raise UserError(f"the features of point {int(bad[0])} are not finite")
-    middle = int(torch.linalg.vector_norm(x - x.mean(0), dim=1).argmin())
-    x = x - x[middle]
-    squares, pick, picks = x.square().sum(1), middle if start is None else start, []
-    nearest = torch.full_like(squares, math.inf)                          # [N] squared distances
-    for _ in tqdm(range(k), desc="choosing", leave=False):
-        picks.append(pick)
-        sums = squares + squares[pick]
-        distances = torch.addmv(sums, x, x[pick], alpha=-2)
-        distances[distances < 32 * torch.finfo(x.dtype).eps * sums] = 0   # left by rounding
-        nearest = torch.minimum(nearest, distances)
-        nearest[pick] = -1                   # never again, not even among duplicates
-        pick = int(nearest.argmax())
-    return torch.tensor(picks)
 
 
 def guided(problems: list[dict], k: int, args) -> dict[int, str]:

@@ -158,7 +158,7 @@ def build_ours(args) -> Llava:
 
 def build_theirs(args):
     from transformers import AutoConfig, AutoModelForImageTextToText
-    config = AutoConfig.for_model(**llava.hub_config(make_config(args), whole=True))
+    config = AutoConfig.for_model(**llava.hf_config(make_config(args), whole=True))
     return randomly(args, partial(AutoModelForImageTextToText.from_config, config,
                                   dtype=getattr(torch, args.dtype)))
 
@@ -235,12 +235,11 @@ def foretold(args) -> float:
         sketch = Llava(make_config(args))
     let_learn(sketch, 2)
     learned, rows = (args.tokens - sketch.config.vision.side**2) // 2, args.rows
-    samples = argparse.Namespace(lengths=[args.tokens] * rows, learned=[learned] * rows,
-                                 records=[{"pictures": ["one"]}] * rows)
+    load = train.Load(rows * args.tokens, rows * learned, rows)
     flags = argparse.Namespace(**vars(args), stage=2, lora_rank=None, lora_vision=False, in_backward=True,
                                card=None, batch_size=rows, micro_batch_size=rows)
     empty, _ = peaks(args.device, dict, len)
-    return empty + train.memory(sketch, samples, [list(range(rows))], flags)["peak"] / 2**30
+    return empty + train.estimate_memory(sketch, load, flags)["peak"] / 2**30
 
 
 def share_weights(ours: Llava, theirs) -> None:
@@ -342,12 +341,12 @@ def with_pruning(args) -> None:
             model.vision_tower(pixels)
         else:
             (attention,), (keys,) = model.cls_attention(states)
-            llava.prumerge(attention, keys, **llava.PRUNING[name]) @ states[0, 1:]
+            llava.prumerge(attention, keys, **llava.PRUMERGE[name]) @ states[0, 1:]
 
     def prefill(name: str) -> None:
         x = torch.cat((features[name], features["none"][:words]))[None]
         lengths = torch.tensor([x.shape[1]], device=x.device)
-        decoder(x, [llava.KVCache(x.shape[1], lengths) for _ in decoder.layers])
+        decoder.prefill(x, [llava.KVCache(x.shape[1], lengths, None) for _ in decoder.layers], None)
 
     def answer(n: int, name: str) -> None:
         model.config = replace(config, prune=name)

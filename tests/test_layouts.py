@@ -99,7 +99,7 @@ def test_logits_and_loss_are_the_recorded_ones(family, opened):
 
 
 @pytest.mark.parametrize("layout", HUB)
-def test_the_layouts_are_written_hf_preprocessing_reads_them(layout, opened):
+def test_the_layouts_are_written_as_transformers_reads_them(layout, opened):
     """A test of the helper: transformers finds every tensor and no other in what LAYOUTS writes."""
     hf = pytest.importorskip("transformers", minversion="5")
     case, _ = opened(layout)
@@ -208,7 +208,7 @@ def same_text(ours, theirs):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_language_models_config_is_read_hf_preprocessing_reads_it(name, tmp_path):
+def test_a_language_models_config_is_read_as_transformers_reads_it(name, tmp_path):
     ours, theirs = read_config(CONFIGS[name], tmp_path)
     same_text(ours.text, theirs)
     assert ours.template == ("mistral_instruct" if theirs.model_type == "mistral" else "v1")
@@ -228,7 +228,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_a_nested_config_may_be_silent_hf_preprocessing_are(name, tmp_path):
+def test_a_nested_config_may_be_incomplete_as_transformers_allows(name, tmp_path):
     ours, theirs = read_config(hub_config({"rope_theta": 1e4} | NESTED[name], anyres=True), tmp_path)
     same_text(ours.text, theirs.text_config)
     assert ours.image_token_id == theirs.image_token_index == IMAGE_ID

@@ -309,8 +309,7 @@ def test_what_the_processor_makes_is_what_the_model_takes(tmp_path):
 # PruMerge
 
 
-def prumerge_by_loops(features, attention, keys, plus=False, ratio=None, paper=False, in_order=False,
-                      normalized=False):
+def prumerge_by_loops(features, attention, keys, plus=False, ratio=None, paper=False):
     """The released code in words: keep the outliers or a share of all, strongest first; with plus an
     even sample of the others but never the last; add to each its 32 most similar patches, weighted;
     then the sum of all that is left. The paper: in order, by the plain product of keys, a patch as
@@ -324,25 +323,22 @@ def prumerge_by_loops(features, attention, keys, plus=False, ratio=None, paper=F
         kept += [p for p in range(0, P - 1, max(1, int(int(P / m) / 3))) if p not in kept]
     elif plus:
         kept += range(P // m // 2, P - 1, P // m)
-    kept = sorted(kept) if in_order or paper else kept
+    kept = sorted(kept) if paper else kept
     a = a / a.sum() if paper else a
     unit = keys.double() if paper else keys.double() / keys.double().norm(dim=1, keepdim=True)
     tokens = []
     for p in kept:
         others = sorted((q for q in range(P) if q != p), key=lambda q: -float(unit[p] @ unit[q]))[:32]
         weights = {p: a[p] if paper else 1.0} | {q: a[q] for q in others}
-        total = sum(weights.values()) if normalized else 1.0
-        tokens.append(sum(w / total * features[q].double() for q, w in weights.items()))
+        tokens.append(sum(w * features[q].double() for q, w in weights.items()))
     if not paper:
         rest = [q for q in range(P) if q not in kept]
-        total = sum(a[q] for q in rest) if normalized else 1.0
         nothing = torch.zeros(features.shape[1])
-        tokens.append(sum((a[q] / total * features[q].double() for q in rest), nothing))
+        tokens.append(sum((a[q] * features[q].double() for q in rest), nothing))
     return torch.stack(tokens).float()
 
 
-@pytest.mark.parametrize("variant", [*llava.PRUNING.values(), {"in_order": True}, {"normalized": True},
-                                     {"plus": True, "in_order": True, "normalized": True}], ids=str)
+@pytest.mark.parametrize("variant", llava.PRUMERGE.values(), ids=str)
 def test_every_variant_of_prumerge_is_the_double_loop_of_its_definition(variant):
     torch.manual_seed(0)
     attention, keys, features = torch.rand(81) / 10, torch.randn(81, 7), torch.randn(81, 6)

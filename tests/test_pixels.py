@@ -109,7 +109,7 @@ def test_pixels_are_the_recorded_ones(image_mode, ours):
     assert torch.equal(ours(picture(61, 23), config), golden)
 
 
-def test_each_of_256_values_is_normalised_to_the_bit_hf_preprocessing_does():
+def test_each_of_256_values_is_normalised_to_the_bit_as_transformers_does():
     clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     process = clip.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})

@@ -4,6 +4,7 @@ import itertools
 import json
 import shlex
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 import prune
 from eval import interval, question, read_scienceqa, to_record
-from llava import Llava, Processor, command_line, open_image, rope
+from llava import Llava, Processor, causal_attention, command_line, open_image, rope
 from prune import farthest_points, guided, percentiles, stratified
 from tests.toy import write_random
 
@@ -254,7 +255,8 @@ def test_states_are_those_of_each_prompt_alone(monkeypatch, folder, models, tmp_
             after = [model.splice(**inputs_of(p, processor, False))[0]]    # transformers' hidden_states
             angles = rope(torch.arange(after[0].shape[1]), model.config.text, torch.float32)
             for block in model.language_model.layers:
-                after.append(block(after[-1], angles))
+                attend = partial(causal_attention, window=model.config.text.sliding_window)
+                after.append(block(after[-1], angles, attend))
             after[-1] = model.language_model.norm(after[-1])
         wanted = after[layer][0, -1] if pooling == "last" else after[layer][0].mean(0)
         assert torch.allclose(torch.tensor(rows[i]), wanted, atol=1e-4), i

@@ -1,4 +1,4 @@
-"""What is shown of the model's inside: --print_trace and --show-kept."""
+"""What is shown of the model's inside: --trace and --show-kept."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ def test_the_trace_has_a_row_for_every_part_and_counts_its_flops(capsys):
                   "image_sizes": [(24, 24)]})
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line]
     names = [row[0] for row in rows]
-    assert names[1:3] == ["picture 24 x 24", "words and <image>"]
+    assert names[1:3] == ["image 24 x 24", "input_ids"]
     assert names.count("language_model.layers.1") == 2, "the prompt and one word of the answer"
     assert "vision_tower.layers.1" in names
     assert "vision_tower.layers.2" not in names, "the last block is not run"

@@ -1,4 +1,4 @@
-"""The doll's house has the shapes of the real thing."""
+"""The toy data has the layouts of the real data."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from tests import toy
 from train import read_records
 
 
-def test_scienceqa_is_made_like_the_published_one(tmp_path):
+def test_toy_scienceqa_has_the_layout_of_the_published_one(tmp_path):
     toy.write_scienceqa(tmp_path, sizes=(("train", 200), ("val", 8), ("test", 40)))
     problems = read_scienceqa(tmp_path, "train")
     assert {p["subject"] for p in problems} == {"natural science", "social science", "language science"}
@@ -22,21 +22,21 @@ def test_scienceqa_is_made_like_the_published_one(tmp_path):
     assert problems[0].keys() >= {"lecture", "solution", "hint", "task", "grade", "topic", "skill"}
     assert all(p["choices"][p["answer"]] in p["solution"] for p in problems)
     right = Counter((p["skill"], p["answer"]) for p in problems if p["image"])
-    assert len(right) > 12, "no question with a picture has one answer always"
+    assert len(right) > 12, "each skill has several answers"
 
 
-def test_a_question_with_a_picture_says_nothing_of_the_answer():
+def test_the_text_of_an_image_question_does_not_tell_the_answer():
     rng = random.Random(0)
-    asked = [toy.picture_problem(toy.make_scene(rng), rng) for _ in range(400)]
+    asked = [toy.image_problem(toy.make_scene(rng), rng) for _ in range(400)]
     answers = {}
     for p in asked:
         answers.setdefault(question(p), set()).add(p["answer"])
-    assert len(answers) == 4, "one wording a kind, so the words decide nothing"
+    assert len(answers) == 4, "one wording per kind of question"
     assert all(len(possible) >= 3 for possible in answers.values())
 
 
 @pytest.mark.parametrize("shape", toy.SHAPES)
-def test_the_picture_shows_what_the_caption_says(shape):
+def test_the_image_shows_what_the_caption_says(shape):
     rng = random.Random(1)
     for place, (x, y) in toy.PLACES.items():
         scene = {"count": "one", "color": "red", "shape": shape, "place": place}
@@ -46,7 +46,7 @@ def test_the_picture_shows_what_the_caption_says(shape):
         assert abs(middle[1] - x) < 7 and abs(middle[0] - y) < 7, toy.caption(scene)
 
 
-def test_a_second_build_makes_the_same_bytes_and_an_unfinished_part_is_made_again(tmp_path, monkeypatch):
+def test_a_second_build_is_bit_identical_and_an_unfinished_part_is_built_again(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "write_scienceqa", lambda folder: toy.write_captions(folder, size=3))
     (tmp_path / "a/unfinished-scienceqa").mkdir(parents=True)
     for name in "ab":
@@ -55,7 +55,7 @@ def test_a_second_build_makes_the_same_bytes_and_an_unfinished_part_is_made_agai
     assert a == b and len(a) == 3
 
 
-def test_its_parts_open_and_its_captions_are_records(tmp_path):
+def test_the_toy_models_open_and_the_captions_are_records(tmp_path):
     tokenizer = toy.make_tokenizer(size=600)
     toy.write_captions(tmp_path / "pretrain", size=4)
     toy.write_clip(tmp_path / "clip", steps=1, size=8, batch=4)
@@ -71,18 +71,18 @@ def test_its_parts_open_and_its_captions_are_records(tmp_path):
     assert processor.decode(processor.encode(text)) == text
 
 
-def test_the_losses_are_drawn(tmp_path):
+def test_draw_losses_draws_a_panel_per_run(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         lines = (json.dumps({"loss": 3 / i}) + "\n" for i in range(1, 40))
         (tmp_path / name / "log.jsonl").write_text("".join(lines))
     toy.draw_losses([tmp_path / "one", tmp_path / "two"], tmp_path / "loss.png")
-    picture = np.asarray(toy.Image.open(tmp_path / "loss.png"))
-    assert picture.shape == (260, 840, 3)
-    drawn = (picture == (0x20, 0x50, 0xb0)).all(-1)
+    image = np.asarray(toy.Image.open(tmp_path / "loss.png"))
+    assert image.shape == (260, 840, 3)
+    drawn = (image == (0x20, 0x50, 0xb0)).all(-1)
     assert drawn[:, :420].sum() > 100 and drawn[:, 420:].sum() > 100
 
 
-def test_an_answer_of_the_doll_house_can_be_read():
+def test_a_toy_answer_can_be_parsed():
     p = toy.text_problem(random.Random(3))
     assert parse_choice(toy.answer(p), len(p["choices"])) == p["answer"]

@@ -1,18 +1,19 @@
-"""The doll's house: everything a real run downloads, in the same layouts, 10,000 times smaller.
+"""The toy data: everything a real run downloads, in the same layouts, 10,000 times smaller.
 
     python tests/toy.py data/toy
 
 makes from a seed, in a minute or two on two cores:
 
     scienceqa/        problems.json, pid_splits.json, images/{split}/{id}/image.png
-    pretrain.json     captions for stage 1, their pictures in pretrain/
-    clip/             a vision tower, pretrained to tell which caption belongs to which picture
+    pretrain.json     captions for stage 1, their images in pretrain/
+    clip/             a vision tower, pretrained to tell which caption belongs to which image
     benchmarks/       VQAv2, TextVQA, POPE, MME, MMBench and LLaVA-Bench in their published formats
     mistral/ llama/   two language models of equal depth, pretrained on text alone
 
-A picture shows one to three shapes of one color on one side of a map. The language models can answer
-questions about a scene that is described in words, but have never met a picture; the tower has never
-met a question. Joining them is left to train.py: a picture question answered right was seen.
+An image shows one to three shapes of one color on one side of a map. The language models can answer
+questions about a scene that is described in text, but were not trained on images; the vision tower was
+not trained on questions. train.py connects them: image questions that are answered correctly only with
+the real image show that the model uses it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ LLAMA = MISTRAL | dict(model_type="llama", intermediate_size=224, num_key_value_
 
 
 # ---------------------------------------------------------------------------------------------
-# Scenes, in pictures and in words
+# Scenes, as images and as text
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 70, 220),
           "yellow": (235, 210, 40), "purple": (150, 50, 190)}
@@ -72,8 +73,8 @@ def make_scene(rng: random.Random) -> dict[str, str]:
 
 
 def draw(scene: dict[str, str], rng: random.Random) -> Image.Image:
-    picture = Image.new("RGB", (64, 64), tuple(rng.randint(215, 255) for _ in range(3)))
-    pen, count, turn = ImageDraw.Draw(picture), COUNTS.index(scene["count"]) + 1, rng.random() * math.tau
+    image = Image.new("RGB", (64, 64), tuple(rng.randint(215, 255) for _ in range(3)))
+    pen, count, turn = ImageDraw.Draw(image), COUNTS.index(scene["count"]) + 1, rng.random() * math.tau
     for i in range(count):
         r = rng.randint(8, 10) if count == 1 else rng.randint(6, 7)
         x, y = (center + rng.randint(-2, 2) for center in PLACES[scene["place"]])
@@ -90,7 +91,7 @@ def draw(scene: dict[str, str], rng: random.Random) -> Image.Image:
         else:
             pen.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill=fill)
             pen.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill=fill)
-    return picture
+    return image
 
 
 def noun(scene: dict[str, str]) -> str:
@@ -122,8 +123,8 @@ def problem(subject, topic, skill, grade, generate_answers, choices, right, solu
             "skill": skill, "lecture": lecture, "solution": solution}
 
 
-def picture_problem(scene: dict[str, str], rng: random.Random) -> dict:
-    """A question whose answer is in the picture and nowhere else."""
+def image_problem(scene: dict[str, str], rng: random.Random) -> dict:
+    """A question whose answer is in the image and nowhere else."""
     count, color, shape, place = scene.values()
     return rng.choice((
         problem("natural", "physics", "Identify colors", 2, "What color do you see?", COLORS, color,
@@ -158,9 +159,9 @@ def write_scienceqa(folder: Path, sizes=(("train", 1272), ("val", 100), ("test",
     for split, size in sizes:
         splits[split] = [str(len(problems) + i + 1) for i in range(size)]
         for name in splits[split]:
-            if rng.random() < 0.5:           # in ScienceQA, too, about half have a picture
+            if rng.random() < 0.5:           # in ScienceQA, too, about half have an image
                 scene = make_scene(rng)
-                problems[name] = picture_problem(scene, rng) | {"split": split}
+                problems[name] = image_problem(scene, rng) | {"split": split}
                 place = folder / "images" / split / name
                 place.mkdir(parents=True)
                 draw(scene, rng).save(place / "image.png")
@@ -171,7 +172,7 @@ def write_scienceqa(folder: Path, sizes=(("train", 1272), ("val", 100), ("test",
 
 
 def write_captions(folder: Path, size: int = 6000) -> None:
-    """The pictures in the folder, the records beside it."""
+    """Write the images into the folder and the records beside it."""
     rng, records = random.Random(2), []
     folder.mkdir(parents=True)
     for i in range(size):
@@ -283,14 +284,14 @@ def write_mmbench(folder: Path, scenes: dict[str, dict], rng: random.Random) -> 
 
 
 # ---------------------------------------------------------------------------------------------
-# Pretrained parts, in the layouts of openai/clip-vit-large-patch14-336 and mistralai/Mistral-7B
+# Pretrained models, in the layouts of openai/clip-vit-large-patch14-336 and mistralai/Mistral-7B
 
 
 def pretrain(loss_of_batch, parameters, steps: int, name: str) -> None:
-    """AdamW on whatever loss_of_batch() returns, with a short warm-up and a linear decay."""
+    """Minimise loss_of_batch() with AdamW, a short warm-up and a linear decay."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01)
-    for step in tqdm(range(steps), desc=f"pretraining {name}"):
+    for step in tqdm(range(steps), desc=f"pretraining the toy {name.removeprefix('unfinished-')}"):
         optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 30, 1 - step / steps)
         loss = loss_of_batch()
         optimizer.zero_grad()
@@ -300,7 +301,7 @@ def pretrain(loss_of_batch, parameters, steps: int, name: str) -> None:
 
 
 def write_random(folder: Path, seed: int = 0) -> Path:
-    """A LLaVA of random but loud weights: what it writes depends on every word and patch."""
+    """A LLaVA of random weights, so large that its output depends on every token and patch."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     text = TextConfig(**MISTRAL | {"vocab_size": tokenizer.get_vocab_size(), "num_hidden_layers": 2})
@@ -314,7 +315,7 @@ def write_random(folder: Path, seed: int = 0) -> Path:
 
 
 def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96) -> None:
-    """CLIP's objective: which of the batch's captions belongs to which picture?"""
+    """A vision tower trained with CLIP's loss: which caption of the batch belongs to which image?"""
     torch.manual_seed(3)
     rng, words = random.Random(3), [*COUNTS, *COLORS, *SHAPES, *PLACES]
     scenes = [make_scene(rng) for _ in range(size)]
@@ -345,19 +346,19 @@ def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96
 
 def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int = 450,
                    batch: int = 32) -> None:
-    """A decoder that has read descriptions of scenes, captions, questions and their answers."""
+    """A decoder trained on descriptions of scenes, captions, questions and their answers."""
     torch.manual_seed(4)
     rng, text = random.Random(4), TextConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
     processor = Processor(tokenizer.to_str(), LlavaConfig(
         text=text, image_token_id=text.vocab_size, template=TEMPLATES[text.model_type]))
     model = LanguageModel(text)
     for name, p in model.named_parameters():
-        if p.ndim == 2:                      # words must stand out from what the layers add to them
+        if p.ndim == 2:                      # embeddings must be large beside what the layers add
             deep = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(p, std=1.0 if "embed" in name else (0.3 if deep else 1.0) * p.shape[1] ** -0.5)
 
     def loss_of_batch() -> torch.Tensor:
-        rows = [read(rng, processor) for _ in range(batch)]
+        rows = [make_text(rng, processor) for _ in range(batch)]
         ids, labels = (pad_sequence([torch.tensor(row[i]) for row in rows], batch_first=True,
                                     padding_value=padding) for i, padding in ((0, 0), (1, IGNORE)))
         learned = labels[:, 1:] != IGNORE
@@ -375,25 +376,25 @@ def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int =
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def read(rng: random.Random, processor: Processor) -> tuple[list[int], list[int]]:
-    """A page of the decoder's library: ids, and labels where there is something to learn."""
+def make_text(rng: random.Random, processor: Processor) -> tuple[list[int], list[int]]:
+    """A training text of the decoder: (ids, labels)."""
     scene = make_scene(rng)
     words = [scene["count"], scene["color"], noun(scene), scene["place"]]
     described = caption(scene) if rng.random() < 0.4 else " ".join(rng.sample(words, 4))
     if rng.random() < 0.3:
         before, after = processor.encode(described), processor.encode(caption(scene) + "\n")
         return [processor.bos, *before, *after], [IGNORE] * (1 + len(before)) + after
-    asked = text_problem(rng) if rng.random() < 0.36 else picture_problem(scene, rng)
+    asked = text_problem(rng) if rng.random() < 0.36 else image_problem(scene, rng)
     before = described + "\n" if asked["image"] else ""
     return processor.tokenize([{"role": "user", "content": before + question(asked | {"image": None})},
                                {"role": "assistant", "content": answer(asked)}])
 
 
 def make_tokenizer(size: int = 1000) -> Tokenizer:
-    """A BPE with byte fallback like Mistral's: specials, 256 bytes, then the pieces it learns."""
+    """A BPE with byte fallback like Mistral's: special tokens, 256 bytes, then learned tokens."""
     rng, corpus = random.Random(5), [f"{SYSTEM} USER: ASSISTANT: [INST] [/INST]"] * 9
     for _ in range(3000):
-        asked = text_problem(rng), picture_problem(scene := make_scene(rng), rng)
+        asked = text_problem(rng), image_problem(scene := make_scene(rng), rng)
         corpus += [caption(scene), *(text(p) for p in asked for text in (question, answer))]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -413,8 +414,8 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
 
 
 def build(folder: Path, parts=("scienceqa", "pretrain", "clip", "mistral", "llama", "benchmarks")) -> None:
-    """Make the parts that are not there yet; each appears whole or not at all."""
-    torch.set_num_threads(1)                 # matrices so small that a second thread only waits
+    """Build the parts that are missing; each appears complete or not at all."""
+    torch.set_num_threads(1)                 # the matrices are too small for a second thread
     tokenizer = make_tokenizer()
     write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "clip": write_clip,
              "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer),
@@ -433,7 +434,7 @@ def build(folder: Path, parts=("scienceqa", "pretrain", "clip", "mistral", "llam
 
 
 def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
-    """Both stages, then the test questions, with their pictures and with white ones instead."""
+    """Train both stages, then answer the test questions, with each image and with it replaced by white."""
     began = time.perf_counter()
     build(data, ("scienceqa", "pretrain", "clip", "mistral"))
     shutil.rmtree(runs, ignore_errors=True)
@@ -448,19 +449,19 @@ def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None
     model = Llava.from_pretrained(runs / "stage2", dtype=torch.float32).eval()
     processor = Processor.from_pretrained(runs / "stage2", model.config)
     problems, tables = read_scienceqa(data / "scienceqa", "test"), {}
-    for name, blank in (("seen", False), ("blanked", True)):
+    for name, blank in (("image", False), ("white image", True)):
         answers = generate_answers(model, processor, problems, batch_size=64, max_new_tokens=48, blank=blank)
         tables[name] = score(problems, {p["id"]: text for p, _, text in answers})
     print_table(tables)
-    result = {"IMG": tables["seen"]["IMG"], "IMG_blank": tables["blanked"]["IMG"],
-              "Avg": tables["seen"]["Avg"], "seconds": round(time.perf_counter() - began, 1)}
+    result = {"IMG": tables["image"]["IMG"], "IMG_blank": tables["white image"]["IMG"],
+              "Avg": tables["image"]["Avg"], "seconds": round(time.perf_counter() - began, 1)}
     write_json(runs / "result.json", result)
     print(f"{runs / 'result.json'}: {result}")
 
 
 def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 260) -> None:
-    """A panel per run: the loss of every step, faint, and its running mean."""
-    picture = Image.new("RGB", (width * len(runs), height), "white")
+    """Draw a panel per run: the loss of every step, pale, and its running mean."""
+    image = Image.new("RGB", (width * len(runs), height), "white")
     for i, folder in enumerate(runs):
         losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
         means = list(accumulate(losses, lambda mean, loss: mean + 0.1 * (loss - mean)))
@@ -473,8 +474,8 @@ def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 26
         pen.text((50, 8), f"{folder.name}: loss, {len(losses)} steps, at the end {means[-1]:.3f}", "black")
         for share in (0.0, 0.5, 1.0):
             pen.text((12, bottom - (bottom - 30) * share - 6), f"{top * share:.2f}", "black")
-        picture.paste(panel, (i * width, 0))
-    picture.save(file)
+        image.paste(panel, (i * width, 0))
+    image.save(file)
 
 
 if __name__ == "__main__":

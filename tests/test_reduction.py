@@ -1,0 +1,138 @@
+"""Token reduction at a budget: random, pool, divprune, and PruMerge with --keep-tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import llava
+from llava import Llava, LlavaConfig, TextConfig, UserError, VisionConfig, replace
+
+TEXT = TextConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+                  num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+CONFIG = LlavaConfig(VisionConfig(16, 20, 3, 2, 24, 4), TEXT, image_token_id=50)         # P = 36
+
+
+def model_with(name, keep=None, **more):
+    torch.manual_seed(0)
+    return Llava(replace(CONFIG, prune=name, keep_tokens=keep, **more)).eval()
+
+
+@pytest.mark.parametrize("keep", [1, 6, 9, 12, 20, 36])
+def test_pool_is_the_mean_over_the_regions_of_adaptive_average_pooling(keep):
+    x, (a, b) = torch.randn(36, 5), llava.pooled_size(keep)
+    assert a * b == keep and a <= b and all(keep % i for i in range(a + 1, int(keep**0.5) + 1))
+    wanted = []
+    for i in range(a):
+        for j in range(b):                   # rows floor(6i/a) to ceil(6(i+1)/a)
+            patches = [x[6 * row + column] for row in range(6 * i // a, -(-6 * (i + 1) // a))
+                       for column in range(6 * j // b, -(-6 * (j + 1) // b))]
+            wanted.append(sum(patches) / len(patches))
+    torch.testing.assert_close(llava.pool_patches(x, keep), torch.stack(wanted), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 7, 36])
+def test_divprune_keeps_what_greedy_max_min_over_cosine_distances_keeps(keep):
+    x = torch.randn(36, 5)
+    unit = x / x.norm(dim=1, keepdim=True)
+    distance = [[1 - float(a @ b) for b in unit] for a in unit]
+    nearest = [min(d for j, d in enumerate(row) if j != i) for i, row in enumerate(distance)]
+    chosen = [max(range(36), key=lambda i: nearest[i])]
+    while len(chosen) < keep:
+        left = [i for i in range(36) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(distance[i][j] for j in chosen)))
+    assert llava.diverse_patches(x, keep).tolist() == sorted(chosen)
+    assert llava.farthest_points(unit, keep, start=chosen[0]).tolist() == chosen
+
+
+def test_random_depends_on_the_image_alone():
+    torch.manual_seed(0)
+    tiles = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    model = model_with("random", 9)
+    with torch.no_grad():
+        features = model.encode_images([tiles[:1], tiles[1:]])
+        whole = model.encode_images([tiles[:1], tiles[1:]], prune="none")
+        again = model.encode_images([llava.normalize(tiles[1:])])[0]      # the second alone, as floats
+    assert torch.equal(features[1], again)
+    kept = [[int((w == f).all(1).nonzero()) for f in some] for some, w in zip(features, whole)]
+    assert all(len(set(k)) == 9 and k == sorted(k) for k in kept) and kept[0] != kept[1]
+
+
+@pytest.mark.parametrize("name, keep", [("random", 5), ("pool", 6), ("divprune", 7), ("prumerge", 8),
+                                        ("prumerge+", 9), ("prumerge", 36), ("prumerge+", 36)])
+def test_every_tile_keeps_the_budget(name, keep):
+    model = model_with(name, keep, image_mode="anyres")
+    tiles = torch.randn(3, 3, 24, 24)        # a wide image: the whole and two tiles
+    with torch.no_grad():
+        features = model.encode_images([tiles], [(24, 48)])[0]
+        assert features.shape == (3 * keep, 24)
+        assert llava.count_image_tokens(model.config, (24, 48)) == 3 * keep
+        alone = [model.encode_images([tile[None]], [(24, 24)])[0] for tile in tiles]
+    torch.testing.assert_close(features, torch.cat(alone))
+
+
+def test_prumerge_at_a_budget_takes_the_strongest_patches_and_plus_spreads_half():
+    attention, keys = torch.rand(36), torch.randn(36, 4)
+    order = attention.argsort(descending=True)
+    assert llava.choose_patches(attention, budget=7).tolist() == order[:7].tolist()
+    kept = llava.choose_patches(attention, plus=True, budget=8).tolist()
+    rest = sorted(set(range(36)) - set(order[:4].tolist()))
+    assert kept == order[:4].tolist() + [rest[0], rest[8], rest[16], rest[24]]
+    mix = llava.prumerge(attention, keys, budget=8)
+    assert mix.shape == (8, 36)
+    left = attention.clone()
+    left[order[:7]] = 0
+    assert torch.equal(mix[-1], left)
+
+
+@pytest.mark.parametrize("name", ["random", "pool", "divprune", "prumerge", "prumerge+"])
+def test_a_reduced_model_trains_and_generates(name):
+    model = model_with(name, 4)
+    inputs = {"input_ids": torch.tensor([[1, 50, 5, 6]]), "images": [torch.randn(1, 3, 24, 24)],
+              "image_sizes": [(24, 24)]}
+    model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 50, -100)).backward()
+    assert model.projector[0].weight.grad.abs().sum() > 0
+    assert len(list(model.generate(**inputs, max_new_tokens=3, eos_token_id=None))) == 3
+
+
+def test_the_budget_is_saved_with_the_model(tmp_path):
+    model_with("divprune", 5).save_pretrained(tmp_path)
+    config = Llava.from_pretrained(tmp_path, dtype=torch.float32).config
+    assert (config.prune, config.keep_tokens) == ("divprune", 5)
+
+
+@pytest.mark.parametrize("name, keep, message", [
+    ("random", None, "needs --keep-tokens"), ("pool", None, "needs --keep-tokens"),
+    ("divprune", None, "needs --keep-tokens"), ("none", 5, "--keep-tokens works with"),
+    ("prumerge-fixed", 5, "--keep-tokens works with"), ("random", 37, "between 1 and the 36"),
+    ("random", 0, "between 1 and the 36"), ("prumerge", 1, "between 2 and the 36"),
+    ("pool", 13, "product of two numbers"), ("pool", 14, "product of two numbers"), ("some", 3, "not one of")])
+def test_an_impossible_budget_is_refused(name, keep, message):
+    with pytest.raises(UserError, match=message):
+        model_with(name, keep)
+
+
+@pytest.mark.parametrize("name", llava.PRUMERGE)
+@pytest.mark.parametrize("attention", ["flat", "random", "loud"])
+def test_prumerge_keeps_no_more_tokens_than_counted(name, attention):
+    torch.manual_seed(1)
+    weights = {"flat": torch.full((576,), 1e-3), "random": torch.rand(576)**9, "loud": torch.rand(576)}[attention]
+    if attention == "loud":
+        weights[:143] += 100
+    config = LlavaConfig(prune=name)
+    counted = llava.count_image_tokens(config, (10, 10))
+    tokens = len(llava.prumerge(weights, torch.randn(576, 3), **llava.PRUMERGE[name]))
+    assert tokens <= counted
+    if "fixed" in name:
+        assert tokens == counted == {"prumerge-fixed": 73, "prumerge+-fixed": 145}[name]
+
+
+def test_random_drops_the_features_of_the_other_patches():
+    model, x = model_with("random", 4), torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        states = model.vision_tower(x)[0, 1:]
+        kept = llava.random_patches(x[0], 4, 36)
+        torch.testing.assert_close(model.encode_images([x])[0], model.projector(states[kept]))
+        torch.testing.assert_close(model.encode_images([x], prune="pool")[0],
+                                   model.projector(llava.pool_patches(states, 4)))
+        projected = F.normalize(model.projector(states), dim=1)
+        assert len(set(llava.diverse_patches(projected, 4).tolist())) == 4
