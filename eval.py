@@ -5,9 +5,8 @@
     python eval.py --task pope --questions FILE --annotations FILE FILE FILE --predictions answers.jsonl
     python eval.py --cost
 
-ScienceQA's folder is as published (Lu et al. 2022): problems.json, pid_splits.json and
-images/{split}/{id}/image.png. Prompts, the reading of answers and the figures follow the scripts behind
-LLaVA's published figures: other prompts or rules move a score by up to 30 points.
+Prompts, the reading of answers and the figures follow the scripts behind LLaVA's published figures: other
+prompts or rules move a score by up to 30 points. ScienceQA's folder is as published (Lu et al. 2022).
 """
 
 from __future__ import annotations
@@ -85,9 +84,8 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
 
 
 def question(problem: dict, wording: str = "qcm") -> str:
-    """The prompt of a problem: "qcm" is question, context, options, as LLaVA is trained on ScienceQA; "letter"
-    is how LLaVA-1.5 is asked without that training. As in LLaVA's conversion scripts, double spaces are
-    halved once, and in "qcm" "Question: " disappears."""
+    """The prompt of a problem: "qcm" (question, context, options) as in training on ScienceQA, "letter" as
+    LLaVA-1.5 is asked. As in LLaVA's scripts, double spaces are halved once; "qcm" drops "Question: "."""
     if wording == "letter":
         image = "<image>\n" if problem["image"] else ""
         hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
@@ -132,8 +130,8 @@ def grade(problems: list[dict], texts: dict[str, str]) -> list[bool]:
 
 
 def score(problems: list[dict], texts: dict[str, str]) -> dict[str, float]:
-    """Percent correct in each column, with two decimals; the number of questions; how many answers are missing
-    or unreadable ("unread"), which both count as wrong; and how many belong to other questions."""
+    """Percent correct in each column, with two decimals; the number of questions; the number of answers that
+    are missing or "unread" (unreadable), which count as wrong, and of those to other questions."""
     table = {}
     for column, belongs in COLUMNS.items():
         correct = grade([p for p in problems if belongs(p)], texts)
@@ -196,8 +194,8 @@ def compare(problems: list[dict], files: list[str]) -> None:
 
 
 def read_lines(file, *needed: str, unique: bool = False, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`; `unique` refuses
-    a second line with the same question_id. Raises UserError that names the line."""
+    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`. UserError names
+    a bad line, and with `unique` a second line with the same question_id."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -356,11 +354,11 @@ def resume(file: Path, problems: list[dict], made: dict, unique: bool) -> list[d
 
 
 def answer_all(args: Args, problems: list[dict], unique=True, message=lambda p: p["prompt"]) -> list[dict]:
-    """The answers to all problems: those in args.out, and the model's to the others, each of which is appended
-    there at once. At the end the file is sorted in the order of the questions."""
+    """The answers to all problems, in their order: those in args.out, and the model's to the others, each of
+    which is appended there at once."""
     for p in problems:
         if p["file"] and not p["file"].exists():
-            raise OSError(f"question {p['question_id']}: there is no image {p['file']}")
+            raise OSError(f"question {by_id(p)}: there is no image {p['file']}")
     model, processor = load_model(args)
     flags = ("wording", "dtype", "quantize", "answer", "max_new_tokens", "blank")
     made = {key: getattr(args, key, None) for key in flags}
@@ -417,7 +415,7 @@ NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".
 
 @lru_cache(2**17)
 def normalize_vqa(text: str) -> str:
-    """A short answer as VQAv2's evaluator (vqaEval.py) compares it. A mark beside a space, or any mark where a
+    """A short answer as VQAv2's evaluator (vqaEval.py) compares it: a mark beside a space, or any mark if a
     comma stands between digits, is removed, others become a space; at most 32 periods are removed."""
     remove_all, result = re.search(r"\d,\d", text) is not None, text
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
@@ -577,7 +575,7 @@ def mme_key(entry: dict) -> tuple[str, str, str]:
 
 
 def read_mme(args: Args, questions: list[dict]) -> dict:
-    """MME's key -> yes or no, from the release folder (a file an image) or from the templates (a file a task)."""
+    """MME's key -> yes or no, from the release folder (a file an image) or the templates (a file a task)."""
     folder, truth = Path(args.annotations[0]), {}
     for task in {mme_key(q)[0] for q in questions}:
         files = [folder / f"{task}.txt", *(folder / task).glob("**/*.txt")]
@@ -617,7 +615,7 @@ def score_mme(questions: list[dict]) -> dict:
 
 
 MISSING = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
-           "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")      # empty cells to pandas, and so officially
+           "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")     # cells that pandas takes as empty
 
 
 def read_mmbench(args: Args) -> list[dict]:
@@ -678,28 +676,30 @@ def score_mmbench(questions: list[dict]) -> dict:
             "categories": {name: percent(some) for name, some in categories.items()}}
 
 
-FORMATS = "http://schemas.openxmlformats.org"
+FORMATS, MIME = "http://schemas.openxmlformats.org", "application/vnd.openxmlformats-"
 SHEETS, LINKS = f"{FORMATS}/spreadsheetml/2006/main", f"{FORMATS}/officeDocument/2006/relationships"
-PACKAGE, MIME = f"{FORMATS}/package/2006", "application/vnd.openxmlformats-"
-LINK = f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="r1" Target="{{}}.xml" Type="{LINKS}/{{}}"/>' \
-       '</Relationships>'
+LINK = (f'<Relationships xmlns="{FORMATS}/package/2006/relationships"><Relationship Id="r1" Target="{{}}.xml" '
+        f'Type="{LINKS}/{{}}"/></Relationships>')
 XLSX = {                                     # the parts of the smallest workbook, without its sheet
-    "[Content_Types].xml": f'<Types xmlns="{PACKAGE}/content-types">'
-    f'<Default Extension="rels" ContentType="{MIME}package.relationships+xml"/>'
-    f'<Override PartName="/book.xml" ContentType="{MIME}officedocument.spreadsheetml.sheet.main+xml"/>'
-    f'<Override PartName="/sheet.xml" ContentType="{MIME}officedocument.spreadsheetml.worksheet+xml"/></Types>',
-    "_rels/.rels": LINK.format("book", "officeDocument"), "_rels/book.xml.rels": LINK.format("sheet", "worksheet"),
-    "book.xml": f'<workbook xmlns="{SHEETS}" xmlns:r="{LINKS}"><sheets><sheet name="Sheet1" sheetId="1" r:id="r1"/>'
-    '</sheets></workbook>'}
+    "[Content_Types].xml": f'<Types xmlns="{FORMATS}/package/2006/content-types">'
+    f'<Default Extension="rels" ContentType="{MIME}package.relationships+xml"/><Override PartName="/book.xml" '
+    f'ContentType="{MIME}officedocument.spreadsheetml.sheet.main+xml"/><Override PartName="/sheet.xml" '
+    f'ContentType="{MIME}officedocument.spreadsheetml.worksheet+xml"/></Types>',
+    "_rels/.rels": LINK.format("book", "officeDocument"),
+    "_rels/book.xml.rels": LINK.format("sheet", "worksheet"),
+    "book.xml": f'<workbook xmlns="{SHEETS}" xmlns:r="{LINKS}"><sheets><sheet name="Sheet1" sheetId="1" '
+    'r:id="r1"/></sheets></workbook>'}
 
 
 def upload_mmbench(file: Path, questions: list[dict]) -> None:
-    """The server's xlsx: the rows of the tsv without images and categories, and the answers as "prediction"."""
+    """The server's xlsx: the tsv without images and categories, and the answers in column "prediction"."""
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     names = [name for name in questions[0]["row"] if name not in dropped]
     names.insert(6, "prediction")
-    rows = [names, *([(q["row"] | {"index": q["question_id"], "prediction": q["text"]})[name] for name in names]
-                     for q in questions)]
+    rows = [names]
+    for q in questions:
+        row = q["row"] | {"index": q["question_id"], "prediction": q["text"]}
+        rows.append([row[name] for name in names])
     cells = "".join(f"<row>{''.join(map(xlsx_cell, row))}</row>" for row in rows)
     sheet = f'<worksheet xmlns="{SHEETS}"><sheetData>{cells}</sheetData></worksheet>'
     with atomic_write(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -718,12 +718,12 @@ def xlsx_cell(value: int | str | None) -> str:
 # 6. LLaVA-Bench: a judge compares the model's answers with GPT-4's reference answers
 
 JUDGE = "You rate the answers of two assistants to questions about images. You are exact and impartial."
-RULE = """The question above is about an image that you cannot see; the context describes it{}. Rate the answers
-of Assistant 1 and Assistant 2: are they helpful, relevant, correct, and as detailed as the question asks for?
-Give each a number from 1 to 10; a better answer gets a higher number.
-The first line of your reply holds these two numbers only, that of Assistant 1 first, with a space between them.
-Explain them in the lines after it. The order of the answers must not influence you."""
-BOXES = ": captions, one a line, then objects as category: [left, top, right, bottom] in fractions of its size"
+RULE = """The question is about an image that you cannot see; the context describes it{}. Rate the answers of
+Assistant 1 and Assistant 2: are they helpful, relevant, correct and detailed? Give each a number from 1 to 10;
+a better answer gets a higher number. The first line of your reply holds these two numbers only, that of
+Assistant 1 first, with a space between them. Explain them in the lines after it. The order of the answers must
+not influence you."""
+BOXES = ": captions, one a line, then objects, each as category: [left, top, right, bottom] in fractions of 1"
 
 
 def read_llavabench(args: Args, questions: list[dict]) -> dict:
@@ -739,17 +739,17 @@ def judge_messages(q: dict, text: str) -> list[dict]:
     (context, reference), detail = q["truth"], ""
     described = context.get("caption")
     if described is None:                    # LLaVA-Bench (COCO)
-        described = [*context["captions"], "", *(f"{i['category']}: {i['bbox']}" for i in context["instances"])]
-        detail = BOXES
+        boxes = [f"{box['category']}: {box['bbox']}" for box in context["instances"]]
+        described, detail = [*context["captions"], "", *boxes], BOXES
     described = described if isinstance(described, str) else "\n".join(described)
-    content = (f"[Context]\n{described}\n\n[Question]\n{q['prompt']}\n\n[Assistant 1]\n{reference['text']}\n\n"
-               f"[End of Assistant 1]\n\n[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n"
-               f"[System]\n{RULE.format(detail)}\n\n")
+    content = (f"[Context]\n{described}\n\n[Question]\n{q['prompt']}\n\n"
+               f"[Assistant 1]\n{reference['text']}\n\n[End of Assistant 1]\n\n"
+               f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n[System]\n{RULE.format(detail)}\n\n")
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": content}]
 
 
 def parse_verdict(content: str) -> list[float]:
-    """The two numbers in a reply's first line, the reference's first; officially [-1, -1] if there are none."""
+    """The two numbers in a reply's first line, the reference's first; [-1, -1] where there are none."""
     try:
         first, second = map(float, content.split("\n")[0].replace(",", " ").split(" "))
         return [first, second]
@@ -761,23 +761,22 @@ def judge_answers(args: Args, questions: list[dict]) -> None:
     """Append a review of each answer to args.reviews[0], unless it is there."""
     file, url, left = args.reviews[0], judge_url(args), []
     content = complete_lines(file)
-    reviews = read_lines(file, "question_id", unique=True, content=content)
-    stored = {by_id(review): review.get("metadata") for review in reviews}
-    for q in questions:
-        digest = hashlib.sha256((q["text"] or "").encode()).hexdigest()[:8]
+    stored = {by_id(review): review for review in read_lines(file, "question_id", unique=True, content=content)}
+    for q in (q for q in questions if q["text"] is not None):
+        digest = hashlib.sha256(q["text"].encode()).hexdigest()[:8]
         q["made"] = {"judge_model": args.judge_model, "answer": digest}
-        if q["text"] is not None and by_id(q) not in stored:
+        if by_id(q) not in stored:
             left.append(q)
-        elif stored.get(by_id(q)) not in (None, q["made"]):
-            raise UserError(f"{file} has a review of question {by_id(q)} by another judge or of another answer: "
-                            "name another --reviews")
+        elif stored[by_id(q)].get("metadata", q["made"]) != q["made"]:
+            raise UserError(f"{file} has a review of question {by_id(q)} by another judge or of another "
+                            "answer: name another --reviews")
     rewrite(file, content)
-    for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(reviews) + 1):
+    for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
         content = chat(url, args.judge_model, judge_messages(q, q["text"]))
         prefix = "llava_bench_" if "caption" in q["truth"][0] else ""
         append(file, {"question_id": q["question_id"], "id": n, "answer1_id": q["truth"][1].get("answer_id"),
-                      "answer2_id": q["made"]["answer"], "category": prefix + q["category"], "content": content,
-                      "tuple": parse_verdict(content), "metadata": q["made"]})
+                      "answer2_id": q["made"]["answer"], "category": prefix + q["category"],
+                      "content": content, "tuple": parse_verdict(content), "metadata": q["made"]})
 
 
 def score_reviews(args: Args, questions: list[dict]) -> dict:
@@ -792,8 +791,7 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
             ratings["all"].append(rating)
             if "category" in review:
                 ratings[review["category"].removeprefix("llava_bench_")].append(rating)
-        print(f"{file}: {len(reviews)} reviews, of which {sum(r == [-1, -1] for r in ratings['all'])} could not "
-              "be read and count as -1 -1")
+        print(f"{file}: {len(reviews)} reviews; {ratings['all'].count([-1, -1])} unreadable ones count as -1 -1")
         for name, some in ratings.items():
             reference, model = (round(mean, 3) for mean in np.asarray(some, float).mean(0).tolist())
             ratios[name].append(round(100 * model / reference, 1) if reference else 0.0)
@@ -801,8 +799,9 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
     asked = set(map(by_id, questions)) or set.union(*reviewed)
     if foreign := set.union(*reviewed) - asked:
         raise UserError(f"a review is about question {min(foreign)}, which --questions lacks")
-    return {name: sum(some) / len(some) for name, some in sorted(ratios.items())} | {
-        "reviews": ratios["all"], "missing": len(asked - set.intersection(*reviewed)), "questions": len(asked)}
+    figures = {name: sum(some) / len(some) for name, some in sorted(ratios.items())}
+    missing = len(asked - set.intersection(*reviewed))
+    return figures | {"reviews": ratios["all"], "missing": missing, "questions": len(asked)}
 
 
 def judge_url(args: Args) -> str:
@@ -815,11 +814,11 @@ def judge_url(args: Args) -> str:
 
 def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, max_tokens: int = 1024,
          seconds: float = 60) -> str:
-    """The reply of the OpenAI-compatible endpoint {url}/chat/completions to messages [{"role", "content"}, ...].
+    """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...].
 
-    OPENAI_API_KEY is sent where it is set. At most 5 attempts, each at most `seconds` long, with waits of 1, 2,
-    4 and 8 s, or what Retry-After asks for, up to 60 s. Raises UserError for a refused key and for replies that
-    are no chat completion, OSError where the endpoint cannot be reached or fails.
+    OPENAI_API_KEY is sent where it is set. At most 5 attempts of `seconds` each, with waits of 1, 2, 4 and 8 s,
+    or what Retry-After asks for, up to 60 s. Raises UserError for a refused key and for replies that are no
+    chat completion, OSError where the endpoint cannot be reached or fails.
     """
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
@@ -828,19 +827,20 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
         if not (key.isascii() and key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that a key cannot have")
         request.add_unredirected_header("Authorization", f"Bearer {key}")      # for this server only
-    for wait in (1, 2, 4, 8, None):
+    for wait in (1, 2, 4, 8, 0):
         try:
             return read_reply(request, seconds)
         except HTTPError as error:
             if error.code in (401, 403):
                 raise UserError(f"{url} refuses the request ({error.code}): check OPENAI_API_KEY") from None
             failure = OSError(f"{url} answers {error.code} {error.reason}: try again later")
-            wait = wait and retry_after(error.headers.get("Retry-After"), wait)
+            if wait:
+                wait = retry_after(error.headers.get("Retry-After"), wait)
         except (ValueError, KeyError, IndexError, TypeError):
             failure = UserError(f"{url} does not reply with a chat completion: is it OpenAI-compatible?")
         except (OSError, HTTPException) as error:
             failure = OSError(f"{url} gives no answer ({getattr(error, 'reason', error)}): is it running?")
-        if wait is not None:
+        if wait:
             time.sleep(wait)
     raise failure
 
@@ -872,9 +872,9 @@ def retry_after(header: str | None, default: float) -> float:
 class Benchmark:
     """What a benchmark differs in; adding one is adding an entry to BENCHMARKS."""
     read: Callable[[Args], list[dict]]       # its questions
-    truth: Callable[[Args, list[dict]], dict] | None     # key of a question -> what scoring needs of --annotations
+    truth: Callable[[Args, list[dict]], dict] | None     # key -> what scoring needs of --annotations
     score: Callable[[list[dict]], dict] | None           # the figures
-    message: Callable[[dict], str] = lambda q: f"<image>\n{q['prompt']}"
+    suffix: str = ""                         # what the model gets after the prompt
     key: Callable[[dict], object] = by_id    # equal for a question and its answers
     doubled: str = "the last one counts"     # what happens to a second answer
     upload: Callable[[Path, list[dict]], None] | None = None
@@ -886,8 +886,8 @@ BENCHMARKS = {
     "textvqa": Benchmark(read_questions, read_humans, score_textvqa, key=textvqa_key, doubled="each counts"),
     "pope": Benchmark(read_questions, read_pope, score_pope),
     "mme": Benchmark(read_questions, read_mme, score_mme, key=by_prompt),
-    "mmbench": Benchmark(read_mmbench, None, score_mmbench, lambda q: f"<image>\n{q['prompt']}{LETTER_SUFFIX}",
-                         upload=upload_mmbench, max_new_tokens=1024),
+    "mmbench": Benchmark(read_mmbench, None, score_mmbench, LETTER_SUFFIX, upload=upload_mmbench,
+                         max_new_tokens=1024),
     "llavabench": Benchmark(read_questions, read_llavabench, None, doubled="refused", max_new_tokens=1024),
 }
 
@@ -896,16 +896,17 @@ def run_task(args: Args) -> dict:
     """Ask the model or read its answers, write the upload file, and return the figures."""
     benchmark, entries = BENCHMARKS[args.task], []
     questions, unique = benchmark.read(args) if args.questions else [], benchmark.doubled == "refused"
-    if args.questions and len({benchmark.key(q) for q in questions}) != (len(questions) or -1):
+    if args.questions and len(set(map(benchmark.key, questions))) != (len(questions) or 1):
         raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
     if args.annotations and benchmark.truth:
         truth, key = benchmark.truth(args, questions), mme_key if args.task == "mme" else benchmark.key
         for q in questions:
             if key(q) not in truth:
-                raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it of the same set?")
+                raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it another set?")
             q["truth"] = truth[key(q)]
     if args.model:
-        entries = answer_all(args, questions[:args.limit], unique, benchmark.message)
+        entries = answer_all(args, questions[:args.limit], unique,
+                             lambda q: f"<image>\n{q['prompt']}{benchmark.suffix}")
     elif args.predictions:
         entries = read_lines(args.predictions, "question_id", "text", unique=unique)
     add_answers(benchmark, questions, entries, args.predictions or args.out)
@@ -941,7 +942,7 @@ def add_answers(benchmark: Benchmark, questions: list[dict], entries: list[dict]
 def print_figures(figures: dict) -> None:
     """Print the single figures in one line, and those of sets, tasks or categories as a table below."""
     def cell(x) -> str:
-        return f"{x:.4f}" if isinstance(x, float) and x <= 1 else f"{x:.2f}" if isinstance(x, float) else str(x)
+        return str(round(x, 4) if isinstance(x, float) else x)
 
     print(", ".join(f"{name} {cell(x)}" for name, x in figures.items() if not isinstance(x, dict)))
     rows = {name: x for name, x in figures.items() if isinstance(x, dict)}
@@ -949,7 +950,7 @@ def print_figures(figures: dict) -> None:
         rows = {name: {"circular": x} for name, x in rows["categories"].items()}
     if rows:
         columns = tuple(next(iter(rows.values())))
-        print_columns({name: [cell(x) for x in row.values()] for name, row in rows.items()}, "", columns)
+        print_columns({name: list(map(cell, row.values())) for name, row in rows.items()}, "", columns)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -966,8 +967,8 @@ def count_parameters(config: LlavaConfig) -> dict[str, int]:
 
 
 def language_flops(text: TextConfig, tokens: int, logits: int = 1, causal: bool = True) -> int:
-    """FLOPs of one row of `tokens` through the decoder, with the logits of `logits` positions. `causal` counts
-    the pairs of query and key inside mask and window; without it all pairs, as papers and torch do."""
+    """FLOPs of one row of `tokens` through the decoder, with `logits` logits. `causal` counts the pairs of query
+    and key inside mask and window; without it all pairs, as papers and torch do."""
     C, D, H, K = text.hidden_size, text.head_dim, text.num_attention_heads, text.num_key_value_heads
     window = min(tokens, text.sliding_window or tokens)
     pairs = window * (window + 1) // 2 + (tokens - window) * window if causal else tokens**2
@@ -997,7 +998,7 @@ def cache_bytes(text: TextConfig, tokens: int, bytes_per_number: int = 2) -> int
 
 def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
     """Parameters, and the cost of the prefill of one image and `text_tokens`; "TFLOPs, causal" counts only the
-    pairs of tokens that are needed, the other figures all pairs."""
+    needed pairs of tokens, the other figures all pairs."""
     side, tiles = config.vision.image_size, 1
     if config.image_mode == "anyres":        # a square image of twice the tower's size
         side *= 2
@@ -1008,12 +1009,11 @@ def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
     flops = {"vision_tower": tiles * vision_flops(config.vision, layers),
              "projector": projector_flops(config, tiles * config.vision.side**2),
              "language_model": language_flops(config.text, tokens, causal=False)}
-    masked = flops["language_model"] - language_flops(config.text, tokens)
-    total, size = sum(flops.values()), sum(parts.values())
-    return {**{f"parameters, {part}": n for part, n in parts.items()},
-            "parameters": size, "GiB in 16 bits": 2 * size / 2**30, "tokens, image and text": tokens,
-            **{f"TFLOPs, {part}": n / 1e12 for part, n in flops.items()}, "TFLOPs": total / 1e12,
-            "TFLOPs, causal": (total - masked) / 1e12,
+    causal = sum(flops.values()) - flops["language_model"] + language_flops(config.text, tokens)
+    return {**{f"parameters, {part}": n for part, n in parts.items()}, "parameters": sum(parts.values()),
+            "GiB in 16 bits": 2 * sum(parts.values()) / 2**30, "tokens, image and text": tokens,
+            **{f"TFLOPs, {part}": n / 1e12 for part, n in flops.items()},
+            "TFLOPs": sum(flops.values()) / 1e12, "TFLOPs, causal": causal / 1e12,
             "MiB of keys and values": cache_bytes(config.text, tokens) / 2**20}
 
 
@@ -1043,24 +1043,25 @@ def print_costs(configs: dict[str, LlavaConfig], text_tokens: int) -> None:
 
 def print_published() -> None:
     """Print two published claims beside the formulas: PruMerge's saving and the size of Mistral."""
-    print("\nPruMerge's Table II, TFLOPs of the language model, published (by formula): 700 tokens, 70, and the "
-          "same in INT4.\nINT4 FLOPs are FP16 / 4: the operations are the same, the bytes are a quarter.")
+    print("\nPruMerge's Table II, TFLOPs of the language model, published (by formula): 700 tokens, 70, both in "
+          "INT4.\nINT4 FLOPs are FP16 / 4: the operations are the same, the bytes are a quarter.")
     for name, published in TABLE_II.items():
-        config = PUBLISHED[name]
+        config, cells = PUBLISHED[name], []
         full, pruned, real = (language_flops(config.text, n, causal=False) / 1e12 for n in (700, 70, 606))
-        cells = []
         for there, here in zip(published, (full, pruned, full / 4, pruned / 4)):
             note = " <- looks wrong" if abs(here / there - 1) > 0.05 else ""
             cells.append(f"{there:5} ({here:.3g}){note}")
-        before, after = ((vision_flops(config.vision, 23) + projector_flops(config, n)) / 1e12 for n in (576, 40))
+        tower, before, after = (n / 1e12 for n in (vision_flops(config.vision, 23), projector_flops(config, 576),
+                                                   projector_flops(config, 40)))
         print(f"{name:14}", *cells)
-        print(f"{'':14} with 30 text tokens and 576 image tokens, pruned to 40: {real:.3g} -> {pruned:.3g}, "
-              f"{real / pruned:.1f} times fewer; with the tower {(real + before) / (pruned + after):.1f}")
+        print(f"{'':14} 30 text tokens and 576 image tokens, pruned to 40: {real:.3g} -> {pruned:.3g}, "
+              f"{real / pruned:.1f} times fewer; with tower and projector "
+              f"{(real + tower + before) / (pruned + tower + after):.1f}")
     sizes = [count_parameters(config) for config in PUBLISHED.values()]
     mistral, small, large, _ = (parts["language_model"] for parts in sizes)
     whole = 1 - sum(sizes[0].values()) / sum(sizes[3].values())
     print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} fewer '
-          f"parameters than LLaMA-13B,\nthe LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside LLaMA-7B it has "
+          f"parameters than\nLLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside LLaMA-7B it has "
           f"{mistral / small - 1:.1%} more.")
 
 
@@ -1069,7 +1070,8 @@ def print_published() -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--scienceqa", metavar="DIR", help="folder with problems.json")
     mode.add_argument("--task", choices=BENCHMARKS, help="one of the other benchmarks")
@@ -1078,7 +1080,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--model", metavar="ID", help="folder, run or hub id of the LLaVA to ask")
     who.add_argument("--predictions", metavar="FILE", help="answers to score, as --out writes them")
-    who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ScienceQA: two files of answers to compare")
+    who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ScienceQA: answers to compare")
     add("--out", type=Path, metavar="FILE", help="append the answers, one JSON line each; continues the file")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--blank", action="store_true", help="replace every image by white: what is still right is guessed")
@@ -1112,7 +1114,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def find_misuse(args: Args) -> list[tuple]:
-    """Whether each mistake was made in the combination of the flags, and what to say of it."""
+    """Mistakes in the combination of flags: whether each was made, and what to say of it."""
     task, annotations, reviews = args.task, len(args.annotations or ()), len(args.reviews or ())
     answers, bench = args.model or args.predictions, task == "llavabench"
     if not task:
@@ -1148,7 +1150,7 @@ def run_scienceqa(args: Args) -> dict | None:
     print("Avg {:.2f}, and in 95% of 10,000 resampled tests from {:.2f} to {:.2f}".format(*interval(correct)))
     if args.wording == "letter":
         seen = [right for p, right in zip(problems, correct) if p["image"]]
-        print(f"with an image (LLaVA-1.5's published figure): {table['IMG']} ({sum(seen):,} of {len(seen):,})")
+        print(f"with an image, LLaVA-1.5's published figure: {table['IMG']} ({sum(seen)} of {len(seen)})")
     return table
 
 

@@ -281,7 +281,7 @@ def test_wording_letter_prints_the_accuracy_with_images(monkeypatch, folder, tmp
     (tmp_path / "a").write_text("".join(json.dumps({"question_id": i, "text": t}) + "\n" for i, t in texts.items()))
     run(monkeypatch, "--scienceqa", folder, "--predictions", tmp_path / "a", "--wording", "letter",
         "--json", tmp_path / "figures.json")
-    assert "published figure): 50.0 (1 of 2)" in capsys.readouterr().out
+    assert "published figure: 50.0 (1 of 2)" in capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["IMG"], figures["Avg"], figures["missing"], figures["questions"]) == (50, 75, 0, 4)
 
