@@ -40,8 +40,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava import (Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, add_model_flags,
-                   atomic_write, choose_grid, command_line, count_image_tokens, load_model, open_checkpoint,
-                   open_image, read_json, write_json)
+                   atomic_write, choose_grid, command_line, count_image_tokens, load_model, number,
+                   open_checkpoint, open_image, read_object, write_json)
 
 Args = argparse.Namespace
 LETTERS = "ABCDE"
@@ -69,18 +69,37 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
     """The problems of a split in published order, each with its "id", its "prompt" and, in "file", the path
     of its image or None."""
     folder, selected = Path(folder), []
-    problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
+    problems, splits = read_object(folder / "problems.json"), read_object(folder / "pid_splits.json")
+    if not isinstance(splits.get(split, []), list):
+        raise UserError(f"{folder / 'pid_splits.json'}: split {split!r} is not a list of question ids")
     if split not in splits:
         raise UserError(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}")
     for i in splits[split]:
-        if i not in problems:
+        if str(i) != i or i not in problems:
             raise UserError(f"{folder / 'problems.json'} lacks question {i} of split {split!r}")
         p, file = problems[i], None
+        check_problem(p, f"{folder / 'problems.json'}, question {i}")
         if p["image"]:
             file = folder / "images" / p["split"] / i / p["image"]
         if pictures == "any" or (pictures == "only") == bool(p["image"]):
             selected.append(p | {"id": i, "question_id": i, "prompt": question(p, wording), "file": file})
     return selected[:limit]
+
+
+def check_problem(problem, where: str) -> None:
+    """Raise UserError unless a problem has the fields of ScienceQA, and its image lies in the folder."""
+    kinds = {"choices": list, "answer": int, "image": str | None} | dict.fromkeys(
+        ("question", "hint", "split", "grade", "subject", "lecture", "solution"), str)
+    for name, kind in kinds.items():
+        if not isinstance(problem, dict) or not isinstance(problem.get(name, ...), kind):
+            raise UserError(f"{where}: {name} is missing or of the wrong type")
+    if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
+        raise UserError(f"{where}: answer {problem['answer']} is not one of at most {len(LETTERS)} choices")
+    if not re.fullmatch(r"grade\d+", problem["grade"]):
+        raise UserError(f"{where}: grade {problem['grade']!r} is not grade1 to grade12")
+    for name in (problem["split"], problem["image"] or "image.png"):
+        if Path(name).name != name:
+            raise UserError(f"{where}: {name!r} is not the name of a split or of an image in its folder")
 
 
 def question(problem: dict, wording: str = "qcm") -> str:
@@ -206,9 +225,10 @@ def read_lines(file, *needed: str, unique: bool = False, content: bytes | None =
             continue
         try:
             entry = json.loads(line)
-            if any(key not in entry for key in needed) or not isinstance(entry.get("text", ""), str):
+            texts = [entry.get(key, "") for key in ("text", "prompt", "image")]
+            if any(key not in entry for key in needed) or not all(isinstance(text, str) for text in texts):
                 raise ValueError
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             keys = ", ".join(f'"{key}": ...' for key in needed)
             raise UserError(f"{file}, line {number}: not {{{keys}}}") from None
         if unique and by_id(entry) in seen:
@@ -280,11 +300,7 @@ def generate_answers(model: Llava, processor: Processor, problems: list[dict], b
     for start in range(0, len(problems), batch_size):
         batch, inputs = problems[start:start + batch_size], []
         for p in batch:
-            images = []
-            if p["image"]:
-                images = [open_image(p["file"] or io.BytesIO(base64.b64decode(p["image"])))]
-            if blank:
-                images = [Image.new("RGB", image.size, "white") for image in images]
+            images = [load_image(p, blank)] if p["image"] else []
             inputs.append(processor([{"role": "user", "content": message(p)}], images))
         if options:
             texts = score_options(model, processor, batch, inputs)
@@ -296,6 +312,17 @@ def generate_answers(model: Llava, processor: Processor, problems: list[dict], b
                 tally["tokens"] += sum(map(len, answers))
         bar.update(len(batch))
         yield from zip(batch, [p["prompt"] for p in batch], texts)
+
+
+def load_image(problem: dict, blank: bool) -> Image.Image:
+    """The image of a question, or with `blank` a white one of its size."""
+    try:
+        image = open_image(problem["file"] or io.BytesIO(base64.b64decode(problem["image"])))
+    except (ValueError, OSError) as error:
+        if problem["file"]:
+            raise
+        raise OSError(f"the image of question {by_id(problem)} cannot be read: {error}") from None
+    return Image.new("RGB", image.size, "white") if blank else image
 
 
 def collate(inputs: list[dict], ending=()) -> dict:
@@ -323,14 +350,15 @@ def score_options(model: Llava, processor: Processor, problems: list[dict], inpu
     head, last = model.language_model.lm_head, [i[-1] for i in ids]
     if isinstance(head, torch.nn.Linear):
         logits = hidden.float() @ head.weight[last].float().T                                # [B, 5]
-    else:                                    # quantized
-        logits = head(hidden)[:, last].float()
+    else:                                    # quantised
+        logits = head(hidden.float())[:, last]
     return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(problems, logits)]
 
 
 def fingerprint(model: Llava, processor: Processor) -> str:
     """Eight digits that change with the config, the tokenizer and training (16 numbers of each tensor)."""
-    numbers = torch.cat([p.detach().flatten()[:16].float() for p in model.parameters()]).cpu().numpy()
+    tensors = [*model.parameters(), *model.buffers()]
+    numbers = torch.cat([tensor.detach().flatten()[:16].float() for tensor in tensors]).cpu().numpy()
     text = repr(model.config) + processor.tokenizer_json
     return hashlib.sha256(text.encode() + numbers.tobytes()).hexdigest()[:8]
 
@@ -357,8 +385,8 @@ def answer_all(args: Args, problems: list[dict], unique=True, message=lambda p: 
     """The answers to all problems, in their order: those in args.out, and the model's to the others, each of
     which is appended there at once."""
     for p in problems:
-        if p["file"] and not p["file"].exists():
-            raise OSError(f"question {by_id(p)}: there is no image {p['file']}")
+        if p["file"] and not p["file"].exists() or "<image>" in message(p) and not p["image"]:
+            raise OSError(f"question {by_id(p)}: there is no image {p['file'] or ''}")
     model, processor = load_model(args)
     flags = ("wording", "dtype", "quantize", "answer", "max_new_tokens", "blank")
     made = {key: getattr(args, key, None) for key in flags}
@@ -374,7 +402,7 @@ def answer_all(args: Args, problems: list[dict], unique=True, message=lambda p: 
         if args.out:
             append(args.out, entries[-1])
     seconds = time.perf_counter() - start
-    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.dtype}, "
+    print(f"{args.model}: {sum(count_parameters(model.config).values()):,} parameters in {args.dtype}, "
           f"{len(left)} questions asked, {len(left) / seconds:.1f} questions/s, "
           f"{tally['tokens'] / seconds:.1f} tokens/s, {peak_memory(args.device) / 2**30:.2f} GiB at the peak")
     order = {by_prompt(p): n for n, p in enumerate(problems)}
@@ -473,16 +501,16 @@ def read_vqav2(args: Args) -> list[dict]:
 
 def read_humans(args: Args, questions: list[dict]) -> dict:
     """The annotations of VQAv2 by question id, or those of TextVQA by image id and question."""
-    file, truth = args.annotations[0], {}
+    file, truth, textvqa = args.annotations[0], {}, args.task == "textvqa"
     try:
-        raw = read_json(file)
-        for a in raw["data" if args.task == "textvqa" else "annotations"]:
-            key = (a["image_id"], a["question"].lower()) if args.task == "textvqa" else by_id(a)
-            truth[key] = a
-            if len(a["answers"]) != 10:
-                raise UserError(f"{file}: question {key} has {len(a['answers'])} human answers, not ten")
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is not the annotation file of {args.task}: it lacks {error}") from None
+        for a in read_object(file)["data" if textvqa else "annotations"]:
+            key, kind = (a["image_id"], a["question"].lower()) if textvqa else by_id(a), a.get("answer_type")
+            records = [{"answer": text, "id": i} for i, text in enumerate(a["answers"])] if textvqa else a["answers"]
+            if len(records) != 10:
+                raise UserError(f"{file}: question {key} has {len(records)} human answers, not ten")
+            truth[key] = [record | {"answer": "" + record["answer"]} for record in records], kind
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not the annotation file of {args.task} ({error})") from None
     return truth
 
 
@@ -490,13 +518,13 @@ def score_vqav2(questions: list[dict]) -> dict:
     """Percent by answer type, rounded to two decimals as officially; a missing answer is ""."""
     accuracies = {"overall": [], "yes/no": [], "number": [], "other": []}
     for q in tqdm(questions, desc="scoring", disable=len(questions) < 10**4):
-        records, text = q["truth"]["answers"], normalize_m4c(q["text"] or "")
+        (records, kind), text = q["truth"], normalize_m4c(q["text"] or "")
         humans = [strip_lines(record["answer"]) for record in records]
         if len(set(humans)) > 1:             # ten equal human answers are compared as they are
             text, humans = normalize_vqa(text), map(normalize_vqa, humans)
         accuracy = leave_one_out(text, [record | {"answer": h} for record, h in zip(records, humans)])
         accuracies["overall"].append(accuracy)
-        accuracies[q["truth"]["answer_type"]].append(accuracy)
+        accuracies.setdefault(kind, []).append(accuracy)
     return {name: round(percent(some), 2) if some else None for name, some in accuracies.items()}
 
 
@@ -524,7 +552,7 @@ def score_textvqa(questions: list[dict]) -> dict:
     """The mean over all answers that are there; a doubled answer counts twice, as officially."""
     accuracies = []
     for q in questions:
-        humans = [{"id": i, "answer": normalize_m4c(h)} for i, h in enumerate(q["truth"]["answers"])]
+        humans = [record | {"answer": normalize_m4c(record["answer"])} for record in q["truth"][0]]
         accuracies += [leave_one_out(normalize_m4c(text), humans) for text in q["texts"]]
     return {"accuracy": percent(accuracies), "answers": len(accuracies)}
 
@@ -579,7 +607,7 @@ def read_mme(args: Args, questions: list[dict]) -> dict:
     folder, truth = Path(args.annotations[0]), {}
     for task in {mme_key(q)[0] for q in questions}:
         files = [folder / f"{task}.txt", *(folder / task).glob("**/*.txt")]
-        lines = [(f, line) for f in files if f.exists() for line in f.read_text("utf-8").split("\n")]
+        lines = [(f, line) for f in files if f.exists() for line in f.read_text("utf-8", "replace").split("\n")]
         for file, line in lines:
             if not line.strip():
                 continue
@@ -727,24 +755,32 @@ BOXES = ": captions, one a line, then objects, each as category: [left, top, rig
 
 
 def read_llavabench(args: Args, questions: list[dict]) -> dict:
-    """Question id -> the context of its image, and its reference answer."""
+    """Question id -> the description of its image, its reference answer, and the name of its category."""
     contexts = {c["image"]: c for c in read_lines(args.annotations[0], "image")}
-    references = read_lines(args.annotations[1], "question_id", "text", unique=True)
-    images = {by_id(q): q["image"] for q in questions if q["image"] in contexts}
-    return {by_id(r): (contexts[images[by_id(r)]], r) for r in references if by_id(r) in images}
+    references, truth = read_lines(args.annotations[1], "question_id", "text", unique=True), {}
+    references = {by_id(r): r for r in references}
+    for q in (q for q in questions if q["image"] in contexts and by_id(q) in references):
+        context, kind, detail = contexts[q["image"]], str(q.get("category")), ""
+        try:
+            if "caption" in context:         # in the wild: one text or a list of texts
+                lines, kind = context["caption"], f"llava_bench_{kind}"
+                lines = [lines] if isinstance(lines, str) else lines
+            else:                            # COCO
+                boxes, detail = [f"{box['category']}: {box['bbox']}" for box in context["instances"]], BOXES
+                lines = [*context["captions"], "", *boxes]
+            truth[by_id(q)] = {"context": "\n".join(lines), "detail": detail, "category": kind,
+                               "reference": references[by_id(q)]}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{args.annotations[0]}: {q['image']} has no caption or boxes ({error})") from None
+    return truth
 
 
 def judge_messages(q: dict, text: str) -> list[dict]:
     """The request to the judge in the official form; the texts of the rules are ours."""
-    (context, reference), detail = q["truth"], ""
-    described = context.get("caption")
-    if described is None:                    # LLaVA-Bench (COCO)
-        boxes = [f"{box['category']}: {box['bbox']}" for box in context["instances"]]
-        described, detail = [*context["captions"], "", *boxes], BOXES
-    described = described if isinstance(described, str) else "\n".join(described)
-    content = (f"[Context]\n{described}\n\n[Question]\n{q['prompt']}\n\n"
-               f"[Assistant 1]\n{reference['text']}\n\n[End of Assistant 1]\n\n"
-               f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n[System]\n{RULE.format(detail)}\n\n")
+    content = (f"[Context]\n{q['truth']['context']}\n\n[Question]\n{q['prompt']}\n\n"
+               f"[Assistant 1]\n{q['truth']['reference']['text']}\n\n[End of Assistant 1]\n\n"
+               f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n"
+               f"[System]\n{RULE.format(q['truth']['detail'])}\n\n")
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": content}]
 
 
@@ -773,9 +809,8 @@ def judge_answers(args: Args, questions: list[dict]) -> None:
     rewrite(file, content)
     for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
         content = chat(url, args.judge_model, judge_messages(q, q["text"]))
-        prefix = "llava_bench_" if "caption" in q["truth"][0] else ""
-        append(file, {"question_id": q["question_id"], "id": n, "answer1_id": q["truth"][1].get("answer_id"),
-                      "answer2_id": q["made"]["answer"], "category": prefix + q["category"],
+        append(file, {"question_id": q["question_id"], "id": n, "category": q["truth"]["category"],
+                      "answer1_id": q["truth"]["reference"].get("answer_id"), "answer2_id": q["made"]["answer"],
                       "content": content, "tuple": parse_verdict(content), "metadata": q["made"]})
 
 
@@ -786,11 +821,11 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
         ratings, reviews = defaultdict(list), read_lines(file, "question_id", unique=True)
         for review in reviews:
             rating = review.get("tuple", review.get("score"))
-            if not isinstance(rating, list) or len(rating) != 2:
+            if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
                 raise UserError(f"{file}: the review of question {by_id(review)} has no two ratings")
             ratings["all"].append(rating)
             if "category" in review:
-                ratings[review["category"].removeprefix("llava_bench_")].append(rating)
+                ratings[str(review["category"]).removeprefix("llava_bench_")].append(rating)
         print(f"{file}: {len(reviews)} reviews; {ratings['all'].count([-1, -1])} unreadable ones count as -1 -1")
         for name, some in ratings.items():
             reference, model = (round(mean, 3) for mean in np.asarray(some, float).mean(0).tolist())
@@ -1075,7 +1110,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--scienceqa", metavar="DIR", help="folder with problems.json")
     mode.add_argument("--task", choices=BENCHMARKS, help="one of the other benchmarks")
-    mode.add_argument("--cost", nargs="?", type=int, const=30, metavar="N",
+    mode.add_argument("--cost", nargs="?", type=number(int, 1), const=30, metavar="N",
                       help="cost of an image and N tokens (%(const)s): of --model, or of published models")
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--model", metavar="ID", help="folder, run or hub id of the LLaVA to ask")
@@ -1084,9 +1119,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--out", type=Path, metavar="FILE", help="append the answers, one JSON line each; continues the file")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--blank", action="store_true", help="replace every image by white: what is still right is guessed")
-    add("--batch-size", type=int, default=16, metavar="N", help="questions at once (%(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N questions")
-    add("--max-new-tokens", type=int, metavar="N",
+    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
+    add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
+    add("--max-new-tokens", type=number(int, 1), metavar="N",
         help="default: ScienceQA 512, MMBench and LLaVA-Bench 1024, others 128")
     add("--split", default="test", help="ScienceQA: default %(default)s")
     add("--pictures", default="any", choices=("any", "only", "none"),
@@ -1124,8 +1159,9 @@ def find_misuse(args: Args) -> list[tuple]:
     return [(args.compare or args.answer != "generate" or args.wording != "qcm",
              "--compare, --answer and --wording are for --scienceqa"),
             ((reviews or args.judge_model) and not bench, "--reviews and --judge-model are for llavabench"),
-            (args.judge_model and (reviews != 1 or annotations != 2),
-             "--judge-model needs one --reviews FILE and --annotations CONTEXT REFERENCE"),
+            (args.judge_model and reviews != 1, "--judge-model needs one --reviews FILE"),
+            (bench and annotations != 2 and (annotations or args.judge_model),
+             "llavabench needs --annotations CONTEXT REFERENCE"),
             (not (args.questions and answers) and not (reviews and not args.judge_model),
              "--task needs --questions, and --model or --predictions"),
             (args.model and not args.images and task != "mmbench", "--model needs --images"),

@@ -398,12 +398,15 @@ def test_the_judge_gets_the_official_request(monkeypatch, toy, tmp_path, judge):
     assert stored[1]["category"] == "llava_bench_detail" and stored[1]["tuple"] == [8, 4] and stored[1]["id"] == 2
 
 
-def test_coco_contexts_list_captions_and_boxes():
+def test_coco_contexts_list_captions_and_boxes(tmp_path):
     context = {"captions": ["A dog.", "One dog."], "instances": [{"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]}]}
-    q = {"prompt": "What?", "truth": (context, {"text": "A dog."})}
-    content = eval.judge_messages(q, "Cat.")[1]["content"]
+    write_lines(tmp_path / "c", [context | {"image": "x.jpg"}])
+    write_lines(tmp_path / "r", [{"question_id": 1, "text": "A dog."}])
+    q = {"question_id": 1, "prompt": "What?", "image": "x.jpg", "category": "conv"}
+    truth = eval.read_llavabench(eval.Args(annotations=[tmp_path / "c", tmp_path / "r"]), [q])["1"]
+    content = eval.judge_messages(q | {"truth": truth}, "Cat.")[1]["content"]
     assert content.startswith("[Context]\nA dog.\nOne dog.\n\ndog: [0.1, 0.2, 0.3, 0.4]\n\n[Question]\n")
-    assert "fractions" in content
+    assert "fractions" in content and truth["category"] == "conv"
 
 
 def test_judging_goes_on_after_a_failure_and_refuses_other_answers(monkeypatch, toy, tmp_path, judge):
