@@ -213,8 +213,8 @@ def compare(problems: list[dict], files: list[str]) -> None:
 
 
 def read_lines(file, *needed: str, unique: bool = False, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`. UserError names
-    a bad line, and with `unique` a second line with the same question_id."""
+    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`. UserError names a
+    bad line, and with `unique` a second line with the same question_id."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -225,7 +225,7 @@ def read_lines(file, *needed: str, unique: bool = False, content: bytes | None =
             continue
         try:
             entry = json.loads(line)
-            texts = [entry.get(key, "") for key in ("text", "prompt", "image")]
+            texts = [entry.get(key, "") for key in ("text", "prompt", "image", "category")]
             if any(key not in entry for key in needed) or not all(isinstance(text, str) for text in texts):
                 raise ValueError
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -494,21 +494,24 @@ def read_vqav2(args: Args) -> list[dict]:
             lines = [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
                       "prompt": q["question"] + SHORT_SUFFIX} for q in raw["questions"]]
             questions += [q | {"file": args.images and args.images / q["image"]} for q in lines]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             questions += read_questions(Args(questions=[file], images=args.images))
     return questions
 
 
 def read_humans(args: Args, questions: list[dict]) -> dict:
-    """The annotations of VQAv2 by question id, or those of TextVQA by image id and question."""
-    file, truth, textvqa = args.annotations[0], {}, args.task == "textvqa"
+    """The ten human answers and the answer type, by VQAv2's question id, or by TextVQA's image id and question."""
+    file, truth = args.annotations[0], {}
     try:
-        for a in read_object(file)["data" if textvqa else "annotations"]:
-            key, kind = (a["image_id"], a["question"].lower()) if textvqa else by_id(a), a.get("answer_type")
-            records = [{"answer": text, "id": i} for i, text in enumerate(a["answers"])] if textvqa else a["answers"]
+        for a in read_object(file)["data" if args.task == "textvqa" else "annotations"]:
+            key, records = a["question_id"], a["answers"]
+            if args.task == "textvqa":
+                key = a["image_id"], a["question"].lower()
+                records = [{"answer": text, "id": i} for i, text in enumerate(records)]
             if len(records) != 10:
                 raise UserError(f"{file}: question {key} has {len(records)} human answers, not ten")
-            truth[key] = [record | {"answer": "" + record["answer"]} for record in records], kind
+            records = [record | {"answer": "" + record["answer"]} for record in records]
+            truth[key if args.task == "textvqa" else str(key)] = records, a.get("answer_type")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not the annotation file of {args.task} ({error})") from None
     return truth
@@ -607,8 +610,8 @@ def read_mme(args: Args, questions: list[dict]) -> dict:
     folder, truth = Path(args.annotations[0]), {}
     for task in {mme_key(q)[0] for q in questions}:
         files = [folder / f"{task}.txt", *(folder / task).glob("**/*.txt")]
-        lines = [(f, line) for f in files if f.exists() for line in f.read_text("utf-8", "replace").split("\n")]
-        for file, line in lines:
+        texts = {file: file.read_text("utf-8", "replace") for file in files if file.exists()}
+        for file, line in [(file, line) for file, text in texts.items() for line in text.split("\n")]:
             if not line.strip():
                 continue
             cells = line.split("\t") if file.parent == folder else [file.name, *line.split("\t")]
@@ -706,13 +709,13 @@ def score_mmbench(questions: list[dict]) -> dict:
 
 FORMATS, MIME = "http://schemas.openxmlformats.org", "application/vnd.openxmlformats-"
 SHEETS, LINKS = f"{FORMATS}/spreadsheetml/2006/main", f"{FORMATS}/officeDocument/2006/relationships"
-LINK = (f'<Relationships xmlns="{FORMATS}/package/2006/relationships"><Relationship Id="r1" Target="{{}}.xml" '
-        f'Type="{LINKS}/{{}}"/></Relationships>')
+LINK = (f'<Relationships xmlns="{FORMATS}/package/2006/relationships"><Relationship Id="r1" '
+        f'Target="{{}}.xml" Type="{LINKS}/{{}}"/></Relationships>')
 XLSX = {                                     # the parts of the smallest workbook, without its sheet
     "[Content_Types].xml": f'<Types xmlns="{FORMATS}/package/2006/content-types">'
-    f'<Default Extension="rels" ContentType="{MIME}package.relationships+xml"/><Override PartName="/book.xml" '
-    f'ContentType="{MIME}officedocument.spreadsheetml.sheet.main+xml"/><Override PartName="/sheet.xml" '
-    f'ContentType="{MIME}officedocument.spreadsheetml.worksheet+xml"/></Types>',
+    f'<Default Extension="rels" ContentType="{MIME}package.relationships+xml"/>'
+    f'<Override PartName="/book.xml" ContentType="{MIME}officedocument.spreadsheetml.sheet.main+xml"/>'
+    f'<Override PartName="/sheet.xml" ContentType="{MIME}officedocument.spreadsheetml.worksheet+xml"/></Types>',
     "_rels/.rels": LINK.format("book", "officeDocument"),
     "_rels/book.xml.rels": LINK.format("sheet", "worksheet"),
     "book.xml": f'<workbook xmlns="{SHEETS}" xmlns:r="{LINKS}"><sheets><sheet name="Sheet1" sheetId="1" '
@@ -747,10 +750,10 @@ def xlsx_cell(value: int | str | None) -> str:
 
 JUDGE = "You rate the answers of two assistants to questions about images. You are exact and impartial."
 RULE = """The question is about an image that you cannot see; the context describes it{}. Rate the answers of
-Assistant 1 and Assistant 2: are they helpful, relevant, correct and detailed? Give each a number from 1 to 10;
-a better answer gets a higher number. The first line of your reply holds these two numbers only, that of
-Assistant 1 first, with a space between them. Explain them in the lines after it. The order of the answers must
-not influence you."""
+Assistant 1 and Assistant 2: are they helpful, relevant, correct and detailed? Give each a number from 1 to
+10; a better answer gets a higher number. The first line of your reply holds these two numbers only, that of
+Assistant 1 first, with a space between them. Explain them in the lines after it. The order of the answers
+must not influence you."""
 BOXES = ": captions, one a line, then objects, each as category: [left, top, right, bottom] in fractions of 1"
 
 
@@ -771,7 +774,7 @@ def read_llavabench(args: Args, questions: list[dict]) -> dict:
             truth[by_id(q)] = {"context": "\n".join(lines), "detail": detail, "category": kind,
                                "reference": references[by_id(q)]}
         except (KeyError, TypeError) as error:
-            raise UserError(f"{args.annotations[0]}: {q['image']} has no caption or boxes ({error})") from None
+            raise UserError(f"{args.annotations[0]}: no caption or boxes for {q['image']} ({error})") from None
     return truth
 
 
@@ -797,7 +800,8 @@ def judge_answers(args: Args, questions: list[dict]) -> None:
     """Append a review of each answer to args.reviews[0], unless it is there."""
     file, url, left = args.reviews[0], judge_url(args), []
     content = complete_lines(file)
-    stored = {by_id(review): review for review in read_lines(file, "question_id", unique=True, content=content)}
+    reviews = read_lines(file, "question_id", unique=True, content=content)
+    stored = {by_id(review): review for review in reviews}
     for q in (q for q in questions if q["text"] is not None):
         digest = hashlib.sha256(q["text"].encode()).hexdigest()[:8]
         q["made"] = {"judge_model": args.judge_model, "answer": digest}
@@ -810,8 +814,9 @@ def judge_answers(args: Args, questions: list[dict]) -> None:
     for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
         content = chat(url, args.judge_model, judge_messages(q, q["text"]))
         append(file, {"question_id": q["question_id"], "id": n, "category": q["truth"]["category"],
-                      "answer1_id": q["truth"]["reference"].get("answer_id"), "answer2_id": q["made"]["answer"],
-                      "content": content, "tuple": parse_verdict(content), "metadata": q["made"]})
+                      "answer1_id": q["truth"]["reference"].get("answer_id"),
+                      "answer2_id": q["made"]["answer"], "content": content, "tuple": parse_verdict(content),
+                      "metadata": q["made"]})
 
 
 def score_reviews(args: Args, questions: list[dict]) -> dict:
@@ -826,7 +831,8 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
             ratings["all"].append(rating)
             if "category" in review:
                 ratings[str(review["category"]).removeprefix("llava_bench_")].append(rating)
-        print(f"{file}: {len(reviews)} reviews; {ratings['all'].count([-1, -1])} unreadable ones count as -1 -1")
+        unreadable = ratings["all"].count([-1, -1])
+        print(f"{file}: {len(reviews)} reviews; {unreadable} without two ratings count as -1 -1")
         for name, some in ratings.items():
             reference, model = (round(mean, 3) for mean in np.asarray(some, float).mean(0).tolist())
             ratios[name].append(round(100 * model / reference, 1) if reference else 0.0)
@@ -851,9 +857,9 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
          seconds: float = 60) -> str:
     """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...].
 
-    OPENAI_API_KEY is sent where it is set. At most 5 attempts of `seconds` each, with waits of 1, 2, 4 and 8 s,
-    or what Retry-After asks for, up to 60 s. Raises UserError for a refused key and for replies that are no
-    chat completion, OSError where the endpoint cannot be reached or fails.
+    OPENAI_API_KEY is sent where it is set. At most 5 attempts of `seconds` each, with waits of 1, 2, 4 and
+    8 s, or what Retry-After asks for, up to 60 s. Raises UserError for a refused key and for replies that are
+    no chat completion, OSError where the endpoint cannot be reached or fails.
     """
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
@@ -1002,8 +1008,8 @@ def count_parameters(config: LlavaConfig) -> dict[str, int]:
 
 
 def language_flops(text: TextConfig, tokens: int, logits: int = 1, causal: bool = True) -> int:
-    """FLOPs of one row of `tokens` through the decoder, with `logits` logits. `causal` counts the pairs of query
-    and key inside mask and window; without it all pairs, as papers and torch do."""
+    """FLOPs of one row of `tokens` through the decoder, with `logits` logits. `causal` counts the pairs of
+    query and key inside mask and window; without it all pairs, as papers and torch do."""
     C, D, H, K = text.hidden_size, text.head_dim, text.num_attention_heads, text.num_key_value_heads
     window = min(tokens, text.sliding_window or tokens)
     pairs = window * (window + 1) // 2 + (tokens - window) * window if causal else tokens**2
@@ -1032,8 +1038,8 @@ def cache_bytes(text: TextConfig, tokens: int, bytes_per_number: int = 2) -> int
 
 
 def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
-    """Parameters, and the cost of the prefill of one image and `text_tokens`; "TFLOPs, causal" counts only the
-    needed pairs of tokens, the other figures all pairs."""
+    """Parameters, and the cost of the prefill of one image and `text_tokens`; "TFLOPs, causal" counts only
+    the needed pairs of tokens, the other figures all pairs."""
     side, tiles = config.vision.image_size, 1
     if config.image_mode == "anyres":        # a square image of twice the tower's size
         side *= 2
@@ -1086,18 +1092,16 @@ def print_published() -> None:
         for there, here in zip(published, (full, pruned, full / 4, pruned / 4)):
             note = " <- looks wrong" if abs(here / there - 1) > 0.05 else ""
             cells.append(f"{there:5} ({here:.3g}){note}")
-        tower, before, after = (n / 1e12 for n in (vision_flops(config.vision, 23), projector_flops(config, 576),
-                                                   projector_flops(config, 40)))
+        before, after = ((vision_flops(config.vision, 23) + projector_flops(config, n)) / 1e12 for n in (576, 40))
         print(f"{name:14}", *cells)
         print(f"{'':14} 30 text tokens and 576 image tokens, pruned to 40: {real:.3g} -> {pruned:.3g}, "
-              f"{real / pruned:.1f} times fewer; with tower and projector "
-              f"{(real + tower + before) / (pruned + tower + after):.1f}")
+              f"{real / pruned:.1f} times fewer; with tower and projector {(real + before) / (pruned + after):.1f}")
     sizes = [count_parameters(config) for config in PUBLISHED.values()]
     mistral, small, large, _ = (parts["language_model"] for parts in sizes)
     whole = 1 - sum(sizes[0].values()) / sum(sizes[3].values())
-    print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} fewer '
-          f"parameters than\nLLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside LLaMA-7B it has "
-          f"{mistral / small - 1:.1%} more.")
+    print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} fewer\n'
+          f"parameters than LLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside LLaMA-7B it\n"
+          f"has {mistral / small - 1:.1%} more.")
 
 
 # ---------------------------------------------------------------------------------------------
