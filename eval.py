@@ -213,8 +213,8 @@ def compare(problems: list[dict], files: list[str]) -> None:
 
 
 def read_lines(file, *needed: str, unique: bool = False, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`. UserError names a
-    bad line, and with `unique` a second line with the same question_id."""
+    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`; `unique` refuses
+    a second line with the same question_id. UserError names the line."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -500,7 +500,7 @@ def read_vqav2(args: Args) -> list[dict]:
 
 
 def read_humans(args: Args, questions: list[dict]) -> dict:
-    """The ten human answers and the answer type, by VQAv2's question id, or by TextVQA's image id and question."""
+    """Ten human answers and their type, by VQAv2's question id, or by TextVQA's image id and question."""
     file, truth = args.annotations[0], {}
     try:
         for a in read_object(file)["data" if args.task == "textvqa" else "annotations"]:
@@ -715,7 +715,8 @@ XLSX = {                                     # the parts of the smallest workboo
     "[Content_Types].xml": f'<Types xmlns="{FORMATS}/package/2006/content-types">'
     f'<Default Extension="rels" ContentType="{MIME}package.relationships+xml"/>'
     f'<Override PartName="/book.xml" ContentType="{MIME}officedocument.spreadsheetml.sheet.main+xml"/>'
-    f'<Override PartName="/sheet.xml" ContentType="{MIME}officedocument.spreadsheetml.worksheet+xml"/></Types>',
+    f'<Override PartName="/sheet.xml" ContentType="{MIME}officedocument.spreadsheetml.worksheet+xml"/>'
+    '</Types>',
     "_rels/.rels": LINK.format("book", "officeDocument"),
     "_rels/book.xml.rels": LINK.format("sheet", "worksheet"),
     "book.xml": f'<workbook xmlns="{SHEETS}" xmlns:r="{LINKS}"><sheets><sheet name="Sheet1" sheetId="1" '
@@ -774,7 +775,7 @@ def read_llavabench(args: Args, questions: list[dict]) -> dict:
             truth[by_id(q)] = {"context": "\n".join(lines), "detail": detail, "category": kind,
                                "reference": references[by_id(q)]}
         except (KeyError, TypeError) as error:
-            raise UserError(f"{args.annotations[0]}: no caption or boxes for {q['image']} ({error})") from None
+            raise UserError(f"{args.annotations[0]} does not describe {q['image']} ({error})") from None
     return truth
 
 
@@ -1084,23 +1085,25 @@ def print_costs(configs: dict[str, LlavaConfig], text_tokens: int) -> None:
 
 def print_published() -> None:
     """Print two published claims beside the formulas: PruMerge's saving and the size of Mistral."""
-    print("\nPruMerge's Table II, TFLOPs of the language model, published (by formula): 700 tokens, 70, both in "
-          "INT4.\nINT4 FLOPs are FP16 / 4: the operations are the same, the bytes are a quarter.")
+    print("\nPruMerge's Table II, TFLOPs of the language model, published (by formula): 700 tokens, 70, both "
+          "in INT4.\nINT4 FLOPs are FP16 / 4: the operations are the same, the bytes are a quarter.")
     for name, published in TABLE_II.items():
         config, cells = PUBLISHED[name], []
         full, pruned, real = (language_flops(config.text, n, causal=False) / 1e12 for n in (700, 70, 606))
         for there, here in zip(published, (full, pruned, full / 4, pruned / 4)):
             note = " <- looks wrong" if abs(here / there - 1) > 0.05 else ""
             cells.append(f"{there:5} ({here:.3g}){note}")
-        before, after = ((vision_flops(config.vision, 23) + projector_flops(config, n)) / 1e12 for n in (576, 40))
+        tower = vision_flops(config.vision, 23)
+        before, after = ((tower + projector_flops(config, n)) / 1e12 for n in (576, 40))
         print(f"{name:14}", *cells)
         print(f"{'':14} 30 text tokens and 576 image tokens, pruned to 40: {real:.3g} -> {pruned:.3g}, "
-              f"{real / pruned:.1f} times fewer; with tower and projector {(real + before) / (pruned + after):.1f}")
+              f"{real / pruned:.1f} times fewer; with tower and projector "
+              f"{(real + before) / (pruned + after):.1f}")
     sizes = [count_parameters(config) for config in PUBLISHED.values()]
     mistral, small, large, _ = (parts["language_model"] for parts in sizes)
     whole = 1 - sum(sizes[0].values()) / sum(sizes[3].values())
-    print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} fewer\n'
-          f"parameters than LLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside LLaMA-7B it\n"
+    print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} '
+          f"fewer\nparameters than LLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside LLaMA-7B it\n"
           f"has {mistral / small - 1:.1%} more.")
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import eval
-from eval import chat, normalize_m4c, normalize_vqa, parse_letter, parse_mme, parse_pope, parse_verdict, retry_after
+from eval import (chat, normalize_m4c, normalize_vqa, parse_letter, parse_mme, parse_pope, parse_verdict,
+                  retry_after)
 from llava import UserError
 from tests.toy import write_benchmarks, write_lines, write_random
 
@@ -25,8 +26,8 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 class Judge(ThreadingHTTPServer):
-    """A local endpoint that answers with `replies`, one for each request, the last one for ever. A reply is a text,
-    or (status, headers, body)."""
+    """A local endpoint that answers with `replies`, one for each request, and then with the last one. A reply
+    is a text, or (status, headers, body)."""
 
     def __init__(self, *replies):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -90,12 +91,14 @@ def test_a_request_is_openais_and_carries_the_key_only_where_there_is_one(judge,
     (path, without, body), (_, with_key, other) = server.requests
     assert path == "/v1/chat/completions" and "Authorization" not in without
     assert body == {"model": "gpt-4", "messages": MESSAGES, "temperature": 0.2, "max_tokens": 1024}
-    assert with_key["Authorization"] == "Bearer sk-secret" and (other["temperature"], other["max_tokens"]) == (0, 9)
+    assert with_key["Authorization"] == "Bearer sk-secret"
+    assert (other["temperature"], other["max_tokens"]) == (0, 9)
 
 
 @pytest.mark.parametrize("first", [
     (429, {}, "slow down"), (500, {}, ""), (200, {}, "<html>"), (200, {}, '{"choices": []}'),
-    (200, {}, '{"choices": [{"message": {"content": null}}]}'), (200, {"Content-Length": 99}, '{"choices": [{"mes')])
+    (200, {}, '{"choices": [{"message": {"content": null}}]}'),
+    (200, {"Content-Length": 99}, '{"choices": [{"mes')])
 def test_what_fails_once_is_asked_again(judge, waits, first):
     server = judge(first, "1 2")
     assert chat(server.url, "m", MESSAGES) == "1 2"
@@ -103,7 +106,8 @@ def test_what_fails_once_is_asked_again(judge, waits, first):
 
 
 @pytest.mark.parametrize("reply, kind, complaint", [
-    ((503, {}, "busy"), OSError, "answers 503"), ((200, {}, "half a li"), UserError, "does not reply with a chat")])
+    ((503, {}, "busy"), OSError, "answers 503"),
+    ((200, {}, "half a li"), UserError, "does not reply with a chat")])
 def test_five_attempts_end_in_one_sentence(judge, waits, reply, kind, complaint):
     server = judge(reply)
     with pytest.raises(kind, match=complaint):
@@ -134,7 +138,8 @@ def test_a_judge_that_is_down_or_silent_is_said(judge, waits):
 def test_retry_after_is_followed_up_to_a_minute(judge, waits):
     soon = formatdate(eval.time.time() + 30, usegmt=True)
     assert 20 < retry_after(soon, 1) <= 30
-    server = judge((429, {"Retry-After": 7}, ""), (503, {"Retry-After": 3600}, ""), (429, {"Retry-After": "?"}, ""), "5")
+    server = judge((429, {"Retry-After": 7}, ""), (503, {"Retry-After": 3600}, ""),
+                   (429, {"Retry-After": "?"}, ""), "5")
     assert chat(server.url, "m", MESSAGES) == "5"
     assert waits == [7, 60, 4]
 
@@ -164,12 +169,14 @@ def flags(folder, task: str) -> list:
     files = {
         "vqav2": ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
         "textvqa": ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"),
-        "pope": ("llava_pope_test.jsonl", *(f"coco_pope_{name}.json" for name in ("random", "popular", "adversarial"))),
+        "pope": ("llava_pope_test.jsonl", "coco_pope_random.json", "coco_pope_popular.json",
+                 "coco_pope_adversarial.json"),
         "mme": ("llava_mme.jsonl", "Your_Results" if (folder / "mme/Your_Results").exists() else "."),
         "mmbench": ("mmbench_dev_20230712.tsv",),
         "llavabench": ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")}[task]
     questions, *annotations = [folder / task / name for name in files]
-    words = ["--task", task, "--questions", questions, "--images", folder / ("mme" if task == "mme" else "val2014")]
+    words = ["--task", task, "--questions", questions, "--images",
+             folder / ("mme" if task == "mme" else "val2014")]
     return words + ["--annotations", *annotations] if annotations else words
 
 
@@ -185,13 +192,16 @@ def test_a_toy_benchmark_runs_from_a_model_to_its_figures(monkeypatch, toy, tmp_
         words += ["--judge", server.url, "--judge-model", "m", "--reviews", tmp_path / "reviews.jsonl"]
     one = run(monkeypatch, *words, *asking, "--out", tmp_path / "one.jsonl", "--batch-size", 1)
     many = run(monkeypatch, *words, *asking, "--out", tmp_path / "many.jsonl", "--batch-size", 5)
-    assert one == many and one["missing"] == 0 and one["questions"] == {"pope": 24, "mme": 16, "mmbench": 8}.get(task, 4)
+    assert one == many and one["missing"] == 0
+    assert one["questions"] == {"pope": 24, "mme": 16, "mmbench": 8}.get(task, 4)
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "many.jsonl").read_text()
     assert run(monkeypatch, *words, "--predictions", tmp_path / "many.jsonl") == one
     assert "missing 0, questions" in capsys.readouterr().out
     keys = {"vqav2": {"overall", "yes/no", "number", "other"}, "textvqa": {"accuracy", "answers"},
-            "pope": {"f1", "random", "popular", "adversarial"}, "mme": {"perception", "cognition", "color", "code_reasoning"},
-            "mmbench": {"circular", "one_pass", "categories"}, "llavabench": {"all", "conv", "detail", "complex", "reviews"}}
+            "pope": {"f1", "random", "popular", "adversarial"},
+            "mme": {"perception", "cognition", "color", "code_reasoning"},
+            "mmbench": {"circular", "one_pass", "categories"},
+            "llavabench": {"all", "conv", "detail", "complex", "reviews"}}
     assert set(one) == keys[task] | {"missing", "questions"}
     if task == "llavabench":
         assert one["all"] == 50.0 and one["reviews"] == [50.0] and len(server.requests) == 4
@@ -231,15 +241,18 @@ def write_vqa(folder, humans, answers: list[str]) -> list:
 
 
 @pytest.mark.parametrize("humans, answers, overall", [
-    (["yes"] * 10, ["Yes"], 50.0),           # m4c lower-cases the prediction, and the other question is missing
+    (["yes"] * 10, ["Yes"], 50.0),           # the prediction is lower-cased; the other question is missing
     (["Yes"] * 10, ["Yes"], 0.0),            # ten equal human answers are compared with their case
-    (["Yes"] * 9 + ["no"], ["yes"], 50.0), (["yes"] + ["no"] * 9, ["yes"], 15.0), (["a"] * 3 + ["no"] * 7, ["the"], 90.0),
+    (["Yes"] * 9 + ["no"], ["yes"], 50.0), (["yes"] + ["no"] * 9, ["yes"], 15.0),
+    (["a"] * 3 + ["no"] * 7, ["the"], 90.0),
     (["2"] * 2 + ["no"] * 8, ["no", "two"], 30.0)])
 def test_vqav2_scores_by_the_official_rule(monkeypatch, tmp_path, capsys, humans, answers, overall):
     figures = run(monkeypatch, *write_vqa(tmp_path, humans, answers))
-    assert figures == {"overall": overall, "yes/no": overall, "number": None, "other": None, "missing": 1, "questions": 2}
+    assert figures == {"overall": overall, "yes/no": overall, "number": None, "other": None, "missing": 1,
+                       "questions": 2}
     uploaded = json.loads((tmp_path / "u.json").read_text())
-    assert uploaded == [{"question_id": 7, "answer": normalize_m4c(answers[-1])}, {"question_id": 8, "answer": ""}]
+    assert uploaded == [{"question_id": 7, "answer": normalize_m4c(answers[-1])},
+                        {"question_id": 8, "answer": ""}]
     assert ("the last one counts" in capsys.readouterr().out) == (len(answers) == 2)
 
 
@@ -257,28 +270,33 @@ def test_textvqa_averages_every_answer_that_is_there(monkeypatch, toy, tmp_path)
 
 
 @pytest.mark.parametrize("text, yes", [
-    ("No", False), ("no, it is", False), ("There is, I am not sure", False), ("No\n", True), ("NO", True), ("none", True),
+    ("No", False), ("no, it is", False), ("There is, I am not sure", False), ("No\n", True), ("NO", True),
+    ("none", True),
     ("cannot", True), ("", True), (". No", True), ("Yes. No.", True), ("Well,no", True), ("a no", False)])
 def test_pope_reads_answers_by_its_rule(text, yes):
     assert parse_pope(text) == yes
 
 
-@pytest.mark.parametrize("text, word", [("Yes.", "yes"), ("eyes", "yes"), ("know", "no"), ("not sure", "no"), ("I no", "no"),
-                                        ("maybe no", "other"), ("", "other"), (" yes", "yes"), ("  yes", "other")])
+@pytest.mark.parametrize("text, word", [
+    ("Yes.", "yes"), ("eyes", "yes"), ("know", "no"), ("not sure", "no"), ("I no", "no"), ("maybe no", "other"),
+    ("", "other"), (" yes", "yes"), ("  yes", "other")])
 def test_mme_reads_the_first_four_characters(text, word):
     assert parse_mme(text) == word
 
 
 @pytest.mark.parametrize("text, letter", [
-    ("B", "B"), ("B.", "B"), ("(C) a dog", "C"), ("b", None), ("A or B", None), ("The answer is B because they are all red",
-     "B"), ("Option B I think it may well be", None), ("a red dog", "C"), ("It is a cat", "A"), ("cat or dog", None),
-    ("D", None), ("Z", None), ("Cannot determine the answer, B", None), ("A" + " x" * 9, None), ("cat" + " x" * 60, None)])
+    ("B", "B"), ("B.", "B"), ("(C) a dog", "C"), ("b", None), ("A or B", None),
+    ("The answer is B because they are all red", "B"), ("Option B I think it may well be", None),
+    ("a red dog", "C"), ("It is a cat", "A"), ("cat or dog", None),
+    ("D", None), ("Z", None), ("Cannot determine the answer, B", None), ("A" + " x" * 9, None),
+    ("cat" + " x" * 60, None)])
 def test_mmbench_reads_letters_as_vlmevalkit_does(text, letter):
     assert parse_letter(text, {"A": "cat", "B": "Mouse or hare", "C": "dog"}) == letter
 
 
 @pytest.mark.parametrize("content, pair", [
-    ("8 7\nok", [8, 7]), ("8,7", [8, 7]), ("1e1 5", [10, 5]), ("8, 7", [-1, -1]), ("8 7 ", [-1, -1]), ("8/10 7/10", [-1, -1]),
+    ("8 7\nok", [8, 7]), ("8,7", [8, 7]), ("1e1 5", [10, 5]), ("8, 7", [-1, -1]), ("8 7 ", [-1, -1]),
+    ("8/10 7/10", [-1, -1]),
     ("8\t7", [-1, -1]), ("Assistant 1: 8", [-1, -1]), ("", [-1, -1]), ("8.5 7", [8.5, 7])])
 def test_verdicts_are_read_as_the_official_script_does(content, pair):
     assert parse_verdict(content) == pair
@@ -299,9 +317,11 @@ def perfect(folder, task: str) -> list[dict]:
 def test_pope_pairs_by_set_and_id_and_leaves_missing_answers_out(monkeypatch, toy, tmp_path, capsys):
     answers = perfect(toy / "data", "pope")
     answers[0]["text"], answers[8]["text"] = "No", "yes and no"          # adversarial, random: yes -> no
-    doubled = [answers[1] | {"text": "Yes"}, *answers[::-1][:-3], answers[1], answers[0]]     # question 3 is missing
+    doubled = [answers[1] | {"text": "Yes"}, *answers[::-1][:-3], answers[1],
+               answers[0]]     # question 3 is missing
     write_lines(tmp_path / "p", doubled)
-    figures = run(monkeypatch, *flags(toy / "data", "pope"), "--predictions", tmp_path / "p", "--json", tmp_path / "f")
+    figures = run(monkeypatch, *flags(toy / "data", "pope"), "--predictions", tmp_path / "p", "--json",
+                  tmp_path / "f")
     assert figures["adversarial"] == {"tp": 2, "fp": 0, "tn": 4, "fn": 1, "accuracy": 6 / 7, "precision": 1.0,
                                       "recall": 2 / 3, "f1": 0.8, "yes_ratio": 2 / 7}
     assert [figures["random"][key] for key in ("tp", "fp", "tn", "fn")] == [3, 0, 4, 1]
@@ -314,8 +334,10 @@ def test_mme_scores_images_and_questions(monkeypatch, toy, tmp_path):
     answers = perfect(toy / "data", "mme")
     answers[0]["text"], answers[1]["text"], answers[2]["text"] = "Maybe yes", "Know", "Eyes"
     write_lines(tmp_path / "p", [answers[5], *answers[:5], *answers[6:14]])
-    figures = run(monkeypatch, *flags(toy / "data", "mme"), "--predictions", tmp_path / "p", "--json", tmp_path / "f")
-    assert figures["color"] == {"acc": 87.5, "acc_plus": 75.0, "score": 162.5} and figures["perception"] == 162.5
+    figures = run(monkeypatch, *flags(toy / "data", "mme"), "--predictions", tmp_path / "p", "--json",
+                  tmp_path / "f")
+    assert figures["color"] == {"acc": 87.5, "acc_plus": 75.0,
+                                "score": 162.5} and figures["perception"] == 162.5
     assert figures["code_reasoning"]["score"] == 200 == figures["cognition"] and figures["missing"] == 2
     write_lines(tmp_path / "p", answers[:-1])
     with pytest.raises(UserError, match="two questions about each image, but code_reasoning/.* has 1 answer"):
@@ -331,7 +353,8 @@ def test_mme_takes_its_truth_from_templates_as_well(monkeypatch, toy, tmp_path):
     for q, answer in zip(questions, answers):
         task, image = q["image"].split("/")
         with open(templates / f"{task}.txt", "a") as lines:
-            lines.write(f"{image}\t{q['text'].split(chr(10))[0]}  Please answer yes or no.\t{answer['text'].upper()}\n")
+            text = q["text"].split("\n")[0] + "  Please answer yes or no."
+            lines.write(f"{image}\t{text}\t{answer['text'].upper()}\n")
     assert perfect(tmp_path, "mme") == answers
 
 
@@ -353,7 +376,8 @@ def test_mmbench_counts_a_question_only_if_every_rotation_is_right(monkeypatch, 
 def test_mmbench_cells_keep_every_character_and_empty_cells(monkeypatch, tmp_path):
     (tmp_path / "t.tsv").write_text("index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n"
                                     '3\t"a ""b"" <c> & d\n e"\tNA\t one\ttwo\tNone\tthree\tB\tAAAA\n')
-    args = eval.parse_args(["--task", "mmbench", "--questions", str(tmp_path / "t.tsv"), "--predictions", "x"])
+    args = eval.parse_args(["--task", "mmbench", "--questions", str(tmp_path / "t.tsv"), "--predictions",
+                            "x"])
     (q,) = eval.read_mmbench(args)
     assert q["prompt"] == 'a "b" <c> & d\n e\nA.  one\nB. two' and q["question_id"] == 3
     eval.upload_mmbench(tmp_path / "u.xlsx", [q | {"text": "x\x01\ry"}])
@@ -373,15 +397,18 @@ def review(i: int, pair: list, category: str | None = "llava_bench_conv") -> dic
 def test_reviews_are_scored_with_the_official_roundings(monkeypatch, tmp_path):
     write_lines(tmp_path / "a", [review(0, [9, 7]), review(1, [8, -1], "detail"), review(2, [7, 5.5])])
     write_lines(tmp_path / "b", [review(0, [3, 1]), {"question_id": 1, "score": [1, 1]}])
-    figures = run(monkeypatch, "--task", "llavabench", "--reviews", tmp_path / "a", tmp_path / "b", "--json", tmp_path / "f")
-    assert figures == {"all": (47.9 + 50) / 2, "conv": (78.1 + 33.3) / 2, "detail": -12.5, "reviews": [47.9, 50.0],
+    figures = run(monkeypatch, "--task", "llavabench", "--reviews", tmp_path / "a", tmp_path / "b", "--json",
+                  tmp_path / "f")
+    assert figures == {"all": (47.9 + 50) / 2, "conv": (78.1 + 33.3) / 2, "detail": -12.5,
+                       "reviews": [47.9, 50.0],
                        "missing": 1, "questions": 3}
 
 
 def judging(toy, tmp_path, server, name="m") -> list:
     words = flags(toy / "data", "llavabench")
     questions = [json.loads(line) for line in open(words[3])]
-    write_lines(tmp_path / "p", [{"question_id": q["question_id"], "prompt": q["text"], "text": "An answer."} for q in questions])
+    write_lines(tmp_path / "p", [{"question_id": q["question_id"], "prompt": q["text"],
+                                  "text": "An answer."} for q in questions])
     return [*words, "--predictions", tmp_path / "p", "--judge", server.url, "--judge-model", name,
             "--reviews", tmp_path / "reviews", "--json", tmp_path / "f"]
 
@@ -391,15 +418,18 @@ def test_the_judge_gets_the_official_request(monkeypatch, toy, tmp_path, judge):
     run(monkeypatch, *judging(toy, tmp_path, server))
     content = server.requests[1][2]["messages"][1]["content"]
     context = json.loads((toy / "data/llavabench/context.jsonl").read_text().split("\n")[1])
-    assert content.startswith(f"[Context]\n{context['caption']}\n\n[Question]\nDescribe this image.\n\n[Assistant 1]\n"
-                              f"{context['caption']}\n\n[End of Assistant 1]\n\n[Assistant 2]\nAn answer.\n\n"
+    described = context["caption"]           # which the toy form also takes as the reference answer
+    assert content.startswith(f"[Context]\n{described}\n\n[Question]\nDescribe this image.\n\n[Assistant 1]\n"
+                              f"{described}\n\n[End of Assistant 1]\n\n[Assistant 2]\nAn answer.\n\n"
                               "[End of Assistant 2]\n\n[System]\n")
     stored = [json.loads(line) for line in (tmp_path / "reviews").read_text().splitlines()]
-    assert stored[1]["category"] == "llava_bench_detail" and stored[1]["tuple"] == [8, 4] and stored[1]["id"] == 2
+    assert stored[1]["category"] == "llava_bench_detail"
+    assert stored[1]["tuple"] == [8, 4] and stored[1]["id"] == 2
 
 
 def test_coco_contexts_list_captions_and_boxes(tmp_path):
-    context = {"captions": ["A dog.", "One dog."], "instances": [{"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]}]}
+    context = {"captions": ["A dog.", "One dog."], "instances": [{"category": "dog",
+                                                                  "bbox": [0.1, 0.2, 0.3, 0.4]}]}
     write_lines(tmp_path / "c", [context | {"image": "x.jpg"}])
     write_lines(tmp_path / "r", [{"question_id": 1, "text": "A dog."}])
     q = {"question_id": 1, "prompt": "What?", "image": "x.jpg", "category": "conv"}
@@ -459,7 +489,8 @@ def test_labels_of_another_revision_are_refused(monkeypatch, toy, tmp_path):
         write_lines(tmp_path / "coco_pope_adversarial.json", changed)
         write_lines(tmp_path / "p", [entry(1)])
         with pytest.raises(UserError, match="labels other questions"):
-            run(monkeypatch, *words[:-1], tmp_path / "coco_pope_adversarial.json", "--predictions", tmp_path / "p")
+            run(monkeypatch, *words[:-1], tmp_path / "coco_pope_adversarial.json", "--predictions",
+                tmp_path / "p")
     with pytest.raises(UserError, match="lacks question"):
         run(monkeypatch, *words[:-1], "--predictions", tmp_path / "p")
 
@@ -477,7 +508,8 @@ def test_a_question_without_its_image_is_named_before_the_model_opens(monkeypatc
 
 
 def test_answers_to_another_task_are_not_continued(monkeypatch, toy, tmp_path):
-    asking = ["--model", toy / "model", "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 2, "--limit", 2,
+    asking = ["--model", toy / "model", "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 2,
+              "--limit", 2,
               "--out", tmp_path / "a"]
     run(monkeypatch, *flags(toy / "data", "pope"), *asking)
     with pytest.raises(UserError, match="another task"):
@@ -488,10 +520,12 @@ def test_answers_to_another_task_are_not_continued(monkeypatch, toy, tmp_path):
 
 @pytest.mark.parametrize("words", [
     ["--task", "pope"], ["--task", "pope", "--scienceqa", "x"], ["--task", "pope", "--cost"],
-    ["--task", "pope", "--questions", "q", "--predictions", "p"], ["--task", "pope", "--questions", "q", "--model", "m"],
+    ["--task", "pope", "--questions", "q", "--predictions", "p"],
+    ["--task", "pope", "--questions", "q", "--model", "m"],
     ["--task", "pope", "--questions", "q", "--predictions", "p", "--annotations", "a", "--upload", "u"],
     ["--task", "llavabench", "--questions", "q", "--predictions", "p"],
-    ["--task", "llavabench", "--questions", "q", "--predictions", "p", "--judge-model", "m", "--reviews", "a", "b"],
+    ["--task", "llavabench", "--questions", "q", "--predictions", "p", "--judge-model", "m", "--reviews",
+     "a", "b"],
     ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--reviews", "r"]])
 def test_misuse_exits_with_2(monkeypatch, words):
     with pytest.raises(SystemExit) as stopped:
@@ -504,7 +538,8 @@ def test_misuse_exits_with_2(monkeypatch, words):
 
 SAMPLES = os.environ.get("LLAVA_BENCHMARKS")
 FIGURES = {
-    "vqav2": {"overall": 50.93, "number": 64.71, "other": 49.17}, "textvqa": {"accuracy": 62.10, "answers": 200},
+    "vqav2": {"overall": 50.93, "number": 64.71, "other": 49.17},
+    "textvqa": {"accuracy": 62.10, "answers": 200},
     "pope": {"f1": 84.6860}, "mme": {"cognition": 42.5, "perception": 480.0},
     "mmbench": {"circular": 72.5, "one_pass": 81.25},
     "llavabench": {"all": 64.7, "complex": 77.6, "conv": 59.3, "detail": 47.7}}

@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval
-from eval import (answer, generate_answers, cache_bytes, parse_choice, compare, costs, count_parameters, grade, interval,
+from eval import (answer, generate_answers, cache_bytes, parse_choice, compare, costs, count_parameters,
+                  grade, interval,
                   language_flops, print_table, question, read_answers, read_scienceqa, score, to_record,
                   vision_flops)
 from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig, open_image
@@ -163,7 +164,8 @@ def test_a_batch_gives_the_answers_of_one_question_at_a_time(opened, problems):
 
 def test_the_option_taken_is_the_most_probable_whole_answer(opened, problems):
     model, processor = opened
-    taken = {p["id"]: text for p, _, text in generate_answers(model, processor, problems, batch_size=4, options=True)}
+    taken = {p["id"]: text for p, _, text in generate_answers(model, processor, problems, batch_size=4,
+                                                              options=True)}
     for p in problems:
         images, sums = [open_image(p["file"])] if p["image"] else [], []
         for letter in "ABCDE"[:len(p["choices"])]:
@@ -212,7 +214,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, folder, model_
 
 @pytest.mark.parametrize("change, difference", [
     (["--blank"], "blank"), (["--answer", "options"], "answer"), (["--prune", "prumerge"], "prune"),
-    (["--max-new-tokens", 9], "max_new_tokens"), (["--wording", "letter"], "wording"), (["--dtype", "bfloat16"], "dtype")])
+    (["--max-new-tokens", 9], "max_new_tokens"), (["--wording", "letter"], "wording"),
+    (["--dtype", "bfloat16"], "dtype")])
 def test_answers_by_other_flags_are_refused(monkeypatch, folder, model_folder, tmp_path, change, difference):
     ask(monkeypatch, folder, model_folder, tmp_path / "a")
     before = (tmp_path / "a").read_bytes()
@@ -260,13 +263,14 @@ def test_equal_logits_in_bfloat16_are_told_apart_in_float32(model_folder, proble
     list(generate_answers(model, processor, problem, options=True))
     handle.remove()
     hidden = states[0].flatten()
-    with torch.no_grad():                    # both logits are large; B's is larger by less than bfloat16 shows
+    with torch.no_grad():                    # B's logit is larger by less than bfloat16 shows
         head.weight[rows] = 10 * hidden / hidden.norm()
         largest = int(hidden.abs().argmax())
         head.weight[rows[1], largest] *= 1 + 2**-7
         a, b = (hidden.to(torch.bfloat16) @ head.weight[rows].T).tolist()
     assert a == b
-    assert [text for *_, text in generate_answers(model, processor, problem, options=True)] == ["The answer is B."]
+    assert [text for *_, text in generate_answers(model, processor, problem,
+                                                  options=True)] == ["The answer is B."]
 
 
 def test_wording_letter_is_the_prompt_of_llava_1_5(problems):
@@ -278,7 +282,8 @@ def test_wording_letter_is_the_prompt_of_llava_1_5(problems):
 
 def test_wording_letter_prints_the_accuracy_with_images(monkeypatch, folder, tmp_path, capsys):
     texts = {"14": "E", "11": "A", "12": "B", "13": "B"}
-    (tmp_path / "a").write_text("".join(json.dumps({"question_id": i, "text": t}) + "\n" for i, t in texts.items()))
+    (tmp_path / "a").write_text("".join(json.dumps({"question_id": i, "text": t}) + "\n" for i,
+                                        t in texts.items()))
     run(monkeypatch, "--scienceqa", folder, "--predictions", tmp_path / "a", "--wording", "letter",
         "--json", tmp_path / "figures.json")
     assert "published figure: 50.0 (1 of 2)" in capsys.readouterr().out

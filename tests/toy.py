@@ -208,7 +208,7 @@ def write_benchmarks(folder: Path, size: int = 12) -> None:
     for i, (name, scene) in enumerate(scenes.items()):
         kind, text, reference = (("conv", "What color do you see?", scene["color"]),
                                  ("detail", "Describe this image.", caption(scene)),
-                                 ("complex", "Why is this on a map?", f"To show the {scene['place']}."))[i % 3]
+                                 ("complex", "Why a map?", f"It shows the {scene['place']}."))[i % 3]
         questions.append({"question_id": i, "image": name, "text": text, "category": kind})
         references.append({"question_id": i, "prompt": text, "answer_id": f"r{i}", "text": reference})
     write_lines(folder / "llavabench/questions.jsonl", questions)
@@ -221,12 +221,13 @@ def write_short_answers(folder: Path, scenes: dict[str, dict]) -> None:
     """VQAv2 and TextVQA: ten human answers to each question."""
     asked, annotations, texts, data = [], [], [], []
     for i, (name, scene) in enumerate(scenes.items(), 1):
-        kind, text, right = (("other", "What color is it?", scene["color"]), ("number", "How many?", scene["count"]),
+        kind, text, right = (("other", "What color is it?", scene["color"]),
+                             ("number", "How many?", scene["count"]),
                              ("yes/no", "Is it red?", "yes" if scene["color"] == "red" else "no"))[i % 3]
         humans = [right] * 7 + ["none", f"a {right}", f"{right}."]
         asked.append({"image_id": i, "question": text, "question_id": 1000 * i})
-        annotations.append({"question_id": 1000 * i, "image_id": i, "answer_type": kind, "question_type": text,
-                            "multiple_choice_answer": right, "answers": [
+        annotations.append({"question_id": 1000 * i, "image_id": i, "answer_type": kind,
+                            "question_type": text, "multiple_choice_answer": right, "answers": [
                                 {"answer": human, "answer_confidence": "yes", "answer_id": n}
                                 for n, human in enumerate(humans, 1)]})
         texts.append({"question_id": name[:-4], "image": name, "category": "default",
@@ -256,7 +257,8 @@ def write_yes_no(folder: Path, scenes: dict[str, dict], rng: random.Random) -> N
     questions = []
     for task, line in [(task, line) for task in ("color", "code_reasoning") for line in labels["random"]]:
         image = f"{task}/{line['image']}"
-        questions.append({"question_id": image, "image": image, "category": task, "text": line["text"] + SHORT_SUFFIX})
+        questions.append({"question_id": image, "image": image, "category": task,
+                          "text": line["text"] + SHORT_SUFFIX})
         (folder / "mme" / image).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "val2014" / line["image"], folder / "mme" / image)
         with open((folder / "mme" / image).with_suffix(".txt"), "a", encoding="utf-8") as truth:
@@ -271,8 +273,9 @@ def write_mmbench(folder: Path, scenes: dict[str, dict], rng: random.Random) -> 
         image = base64.b64encode((folder / "val2014" / name).read_bytes()).decode()
         for index in (i, 10**6 + i):
             options = rng.sample(SHAPES, len(SHAPES))
-            rows.append({"index": index, "question": "Which shape do you see?", "hint": "Look." if i % 2 else "",
-                         **dict(zip("ABCD", options)), "answer": "ABCD"[options.index(scene["shape"])],
+            rows.append({"index": index, "question": "Which shape do you see?",
+                         "hint": "Look." if i % 2 else "", **dict(zip("ABCD", options)),
+                         "answer": "ABCD"[options.index(scene["shape"])],
                          "category": "shape", "image": image, "source": "toy",
                          "l2-category": "coarse" if i % 2 else "fine", "comment": "", "split": "dev"})
     file = folder / "mmbench/mmbench_dev_20230712.tsv"
