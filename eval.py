@@ -30,6 +30,7 @@ from functools import lru_cache
 from html import escape
 from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -888,13 +889,24 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
 
 
 def read_reply(request: Request, seconds: float) -> str:
-    deadline, content = time.monotonic() + seconds, b""
-    with urlopen(request, timeout=seconds) as response:
-        while part := response.read1():
-            content += part
-            if time.monotonic() > deadline:
-                raise TimeoutError("timed out")
-    return "" + json.loads(content)["choices"][0]["message"]["content"]
+    """The text of a chat completion. A thread receives it, because urlopen's timeout holds for each packet."""
+    results = []
+
+    def receive() -> None:
+        try:
+            with urlopen(request, timeout=seconds) as response:
+                results.append(response.read())
+        except Exception as error:
+            results.append(error)
+
+    thread = Thread(target=receive, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise TimeoutError("timed out")
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return "" + json.loads(results[0])["choices"][0]["message"]["content"]
 
 
 def retry_after(header: str | None, default: float) -> float:

@@ -31,7 +31,7 @@ class Judge(ThreadingHTTPServer):
 
     def __init__(self, *replies):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.replies, self.requests = list(replies), []
+        self.replies, self.requests, self.drip, self.stopped = list(replies), [], 0, threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
@@ -47,7 +47,14 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": len(body)} | headers).items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body.encode())
+        try:
+            for byte in body.encode() if judge.drip else ():
+                self.wfile.write(bytes([byte]))
+                judge.stopped.wait(judge.drip)
+            if not judge.drip:
+                self.wfile.write(body.encode())
+        except OSError:
+            pass                             # the client does not wait any longer
 
     def log_message(self, *_):
         pass
@@ -65,6 +72,7 @@ def judge():
 
     yield start
     for server in started:
+        server.stopped.set()
         server.shutdown()
         server.server_close()
 
@@ -133,6 +141,14 @@ def test_a_judge_that_is_down_or_silent_is_said(judge, waits):
     with pytest.raises(OSError, match="gives no answer"):
         chat(server.url, "m", MESSAGES)
     assert waits == [1, 2, 4, 8] * 2
+
+
+def test_a_reply_that_comes_byte_by_byte_is_given_up_in_time(judge, waits):
+    server, start = judge("1 2"), eval.time.monotonic()
+    server.drip = 0.05                       # a packet long before each timeout, but 4 s in all
+    with pytest.raises(OSError, match="timed out"):
+        chat(server.url, "m", MESSAGES, seconds=0.2)
+    assert eval.time.monotonic() - start < 3 and waits == [1, 2, 4, 8]
 
 
 def test_retry_after_is_followed_up_to_a_minute(judge, waits):
