@@ -889,7 +889,7 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
 
 
 def read_reply(request: Request, seconds: float) -> str:
-    """The text of a chat completion. A thread receives it, because urlopen's timeout holds for each packet."""
+    """The text of a chat completion, received by a thread: urlopen's timeout holds for each packet."""
     results = []
 
     def receive() -> None:
@@ -1140,13 +1140,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--blank", action="store_true", help="replace every image by white: what is still right is guessed")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
-    add("--max-new-tokens", type=number(int, 1), metavar="N",
-        help="default: ScienceQA 512, MMBench and LLaVA-Bench 1024, others 128")
+    add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: as the benchmark's published runs")
     add("--split", default="test", help="ScienceQA: default %(default)s")
-    add("--pictures", default="any", choices=("any", "only", "none"),
-        help="ScienceQA: questions with or without images (default: %(default)s)")
-    add("--wording", default="qcm", choices=("qcm", "letter"),
-        help="ScienceQA: the prompt of its training, or LLaVA-1.5's (default: %(default)s)")
+    add("--pictures", default="any", choices=("any", "only", "none"), help="ScienceQA: questions with images")
+    add("--wording", default="qcm", choices=("qcm", "letter"), help="ScienceQA: its prompt (%(default)s)")
     add("--answer", default="generate", choices=("generate", "options"),
         help="ScienceQA: generated text, or the most probable option (default: %(default)s)")
     add("--questions", nargs="+", metavar="FILE", help="question files; README: the files of each task")
@@ -1159,9 +1156,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--judge", metavar="URL", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    for wrong, complaint in find_misuse(args):
-        if wrong:
-            parser.error(complaint)
+    if mistakes := [complaint for wrong, complaint in find_misuse(args) if wrong]:
+        parser.error(mistakes[0])
     if args.max_new_tokens is None:
         args.max_new_tokens = BENCHMARKS[args.task].max_new_tokens if args.task else 512
     return args
