@@ -214,8 +214,8 @@ def compare(problems: list[dict], files: list[str]) -> None:
 
 
 def read_lines(file, *needed: str, unique: bool = False, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`; `unique` refuses
-    a second line with the same question_id. UserError names the line."""
+    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`; `unique`
+    refuses a second line with the same question_id. UserError names the line."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -1115,8 +1115,8 @@ def print_published() -> None:
     mistral, small, large, _ = (parts["language_model"] for parts in sizes)
     whole = 1 - sum(sizes[0].values()) / sum(sizes[3].values())
     print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} '
-          f"fewer\nparameters than LLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside LLaMA-7B it\n"
-          f"has {mistral / small - 1:.1%} more.")
+          f"fewer\nparameters than LLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside "
+          f"LLaMA-7B it\nhas {mistral / small - 1:.1%} more.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1140,9 +1140,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--blank", action="store_true", help="replace every image by white: what is still right is guessed")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
-    add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: as the benchmark's published runs")
+    add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 512; --task 128 or 1024")
     add("--split", default="test", help="ScienceQA: default %(default)s")
-    add("--pictures", default="any", choices=("any", "only", "none"), help="ScienceQA: questions with images")
+    add("--pictures", default="any", choices=("any", "only", "none"), help="ScienceQA: only or no images")
     add("--wording", default="qcm", choices=("qcm", "letter"), help="ScienceQA: its prompt (%(default)s)")
     add("--answer", default="generate", choices=("generate", "options"),
         help="ScienceQA: generated text, or the most probable option (default: %(default)s)")
