@@ -322,11 +322,7 @@ class VisionTower(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # Weights in 8 and 4 bits
 
-QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
 GROUP, FITS = 32, 2                          # int4: columns that share a scale; rounds of least squares
-
-PACKED_KERNELS = (torch.ops.aten._weight_int8pack_mm, torch.ops.aten._weight_int4pack_mm,
-                  torch.ops.aten._weight_int4pack_mm_for_cpu)
 
 
 def pack_int4(q: Tensor, half: int) -> Tensor:
@@ -340,11 +336,11 @@ def kernel_half() -> int | None:
     """The h of pack_int4 that torch's CPU kernel reads: 32 (AVX-512) or 16 (AVX2). None: there is no
     such kernel. This layout is internal to torch, so it is compared with torch's own packer."""
     q = (torch.arange(4096) // 7 % 16).view(64, 64)
-    try:
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
-    except (AttributeError, RuntimeError):
-        return None
-    return next((h for h in (32, 16) if torch.equal(pack_int4(q.byte().T, h).flatten(), packed)), None)
+    pack = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)          # not in old torch
+    for half in (32, 16):
+        if pack and torch.equal(pack_int4(q.byte().T, half).flatten(), pack(q.int(), 1).flatten()):
+            return half
+    return None
 
 
 def unpack_tinygemm(packed: Tensor) -> Tensor:
@@ -385,12 +381,13 @@ class QuantizedLinear(nn.Module):
         self.tinygemm = bits == 4 and device.type == "cuda" and self.in_features % 128 == 0 and (
             torch.cuda.get_device_capability(device) >= (8, 0))           # never run on a GPU
         kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
-        self.few = 128 if self.tinygemm else 16 if kernel else 0          # with more, blocks are faster
+        self.few = 0                        # tokens for the kernel; with more, blocks are faster
+        if kernel or self.tinygemm:
+            self.few = 128 if self.tinygemm else 32 if bits == 4 else 16
         self.rows = max(1, 2**15 // self.in_features) * 64                # of a block that fits in a cache
-        parts = [self.quantize(rows.to(device).float()) for rows in weight.split(128)]
-        self.register_buffer("q", torch.cat([q for q, _ in parts]), persistent=False)
-        scale = torch.cat([scale for _, scale in parts], dim=0 if bits == 8 else 1)
-        self.register_buffer("scale", scale, persistent=False)
+        q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in weight.split(128)])
+        self.register_buffer("q", torch.cat(q), persistent=False)
+        self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
 
     def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """float32 rows [n, I] -> numbers in the kernel's layout, scales [n] or scales and middles."""
@@ -451,6 +448,9 @@ def count_weights(module: nn.Module) -> tuple[int, int]:
     return count, size
 
 
+QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
+
+
 def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, device, dtype) -> None:
     """Put a tensor that was read into `state`, or quantised into a layer of the model."""
     if quantize == "none" or not re.fullmatch(QUANTIZED, name):
@@ -458,7 +458,7 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
         state[name] = tensor.to(device, dtype, copy=tied or quantize != "none")          # a copy: unmapped
         return
     if dtype not in (torch.bfloat16, torch.float32):
-        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not in {dtype}: use --dtype bfloat16")
+        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not {dtype}: use --dtype bfloat16")
     bits = 4 if quantize == "int4" and "lm_head" not in name else 8
     model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
 
@@ -1302,7 +1302,9 @@ def print_trace(model: Llava, inputs: dict) -> None:
     counter = FlopCounterMode(display=False, custom_mapping={             # unknown to torch 2.13
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        **dict.fromkeys(PACKED_KERNELS, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
+        **dict.fromkeys((torch.ops.aten._weight_int8pack_mm, torch.ops.aten._weight_int4pack_mm_for_cpu,
+                         torch.ops.aten._weight_int4pack_mm),
+                        lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
     flops, clock = [0], [0.0]                # when each part was done, in FLOPs and seconds
 
     def count(*_) -> None:

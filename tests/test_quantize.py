@@ -51,7 +51,7 @@ def make_layer(bits: int, rows: int = 192, columns: int = 256, seed: int = 0) ->
 
 
 def error(y: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((y.float() - reference.float()).norm() / reference.float().norm())
+    return float((y.detach().float() - reference.detach().float()).norm() / reference.detach().float().norm())
 
 
 class Recorder(TorchDispatchMode):
@@ -79,6 +79,16 @@ def test_a_layer_equals_its_explicitly_dequantised_weight(bits, dtype, tolerance
     assert y.dtype == dtype and y.shape == (*shape[:-1], 192)
     if x.numel():
         assert error(y, x.float() @ dequantize(layer).T) < tolerance
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_in_bf16_equal_the_explicit_weight_where_avx512_makes_them_fast(bits, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    layer, x = make_layer(bits), torch.randn(40, 256).bfloat16().requires_grad_()
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    assert error(y, x.float() @ dequantize(layer).T) < 1e-2
+    assert error(x.grad[0], dequantize(layer).sum(0)) < 1e-2
 
 
 @each_case
@@ -269,7 +279,7 @@ def test_sizes_that_the_groups_do_not_divide_name_the_layer_and_the_remedy(tmp_p
 
 
 def test_a_type_that_cannot_be_served_names_the_layer_and_the_remedy(source):
-    with pytest.raises(UserError, match=r"[a-z_.0-9]+\.weight: int4 works in bfloat16 and float32.*use --dtype"):
+    with pytest.raises(UserError, match=r"[a-z_.0-9]+\.weight: int4 works in bfloat16 and.*--dtype"):
         Llava.from_pretrained(source, quantize="int4", dtype=torch.float16)
 
 
