@@ -17,6 +17,8 @@ TEXT = MISTRAL | {"hidden_size": 64, "intermediate_size": 192, "head_dim": 32, "
 CASES = [(8, torch.float32, 1e-5), (8, torch.bfloat16, 1e-2), (4, torch.float32, 1e-5),
          (4, torch.bfloat16, 1e-2)]
 each_case = pytest.mark.parametrize("bits, dtype, tolerance", CASES)
+has_kernel = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+                                reason="torch has no 4-bit kernel for this processor")
 PACKED = ("aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu")
 
 
@@ -128,10 +130,9 @@ def test_a_learning_layer_in_bf16_does_not_call_a_kernel_without_gradient():
     assert make_layer(4)(x).requires_grad
 
 
+@has_kernel
 def test_int4_is_packed_as_torch_packs_it():
     half = llava.kernel_half()
-    if half is None:
-        pytest.skip("torch has no 4-bit kernel for this processor")
     q = torch.randint(0, 16, (192, 96), generator=torch.Generator().manual_seed(0))
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
     assert torch.equal(llava.pack_int4(q.byte().T, half).flatten(), theirs.flatten())
@@ -225,10 +226,9 @@ def test_a_quantised_model_equals_its_explicitly_dequantised_one(source, bits, d
         assert rows == reference.generate_batch(**inputs, max_new_tokens=8)
 
 
+@has_kernel
 @pytest.mark.parametrize("quantize, kernels", [("int8", PACKED[:1]), ("int4", PACKED)])
 def test_decoding_in_bf16_reads_packed_weights_only_and_float32_never_does(source, quantize, kernels):
-    if quantize == "int4" and llava.kernel_half() is None:
-        pytest.skip("torch has no 4-bit kernel for this processor")
     for dtype in (torch.bfloat16, torch.float32):
         model = Llava.from_pretrained(source, dtype=dtype, quantize=quantize).eval()
         tokens = model.generate_tokens(**prompt(model), max_new_tokens=3)
