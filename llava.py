@@ -355,15 +355,17 @@ def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [O, I] -> uint8 [I, O] of 0...15, bf16 scales and middles [I / GROUP, O, 2] of groups:
     first from the range, then FITS times by least squares from what was rounded with the last ones."""
     w = w.T.contiguous().unflatten(0, (-1, GROUP))                        # [I / GROUP, GROUP, O]
-    low, high = w.amin(1), w.amax(1)         # aminmax is 10 times slower
-    scale, middle, mean_w = (high - low) / 15, low + (high - low) * 8 / 15, w.mean(1)
+    low, high, mean_w = w.amin(1), w.amax(1), w.mean(1)                   # aminmax is 10 times slower
+    scale, middle = (high - low) / 15, low + (high - low) * 8 / 15
+    q, product = torch.empty_like(w), torch.empty_like(w)
     for fit in range(1 + FITS):
         if fit > 0:
             mean_q = q.mean(1)
-            scale = ((q * w).mean(1) - mean_q * mean_w) / (q.square().mean(1) - mean_q**2).clamp(min=1e-9)
+            covariance = torch.mul(q, w, out=product).mean(1) - mean_q * mean_w
+            scale = covariance / (torch.mul(q, q, out=product).mean(1) - mean_q**2).clamp(min=1e-9)
             middle = mean_w - scale * mean_q
         scale, middle = scale.clamp(min=1e-9).bfloat16().float(), middle.bfloat16().float()
-        q = (w - middle[:, None]).div_(scale[:, None]).round_().clamp_(-8, 7)
+        torch.sub(w, middle[:, None], out=q).div_(scale[:, None]).round_().clamp_(-8, 7)
     return q.add_(8).byte().flatten(0, 1), torch.stack((scale, middle), -1).bfloat16()
 
 
@@ -378,8 +380,9 @@ class QuantizedLinear(nn.Module):
         if bits == 4 and (self.in_features % GROUP or self.out_features % 64):
             raise UserError(f"{name} is {list(weight.shape)}, but 4 bits need a multiple of 64 rows and "
                             f"of {GROUP} columns: use --quantize int8")
-        self.tinygemm = bits == 4 and device.type == "cuda" and self.in_features % 128 == 0 and (
-            torch.cuda.get_device_capability(device) >= (8, 0))           # never run on a GPU
+        self.tinygemm = (bits == 4 and device.type == "cuda" and torch.version.hip is None
+                         and self.in_features % 128 == 0
+                         and torch.cuda.get_device_capability(device) >= (8, 0))         # never run on a GPU
         kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
         self.few = 0                        # tokens for the kernel; with more, blocks are faster
         if kernel or self.tinygemm:
