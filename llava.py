@@ -393,7 +393,6 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
 
     def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 rows [n, I] -> numbers in the kernel's layout, scales [n] or scales and middles."""
         if self.bits == 8:
             scale = (w.abs().amax(1) / 127).clamp(min=1e-9).bfloat16()
             return (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
@@ -406,8 +405,8 @@ class QuantizedLinear(nn.Module):
     def block(self, start: int, dtype: torch.dtype) -> Tensor:
         """Rows start ... start + rows of W, as columns [I, n]."""
         if self.bits == 8:
-            rows = slice(start, start + self.rows)
-            return (self.q[rows].to(dtype) * self.scale[rows, None].to(dtype)).T
+            q, scale = (t[start:start + self.rows].to(dtype) for t in (self.q, self.scale))
+            return (q * scale[:, None]).T
         height = self.out_features // len(self.q)                         # rows that lie together in q
         q = self.q[start // height:(start + self.rows) // height]
         q = unpack_tinygemm(q) if self.tinygemm else torch.cat((q & 15, q >> 4), 2).transpose(0, 1)
@@ -416,7 +415,7 @@ class QuantizedLinear(nn.Module):
         scale, offset = scale.contiguous(), middle - 8 * scale            # [I / GROUP, 1, n]
         return torch.addcmul(offset, q, scale, out=q).flatten(0, 1)
 
-    def multiply(self, x: Tensor, start: int) -> Tensor:
+    def multiply_block(self, x: Tensor, start: int) -> Tensor:
         return x @ self.block(start, x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -435,9 +434,9 @@ class QuantizedLinear(nn.Module):
         slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
         wide, starts = x.float() if slow else x, range(0, self.out_features, self.rows)
         if learning:                         # backward dequantises each block again
-            parts = [checkpoint(self.multiply, wide, start, use_reentrant=False) for start in starts]
+            parts = [checkpoint(self.multiply_block, wide, start, use_reentrant=False) for start in starts]
         else:
-            parts = [self.multiply(wide, start) for start in starts]
+            parts = [self.multiply_block(wide, start) for start in starts]
         return torch.cat(parts, -1).to(x.dtype)
 
 
@@ -461,7 +460,7 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
         state[name] = tensor.to(device, dtype, copy=tied or quantize != "none")          # a copy: unmapped
         return
     if dtype not in (torch.bfloat16, torch.float32):
-        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not {dtype}: use --dtype bfloat16")
+        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not {dtype}: change --dtype")
     bits = 4 if quantize == "int4" and "lm_head" not in name else 8
     model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
 
