@@ -322,7 +322,7 @@ class VisionTower(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # Weights in 8 and 4 bits
 
-GROUP, FITS = 32, 2                          # int4: columns that share a scale; rounds of least squares
+GROUP, FITS = 32, 5                          # int4: columns that share a scale; rounds of least squares
 
 
 def pack_int4(q: Tensor, half: int) -> Tensor:
