@@ -508,6 +508,8 @@ def perplexities(args) -> None:
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     ids = torch.cat([torch.tensor(tokenizer.encode(file.read_text()).ids[:2048 * args.pieces])
                      for file in args.text])
+    if len(ids) < 2048:
+        raise llava.UserError(f"--text has {len(ids)} tokens; a row of them has 2,048")
     ids = ids[:len(ids) // 2048 * 2048].view(-1, 2048)
     print(f"perplexity over {ids.numel():,} tokens, rows of 2,048, computed in {args.dtype}")
     dtype, exact = getattr(torch, args.dtype), None
