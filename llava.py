@@ -121,7 +121,6 @@ class LlavaConfig:
 # ---------------------------------------------------------------------------------------------
 # 2. The language model
 
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -157,19 +156,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
     with T² up to the window and with T beyond it. The choice of the kernel is made here alone.
     """
-    if window is None or q.shape[2] <= window:
+    T, device = q.shape[2], q.device.type
+    if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
-    if q.device.type == "cpu" or (q.device.type in ("cuda", "meta") and half):
+    if device == "cpu" or (device in ("cuda", "meta") and half):
         return SlidingWindow.apply(q, k, v, window)
-    return masked_attention(q, k, v, window)              # no flash kernel: MPS; float32 on CUDA
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """The same by the definition: a mask [T, T], and each key head repeated for its H/K query heads."""
-    T, repeats = q.shape[2], q.shape[1] // k.shape[1]
-    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)   # no flash kernel
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))            # [B, H, T, D]
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
@@ -190,42 +184,41 @@ class SlidingWindow(torch.autograd.Function):
         query 9              . . b b    a a . .            query 4    b b b
 
     All blocks of all rows are one batch, so there are two calls of the kernel for any T. A call gives
-    a softmax over its own keys and the logarithm of the softmax's denominator (log-sum-exp, lse). With
-    both, the two outputs are averaged by their shares of the common denominator.
-    Backward calls the kernel's backward once a triangle, with the merged output and the merged lse:
+    a softmax over its own keys and the log-sum-exp (lse) of its scores, which is the logarithm of the
+    denominator. With both, the two outputs are averaged by their shares of the common denominator.
+    Backward calls the kernel's backward once per triangle, with the merged output and the merged lse:
     then its exp(qk - lse) are the probabilities of the common softmax, and the gradients add up.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
         blocks = [cut_blocks(x, W) for x in (q, k, v)]                    # [B, n, heads, W, D]
-        out, lse, *rest = flash(*blocks)
+        out, lse, *random_state = flash(*blocks)
         if W > 1:                            # a window of 1 has no `b`, and the kernel no length 0
-            out_b, lse_b, *_ = flash(*turn_before(*blocks))
+            out_b, lse_b, *_ = flash(*(x.flip(3) for x in triangle_b(*blocks)))
             out_a, lse_a = out[:, 1:, :, :-1], lse[:, 1:, :, :-1]         # the queries that have a `b`
             lse_b = lse_b.flip(3)
             share = (lse_b - lse_a).sigmoid()                             # of `b` in the denominator
             out_a.lerp_(out_b.flip(3), share[..., None].to(out.dtype))
             lse_a.copy_(torch.logaddexp(lse_a, lse_b))
-        out = join_blocks(out, q.shape[2])
-        ctx.save_for_backward(q, k, v, out, lse, *rest)
+        out = out.transpose(1, 2).flatten(2, 3)[:, :, :q.shape[2]]        # [B, H, T, D]
+        ctx.save_for_backward(q, k, v, out, lse, *random_state)
         ctx.window = W
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        q, k, v, out, lse, *rest = ctx.saved_tensors
+        q, k, v, out, lse, *random_state = ctx.saved_tensors
         W, T = ctx.window, q.shape[2]
         q, k, v, out, grad = (cut_blocks(x, W) for x in (q, k, v, out, grad))
-        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *rest)
+        grads = flash_backward(grad, q, k, v, out, lse, *random_state)
         if W > 1:
-            grad, out, lse = (x[:, 1:, :, :-1].flip(3) for x in (grad, out, lse))
-            dq_b, dk_b, dv_b = flash_backward(grad, *turn_before(q, k, v), out, lse, *rest)
-            dq[:, 1:, :, :-1] += dq_b.flip(3)
-            dk[:, :-1, :, 1:] += dk_b.flip(3)
-            dv[:, :-1, :, 1:] += dv_b.flip(3)
-        return *(join_blocks(x, T) for x in (dq, dk, dv)), None
+            args_b = (grad[:, 1:, :, :-1], *triangle_b(q, k, v), out[:, 1:, :, :-1], lse[:, 1:, :, :-1])
+            grads_b = flash_backward(*(x.flip(3) for x in args_b), *random_state)
+            for whole, part in zip(triangle_b(*grads), grads_b):
+                whole += part.flip(3)
+        return *(x.transpose(1, 2).flatten(2, 3)[:, :, :T] for x in grads), None
 
 
 def cut_blocks(x: Tensor, W: int) -> Tensor:
@@ -235,71 +228,62 @@ def cut_blocks(x: Tensor, W: int) -> Tensor:
     return x.unflatten(2, (-1, W)).transpose(1, 2)
 
 
-def join_blocks(x: Tensor, T: int) -> Tensor:
-    return x.transpose(1, 2).flatten(2, 3)[:, :, :T]                      # [B, heads, T, D]
-
-
-def turn_before(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The triangle `b` of blocks [B, n, heads, W, D], time reversed: [B, n - 1, heads, W - 1, D]."""
-    return q[:, 1:, :, :-1].flip(3), k[:, :-1, :, 1:].flip(3), v[:, :-1, :, 1:].flip(3)
+def triangle_b(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What triangle `b` reads of blocks [B, n, heads, W, D], as views [B, n - 1, heads, W - 1, D]."""
+    return q[:, 1:, :, :-1], k[:, :-1, :, 1:], v[:, :-1, :, 1:]
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Causal attention in every block [B, n, heads, W, D] by the device's flash kernel: output, lse
-    [B, n, H, W] and, on CUDA, the two tensors of random state that backward takes without using."""
-    ops, size = torch.ops.aten, q.shape[:2]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    """Causal attention in each block [B, n, heads, W, D] by the device's flash kernel: output, lse
+    [B, n, H, W] and, on CUDA, two tensors of random state, which only dropout would use."""
+    args = [x.flatten(0, 1) for x in (q, k, v)]
     if q.device.type == "cpu":
-        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        rest = []
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, True)
     else:
-        out, lse, _, _, _, _, *rest, _ = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-    return [out.unflatten(0, size), lse.unflatten(0, size), *rest]
+        out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_flash_attention(
+            *args, 0.0, True)
+        found = out, lse, *random_state
+    return [*(x.unflatten(0, q.shape[:2]) for x in found[:2]), *found[2:]]
 
 
 def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                   *rest: Tensor) -> list[Tensor]:
+                   *random_state: Tensor) -> list[Tensor]:
     """The gradients of q, k and v, in their shapes, by the backward of the kernel that `flash` calls."""
-    ops, size, W = torch.ops.aten, q.shape[:2], q.shape[3]
+    ops, W = torch.ops.aten, q.shape[3]
     args = [x.flatten(0, 1) for x in (grad, q, k, v, out, lse.contiguous())]
     if q.device.type == "cpu":
         grads = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args, 0.0, True)
     else:                                    # no cumulative lengths: all rows have the same length W
-        grads = ops._scaled_dot_product_flash_attention_backward(*args, None, None, W, W, 0.0, True, *rest)
-    return [x.unflatten(0, size) for x in grads]
+        grads = ops._scaled_dot_product_flash_attention_backward(
+            *args, None, None, W, W, 0.0, True, *random_state)
+    return [x.unflatten(0, q.shape[:2]) for x in grads]
 
 
 class KVCache:
     """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S.
 
-    Without a sliding window S is the final length. With a window S = W, and a new token overwrites
-    the token that has just left the window. Keys are stored after rotation, so attention does not
-    depend on the order of the slots.
+    Without a sliding window S is the final length. With a window S = W, and a new token overwrites the
+    one that has just left the window. Keys are stored rotated, so the order of the slots has no effect.
     """
 
     def __init__(self, slots: int, lengths: Tensor, window: int | None):
         self.slots, self.lengths, self.window = slots, lengths, window
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention over the right-padded prompts; keeps their keys and values."""
-        self.fill(k, v)
-        return causal_attention(q, k, v, self.window)
+        """Causal attention over right-padded prompts of `lengths` [B] tokens; stores k, v [B, K, T, D].
 
-    def fill(self, k: Tensor, v: Tensor) -> None:
-        """Store k, v [B, K, T, D] of right-padded prompts with `lengths` [B] tokens.
-
-        Each slot gets the newest position that belongs to it. Example with S = 4 and a prompt of 6
-        tokens: slots 0, 1, 2, 3 hold positions 4, 5, 2, 3. A slot that no token has reached gets
-        position 0, which decoding masks.
+        Each slot gets the newest position that belongs to it. With S = 4 and a prompt of 6 tokens, the
+        slots hold positions 4, 5, 2, 3. A slot without a token gets position 0, which decoding masks.
         """
         last, slot = self.lengths[:, None] - 1, torch.arange(self.slots, device=k.device)
         newest = (last - (last - slot) % self.slots).clamp(min=0)         # [B, S]
         index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         self.k, self.v = k.gather(2, index), v.gather(2, index)           # [B, K, S, D]
+        return causal_attention(q, k, v, self.window)
 
     def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, slot: Tensor,
                     filled: Tensor) -> Tensor:
-        """Attention of one new token per row, q [B, H, 1, D], over the cache and itself.
+        """Attention of one new token per row, q [B, H, 1, D], to itself and the cache.
 
         Its k, v [B, K, 1, D] are stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots
         in use. The H / K query heads that share a key head are the rows of one product.
@@ -368,13 +352,13 @@ class LanguageModel(nn.Module):
         """Embeddings x [B, T, C] -> hidden states [B, T, C] after the final norm; with `select`, an
         index (rows [n], columns [n]), only those of these positions, [n, C]."""
         attend = partial(causal_attention, window=self.config.sliding_window)
-        return self.run_layers(x, torch.arange(x.shape[1], device=x.device),
-                               [attend] * len(self.layers), select)
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self.run_layers(x, positions, [attend] * len(self.layers), select)
 
     def prefill(self, x: Tensor, caches: list[KVCache], select) -> Tensor:
         """Like forward; also stores the keys and values of each layer in its cache."""
-        attends = [cache.prefill for cache in caches]
-        return self.run_layers(x, torch.arange(x.shape[1], device=x.device), attends, select)
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self.run_layers(x, positions, [cache.prefill for cache in caches], select)
 
     def decode_step(self, x: Tensor, caches: list[KVCache], positions: Tensor) -> Tensor:
         """One new token of each row, x [B, 1, C] at `positions` [B] -> hidden states [B, 1, C]."""
@@ -393,7 +377,6 @@ class LanguageModel(nn.Module):
 
 # ---------------------------------------------------------------------------------------------
 # 3. The vision tower
-
 
 def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's activation function; it differs from GELU by up to 0.02."""
@@ -450,7 +433,6 @@ class VisionTower(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # 5. AnyRes tiling and token reduction
 
-
 def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
     """The (width, height) of `grids` that preserves most pixels of a (height, width) image, and of
     those the one that wastes least. The first of equals wins: LLaVA lists (width, height) and
@@ -474,15 +456,21 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
     return slice(y, rows - y), slice(x, columns - x)
 
 
+def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
+    """How many tiles a (height, width) image is cut into."""
+    if config.image_mode != "anyres":
+        return 1
+    return 1 + math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
+
+
 def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
     """How many tokens replace a (height, width) image; with PruMerge, which adapts, at most."""
-    tile = max_tile_tokens(config)
-    if config.image_mode != "anyres":
-        return tile
     if config.prune != "none":
-        return tile + tile * math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
+        return count_tiles(config, size) * max_tile_tokens(config)
+    if config.image_mode != "anyres":
+        return config.vision.side**2
     rows, columns = (window.stop - window.start for window in anyres_window(config, size))
-    return tile + rows * (columns + 1)
+    return config.vision.side**2 + rows * (columns + 1)
 
 
 PRUMERGE = {                                 # arguments of prumerge
@@ -498,7 +486,7 @@ BUDGETED = ("prumerge", "prumerge+", "random", "pool", "divprune")        # thos
 
 def check_token_budget(config: LlavaConfig) -> None:
     """Raise UserError where `prune` and `keep_tokens` do not fit together."""
-    name, N, most = config.prune, config.keep_tokens, config.vision.side**2
+    name, N, side = config.prune, config.keep_tokens, config.vision.side
     least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name not in ("none", *PRUNING):
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
@@ -506,19 +494,19 @@ def check_token_budget(config: LlavaConfig) -> None:
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
     if N is not None and name not in BUDGETED:
         raise UserError(f"--keep-tokens works with --prune {', '.join(BUDGETED)}, not with {name}")
-    if N is not None and not least <= N <= most:
-        raise UserError(f"--keep-tokens {N} is not between {least} and the {most} patches of a tile")
-    if name == "pool" and max(pooled_size(N)) > config.vision.side:
-        raise UserError(f"--keep-tokens {N} is not a product of two numbers up to {config.vision.side}, "
-                        f"as --prune pool needs it; {math.isqrt(N)**2} is")
+    if N is not None and not least <= N <= side**2:
+        raise UserError(f"--keep-tokens {N} is not between {least} and the {side**2} patches of a tile")
+    if name == "pool" and max(pooled_size(N)) > side:
+        raise UserError(f"--prune pool needs --keep-tokens that is a product of two numbers up to {side}, "
+                        f"such as {math.isqrt(N)**2} instead of {N}")
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
     """The most tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
     which are at most a quarter of the patches, and adds one token for the others."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
-    if config.prune == "none" or config.keep_tokens is not None:
-        return config.keep_tokens or patches
+    if config.keep_tokens is not None:
+        return config.keep_tokens
     if "ratio" in variant:
         return len(choose_patches(torch.zeros(patches), **variant)) + 1
     return patches + 1 if "plus" in variant else max(1, patches // 4) + 1
@@ -529,42 +517,43 @@ def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = 
     """PruMerge's choice: indices [m] of patches by attention [P], strongest first: the outliers, the
     share `ratio`, or exactly `budget`. With `plus` an even sample of the others follows, which with
     `budget` is half of it. The paper keeps the order of the image."""
-    P = len(attention)
-    order = attention.argsort(descending=True, stable=True)
+    P, order = len(attention), attention.argsort(descending=True, stable=True)
     if budget is not None:
-        count = (budget + 1) // 2 if plus else budget
-        rest = order[count:].sort().values                                # in the order of the image
-        spaced = torch.arange(budget - count, device=rest.device) * len(rest) // max(1, budget - count)
-        return torch.cat((order[:count], rest[spaced]))
-    q1, q3 = attention.float().quantile(torch.tensor([0.25, 0.75], device=attention.device))
-    count = int((attention > q3 + 1.5 * (q3 - q1)).sum()) if ratio is None else int(P * ratio)
+        strongest = (budget + 1) // 2 if plus else budget
+        sampled, rest = budget - strongest, order[strongest:].sort().values
+        spaced = torch.arange(sampled, device=rest.device) * len(rest) // max(1, sampled)
+        return torch.cat((order[:strongest], rest[spaced]))
+    if ratio is None:
+        q1, q3 = attention.float().quantile(attention.new_tensor([0.25, 0.75], dtype=torch.float32))
+        count = int((attention > q3 + 1.5 * (q3 - q1)).sum())
+    else:
+        count = int(P * ratio)
     count = max(1, count)                    # without an outlier the released code crashes
     kept = order[:count]
     if plus and ratio is None:
         even = torch.arange(0, P - 1, max(1, P // count // 3), device=kept.device)
         kept = torch.cat((kept, even[~torch.isin(even, kept)]))
     elif plus:                               # as released: some are there twice
-        even = torch.arange(P // count // 2, P - 1, P // count, device=kept.device)
-        kept = torch.cat((kept, even))
+        kept = torch.cat((kept, torch.arange(P // count // 2, P - 1, P // count, device=kept.device)))
     return kept.sort().values if paper else kept
 
 
 def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float | None = None,
-             paper: bool = False, budget: int | None = None, neighbours: int = 32) -> Tensor:
+             paper: bool = False, budget: int | None = None) -> Tensor:
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
 
     attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
-    chosen patch gets the attention-weighted sum of its `neighbours` most similar patches added; the
-    last token is that sum over all patches not chosen. So the released code; the `paper` does not
-    normalise keys, weights a chosen patch like its neighbours and has no last token.
+    chosen patch gets the attention-weighted sum of its 32 most similar patches added; the last token
+    is that sum over all patches not chosen. So the released code; the `paper` does not normalise
+    keys, weights a chosen patch like its neighbours and has no last token.
     """
-    kept = choose_patches(attention, plus, ratio, paper, budget and budget - 1)
-    weight_of_kept = torch.ones_like(attention)
+    kept = choose_patches(attention, plus, ratio, paper, None if budget is None else budget - 1)
+    weight_of_kept, directions = torch.ones_like(attention), F.normalize(keys, dim=-1)
     if paper:
         weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
-    directions = keys if paper else F.normalize(keys, dim=-1)
+        directions = keys
     similarity = (directions[kept] @ directions.T).scatter(1, kept[:, None], -torch.inf)
-    near = similarity.topk(min(neighbours, len(keys) - 1)).indices        # [m, 32]
+    near = similarity.topk(min(32, len(keys) - 1)).indices                # [m, 32]
     mix = torch.zeros_like(similarity).scatter(1, near, attention[near])
     mix = mix.scatter(1, kept[:, None], weight_of_kept[kept, None])       # [m, P]
     if paper:
@@ -608,7 +597,7 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
     the point farthest from its nearest selected point, the lowest index of equals; start None is the
     point nearest the mean. Raises UserError for points that are not finite.
 
-    One matrix-vector product a selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the
+    One matrix-vector product per selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the
     point nearest the mean becomes the origin; unlike the mean it leaves equal distances equal.
     """
     if not 0 < k <= len(x):
@@ -634,7 +623,6 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------
 # 6. LLaVA
-
 
 class Llava(nn.Module):
     """A language model that reads the projected patches of a vision tower in place of image tokens."""
@@ -669,12 +657,12 @@ class Llava(nn.Module):
             tiles = self.reduce_tiles(pixels, states, prune)              # N times [n, C]
         features, start = [], 0
         for i, image in enumerate(images):
-            stop = start + len(image)
+            image_tiles = tiles[start:start + len(image)]
             if self.config.image_mode == "anyres" and prune == "none":
-                features.append(self.arrange_tiles(tiles[start:stop], image_sizes[i]))
+                features.append(self.arrange_tiles(image_tiles, image_sizes[i]))
             else:
-                features.append(torch.cat(list(tiles[start:stop])))
-            start = stop
+                features.append(torch.cat(list(image_tiles)))
+            start += len(image)
         return features
 
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
@@ -705,9 +693,8 @@ class Llava(nn.Module):
         return attention[:, 0, 1:], k[:, 1:]
 
     def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """AnyRes: tiles [1 + rows * columns, P, C] -> the tokens of the first tile, which is the whole
-        image, then those of the others as one map, row by row, without the black padding and with a
-        newline after each row."""
+        """AnyRes: tiles [1 + rows * columns, P, C] -> the tokens of the first tile, the whole image; then
+        of the others as one map, row by row, without padding and with a newline after each row."""
         side, columns = self.config.vision.side, choose_grid(size, self.config.grids)[0]
         x = tiles[1:].unflatten(0, (-1, columns // self.config.vision.image_size))
         x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
@@ -718,32 +705,29 @@ class Llava(nn.Module):
     def splice(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
         """Replace each image id by the features of its image.
 
-        input_ids [B, T] -> embeddings [B, T', C], right-padded with zeros; the rows' lengths [B];
-        and the labels [B, T'], IGNORE at image tokens and padding, or None. Ids, mask and labels may
-        stay on the CPU, where their lengths and positions are read without waiting for a GPU.
+        input_ids [B, T] -> embeddings [B, T', C], right-padded with zeros; the rows' lengths [B]; and
+        the labels [B, T'], IGNORE at image tokens, at padding, and everywhere if none are given. Ids,
+        mask and labels may stay on the CPU, where they are read without waiting for a GPU.
         """
-        embed, image_id = self.language_model.embed_tokens, self.config.image_token_id
+        embed = self.language_model.embed_tokens
         features = self.encode_images(images, image_sizes) if images else []
-        is_image = input_ids == image_id
-        if (marks := int(is_image.sum())) != len(features):
-            raise UserError(f"the text has {marks} <image>, but {len(features)} images are given")
+        is_image = input_ids == self.config.image_token_id
+        check_image_count(int(is_image.sum()), len(features))
         text = embed(input_ids.masked_fill(is_image, 0).to(embed.weight.device))         # [B, T, C]
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE)
         rows, label_rows, used = [], [], 0
         for b, row in enumerate(text.unbind()):
             length = len(row) if attention_mask is None else int(attention_mask[b].sum())
             parts, label_parts, start = [], [], 0
             for position in is_image[b].nonzero()[:, 0].tolist():
                 parts += [row[start:position], features[used].to(row.dtype)]
-                if labels is not None:
-                    ignored = labels.new_full((len(features[used]),), IGNORE)
-                    label_parts += [labels[b, start:position], ignored]
+                label_parts += [labels[b, start:position], labels.new_full((len(features[used]),), IGNORE)]
                 start, used = position + 1, used + 1
             rows.append(torch.cat([*parts, row[start:length]]))
-            if labels is not None:
-                label_rows.append(torch.cat([*label_parts, labels[b, start:length]]))
+            label_rows.append(torch.cat([*label_parts, labels[b, start:length]]))
         lengths = torch.tensor([len(row) for row in rows], device=text.device)
-        if labels is not None:
-            labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE)
+        labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE)
         return pad_sequence(rows, batch_first=True), lengths, labels
 
     def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
@@ -753,14 +737,14 @@ class Llava(nn.Module):
         False at padding, which is on the right; labels [B, T] are shifted here. With labels, logits
         are computed only at positions whose next token is supervised: each costs V numbers.
         """
-        x, _, labels = self.splice(input_ids, images, image_sizes, attention_mask, labels)
+        x, _, spliced = self.splice(input_ids, images, image_sizes, attention_mask, labels)
         if labels is None:
             return self.language_model.lm_head(self.language_model(x))
-        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        rows, columns = (spliced[:, 1:] != IGNORE).nonzero(as_tuple=True)
         if len(rows) == 0:
-            raise UserError(f"all labels are {IGNORE}, so there is nothing to learn; a record needs an answer "
-                            "within --max-length")
-        targets = labels[rows, columns + 1].to(x.device)
+            raise UserError(f"all labels are {IGNORE}, so there is nothing to learn: a record needs an "
+                            "answer within --max-length")
+        targets = spliced[rows, columns + 1].to(x.device)
         select = rows.to(x.device), columns.to(x.device)
         logits = self.language_model.lm_head(self.language_model(x, select=select))      # [n, V]
         return F.cross_entropy(logits.float(), targets)
@@ -768,12 +752,9 @@ class Llava(nn.Module):
     @torch.inference_mode()
     def generate_tokens(self, input_ids, images=None, image_sizes=None, attention_mask=None,
                         max_new_tokens=256, temperature=0.0, top_p=1.0) -> Iterator[Tensor]:
-        """Yield the next token [B] of every row, max_new_tokens times.
-
-        The rows are right-padded and may differ in length and images; each continues at its own
-        position. Temperature 0 is greedy; otherwise tokens are sampled from the most probable ones
-        that together have the probability top_p.
-        """
+        """Yield the next token [B] of every row, max_new_tokens times. The rows are right-padded; each
+        continues at its own position. Temperature 0 is greedy; otherwise tokens are sampled from the
+        most probable ones that together have the probability top_p."""
         x, lengths, _ = self.splice(input_ids, images, image_sizes, attention_mask)
         window = self.config.text.sliding_window
         slots = min(x.shape[1] + max_new_tokens, window or sys.maxsize)
@@ -791,8 +772,8 @@ class Llava(nn.Module):
                  **sampling) -> Iterator[int]:
         """Yield the answer to one row token by token, up to eos_token_id (excluded; None: no end).
         `sampling`: max_new_tokens, temperature, top_p."""
-        for token in self.generate_tokens(input_ids, images, image_sizes, **sampling):
-            token = token.item()
+        for tokens in self.generate_tokens(input_ids, images, image_sizes, **sampling):
+            token = tokens.item()
             if token == eos_token_id:
                 return
             yield token
@@ -800,14 +781,13 @@ class Llava(nn.Module):
     def generate_batch(self, input_ids, images=None, image_sizes=None, attention_mask=None,
                        eos_token_id: int | None = 2, **sampling) -> list[list[int]]:
         """What `generate` yields for each row, computed for all rows at once."""
-        answers, ended = [[] for _ in input_ids], [False] * len(input_ids)
+        answers, active = [[] for _ in input_ids], set(range(len(input_ids)))
         for tokens in self.generate_tokens(input_ids, images, image_sizes, attention_mask, **sampling):
-            for row, token in enumerate(tokens.tolist()):
-                if token == eos_token_id:
-                    ended[row] = True
-                if not ended[row]:
-                    answers[row].append(token)
-            if all(ended):
+            tokens = tokens.tolist()
+            active -= {row for row in active if tokens[row] == eos_token_id}
+            for row in active:
+                answers[row].append(tokens[row])
+            if not active:
                 break
         return answers
 
@@ -819,8 +799,8 @@ class Llava(nn.Module):
 
         dtype None keeps the dtype of the files. quantize "int8" or "int4" stores the linear layers of
         the language model in few bits. `base`: new places of the bases that a run folder names, in its
-        order. `overrides` replace fields of LlavaConfig. Files are memory-mapped, each once; tensors
-        are cast, moved or quantised one at a time, so there is never a second copy in memory.
+        order. `overrides` replace fields of LlavaConfig. Files are memory-mapped and tensors cast,
+        moved or quantised one at a time, so there is never a second copy in memory.
         """
         if (path_or_repo_id is None) == (vision is None or language is None):
             raise UserError("name one LLaVA, or a vision tower and a language model")
@@ -829,23 +809,24 @@ class Llava(nn.Module):
             more, tensors, name = open_checkpoint(str(source), bases=base)
             parts, stored, bases = parts | more, stored | tensors, [*bases, name]
         if missing := {"vision", "text"} - parts.keys():
-            raise UserError(f"{bases[0]} has no {' or '.join(missing)} model: name both, a vision tower and a "
-                            "language model")
-        config = LlavaConfig(**parts | overrides)
+            raise UserError(f"{bases[0]} has no {' or '.join(missing)} model: name both, a vision tower and "
+                            "a language model")
+        config, state = LlavaConfig(**parts | overrides), {}
         with torch.device("meta"):
             model = cls(config)
-        state = {}
         if vision:
             state = fresh_connector(config)
         elif config.image_mode == "anyres" and parts.get("image_mode") != "anyres":      # to be trained
             state = {"image_newline": fresh_connector(config)["image_newline"]}
         if config.image_mode != "anyres":
             stored.pop("image_newline", None)                             # of an AnyRes checkpoint
-        check_tensors(model.state_dict(), state, stored, " and ".join(bases))
+        if config.text.tie_word_embeddings:
+            stored.pop("language_model.lm_head.weight", None)             # a copy of embed_tokens
+        check_tensors(dict(model.named_parameters()), state, stored, " and ".join(bases))
         state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
         for name in tqdm(list(stored), desc="opening", delay=2, leave=False):
             state[name] = stored.pop(name).read(dtype).to(device, dtype)  # the last one unmaps its file
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=True, strict=False)           # check_tensors was strict
         if config.text.tie_word_embeddings:
             model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
         model.bases = bases
@@ -859,22 +840,24 @@ class Llava(nn.Module):
         a run folder, which from_pretrained opens like any checkpoint.
         """
         folder, config = Path(folder), hf_config(self.config, whole=not trained_only)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_sharded(folder / "model.safetensors", self.hf_tensors(whole=not trained_only), shard_bytes)
         if trained_only:
             config["bases"] = self.bases
+        folder.mkdir(parents=True, exist_ok=True)
+        save_sharded(folder / "model.safetensors", self.hf_tensors(whole=not trained_only), shard_bytes)
         write_json(folder / "config.json", config)
 
     def hf_tensors(self, whole: bool) -> Iterator[tuple[str, Tensor]]:
         """Names of llava-hf and tensors on the CPU, one at a time; all, or the trainable parameters.
         Tensors that FSDP has sharded are gathered: then every process must iterate."""
+        rows = hf_config(self.config, whole)["text_config"]["vocab_size"]
         for name, p in self.state_dict(keep_vars=True).items() if whole else self.named_parameters():
             if not whole and not p.requires_grad:
                 continue
             tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
             tensor = tensor.detach().cpu().contiguous()
             if whole and name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
-                tensor = add_token_rows(tensor, hf_vocab_size(self.config))
+                mean = tensor.float().mean(0).to(tensor.dtype)            # of <image> and padding: never the
+                tensor = torch.cat((tensor, mean.expand(rows - len(tensor), -1)))        # most probable token
             yield rename_key(name, TO_HF), tensor
         if whole and self.config.projector == "linear":      # llava-hf always has a second layer
             bias = self.projector[0].bias.detach().cpu()
@@ -899,10 +882,9 @@ def fresh_connector(config: LlavaConfig) -> dict[str, Tensor]:
             if name.startswith(("projector.", "image_newline"))}
 
 
-def add_token_rows(embedding: Tensor, rows: int) -> Tensor:
-    """Rows for <image> and padding, [V, C] -> [rows, C]: the mean row, which is never the most probable."""
-    mean = embedding.float().mean(0).to(embedding.dtype)
-    return torch.cat((embedding, mean.expand(rows - len(embedding), -1)))
+def check_image_count(marks: int, images: int) -> None:
+    if marks != images:
+        raise UserError(f"the text has {marks} <image>, but {images} images are given")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -957,15 +939,12 @@ def fetch(source: str, weights: bool = True) -> Path:
     if Path(source).is_dir():
         return Path(source)
     repo, _, revision = source.partition("@")
-    patterns = ["*.json"]
-    if weights:
-        patterns += ["model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin"]
+    download = partial(snapshot_download, repo, revision=revision or None, ignore_patterns="*/*")
+    patterns = ["model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin"]
     try:
-        for patterns in (patterns, ["pytorch_model*.bin"]):
-            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns,
-                                            ignore_patterns="*/*"))
-            if not weights or list(folder.glob("model*.safetensors")):
-                break
+        folder = Path(download(allow_patterns=["*.json", *patterns] if weights else "*.json"))
+        if weights and not list(folder.glob("model*.safetensors")):
+            download(allow_patterns="pytorch_model*.bin")
         return folder
     except (OSError, ValueError) as error:
         raise OSError(f"{source} is not a local folder and could not be downloaded: "
@@ -985,14 +964,23 @@ def read_json(file: Path):
         raise UserError(f"{file} is not valid JSON, or is cut off: {first_line(error)}") from None
 
 
-def read_object(file: Path, *needed: str) -> dict:
-    """A JSON object with the keys `needed`."""
-    content = read_json(file)
-    if not isinstance(content, dict):
+def read_object(file: Path) -> dict:
+    if not isinstance(content := read_json(file), dict):
         raise UserError(f"{file} is not a JSON object")
-    if missing := [key for key in needed if key not in content]:
-        raise UserError(f"{file} has no {', '.join(missing)}")
     return content
+
+
+def require_keys(raw: dict, file: Path, *keys: str) -> None:
+    if missing := [key for key in keys if key not in raw]:
+        raise UserError(f"{file} has no {', '.join(missing)}")
+
+
+def require(raw: dict, file: Path, **supported) -> None:
+    """Raise UserError unless each key, if present, has one of the supported values."""
+    for key, values in supported.items():
+        if raw.get(key, values[0]) not in values:
+            wanted = " or ".join(map(repr, values))
+            raise UserError(f"{file}: {key} is {raw[key]!r}; only {wanted} is supported")
 
 
 def write_json(file: Path, content) -> None:
@@ -1050,7 +1038,8 @@ def weight_files(folder: Path) -> list[Path]:
                                "non_lora_trainables.bin") if (folder / name).exists()]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{whole}.index.json").exists():
-            shards = sorted(set(read_object(index, "weight_map")["weight_map"].values()))
+            require_keys(content := read_object(index), index, "weight_map")
+            shards = sorted(set(content["weight_map"].values()))
             if outside := [shard for shard in shards if Path(shard).name != shard]:
                 raise UserError(f"{index} names {outside[0]}, which is not a file of the same folder")
             return [folder / name for name in (*names, *shards)]
@@ -1071,19 +1060,18 @@ def open_checkpoint(source: str, weights: bool = True, bases=()
     name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
     raw, adapter, own = read_object(folder / "config.json"), {}, {}
     if list(folder.glob("adapter_*")):
-        adapter = read_object(folder / "adapter_config.json", "r", "lora_alpha", "base_model_name_or_path")
-        require(adapter, folder / "adapter_config.json", use_rslora=(False,), use_dora=(False,))
+        adapter = read_adapter_config(folder / "adapter_config.json")
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
             own[rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)] = tensor
-    own.pop(None, None)
+    own.pop(None, None)                      # tensors that LLaVA does not need
     parts, stored = {}, {}
     for base, needed in name_bases(folder, raw, adapter, own, weights, list(bases)).items():
         try:
             more, tensors, _ = open_checkpoint(base, needed)
         except OSError as error:
-            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
-                          "its new place with --base, once for each base in config.json") from None
+            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): "
+                          "give the new place of every base in config.json with --base") from None
         parts, stored = parts | more, stored | tensors
     parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
@@ -1097,8 +1085,15 @@ def open_checkpoint(source: str, weights: bool = True, bases=()
         elif not key.endswith("lora_B.weight"):
             stored[key] = StoredTensor(tensor)
     if parts.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
-        stored = {n: t for n, t in stored.items() if not n.startswith("projector.2.")}
+        stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return parts, stored, name
+
+
+def read_adapter_config(file: Path) -> dict:
+    adapter = read_object(file)
+    require_keys(adapter, file, "r", "lora_alpha", "base_model_name_or_path")
+    require(adapter, file, use_rslora=(False,), use_dora=(False,))
+    return adapter
 
 
 def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], weights: bool,
@@ -1110,13 +1105,12 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
                         f"{len(moved)}: name each once, in this order")
     bases = dict.fromkeys(moved or named, weights)
     if "mm_vision_tower" in raw:             # liuhaotian: 1.6 contains its tower, 1.5 does not
-        stems = {".".join(n.split(".")[:2]) for n in own if "lora_" not in n}
-        bases[raw["mm_vision_tower"]] = weights and "vision_tower.layers" not in stems
-        if weights and "language_model.layers" not in stems:
-            language = adapter.get("base_model_name_or_path") or raw.get("_name_or_path")
-            if language is None:
-                raise UserError(f"{folder} has no language model, and its config.json has no _name_or_path")
-            bases[language] = True
+        found = {".".join(key.split(".")[:2]) for key in own if "lora_" not in key}
+        bases[raw["mm_vision_tower"]] = weights and "vision_tower.layers" not in found
+        if weights and "language_model.layers" not in found:
+            if not adapter:
+                require_keys(raw, folder / "config.json", "_name_or_path")
+            bases[adapter.get("base_model_name_or_path") or raw["_name_or_path"]] = True
     return bases
 
 
@@ -1133,6 +1127,8 @@ def check_tensors(expected, fresh, stored: dict[str, StoredTensor], where: str) 
 def read_config(raw: dict, file: Path) -> dict:
     """The fields of LlavaConfig that a publisher's config.json determines."""
     kind = raw.get("model_type", "")
+    if kind in ("clip", "clip_vision_model"):
+        return {"vision": parse_config("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     if "text_config" in raw and kind in ("llava", "llava_next"):
         found = read_hf_config(raw, file)
     elif "mm_vision_tower" in raw:
@@ -1140,26 +1136,22 @@ def read_config(raw: dict, file: Path) -> dict:
     elif kind in TEMPLATES:
         text = parse_config(kind, raw, file, nested=False)
         found = {"text": text, "image_token_id": text.vocab_size}
-    elif kind in ("clip", "clip_vision_model"):
-        return {"vision": parse_config("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     else:
         raise UserError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
-    found = {"template": TEMPLATES[found["text"].model_type]} | found | raw.get("llava.py", {})
-    return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
+    found = {"template": TEMPLATES[found["text"].model_type], "grids": ()} | found | raw.get("llava.py", {})
+    return found | {"grids": tuple(map(tuple, found["grids"]))}
 
 
 def read_hf_config(raw: dict, file: Path) -> dict:
-    ours = "llava.py" in raw
     require(raw, file, vision_feature_select_strategy=("default",), vision_feature_layer=(-2, -1),
-            projector_hidden_act=("gelu", "linear") if ours else ("gelu",))
-    if "vision_config" not in raw:
-        raise UserError(f"{file} has no vision_config")
-    anyres, text = raw["model_type"] == "llava_next", raw["text_config"]
+            projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
+    require_keys(raw, file, "vision_config")
+    text = raw["text_config"]
     return {"text": parse_config(text.get("model_type", "llama"), text, file, nested=True),
             "vision": parse_config("clip", raw["vision_config"], file, nested=True),
             "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
-            "vision_feature_layer": raw.get("vision_feature_layer", -2),
-            "image_mode": "anyres" if anyres else "crop", "hf_preprocessing": True,
+            "vision_feature_layer": raw.get("vision_feature_layer", -2), "hf_preprocessing": True,
+            "image_mode": "anyres" if raw["model_type"] == "llava_next" else "crop",
             "grids": [(w, h) for h, w in raw.get("image_grid_pinpoints") or ()]}
 
 
@@ -1178,69 +1170,45 @@ def read_liuhaotian_config(raw: dict, file: Path) -> dict:
             "grids": json.loads(str(raw.get("image_grid_pinpoints") or []))}
 
 
-def require(raw: dict, file: Path, **supported) -> None:
-    """Raise UserError unless each key, if present, has one of the supported values."""
-    for key, values in supported.items():
-        if raw.get(key, values[0]) not in values:
-            wanted = " or ".join(map(repr, values))
-            raise UserError(f"{file}: {key} is {raw[key]!r}; only {wanted} is supported")
-
-
 def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
     """The dataclass of a config.json; only a nested config may leave out sizes, as in transformers."""
     if kind not in HF_DEFAULTS:
         raise UserError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    raw = raw | scaling
+    raw, default = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {}), HF_DEFAULTS[kind]
     require(raw, file, rope_type=("default",), type=("default",),
             hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
-    default = HF_DEFAULTS[kind]
-    found = {k: v for k, v in raw.items() if v is not None or k == "sliding_window"}
+    found = {f.name: raw[f.name] for f in fields(default) if f.name in raw and f.name != "model_type"}
+    found = {name: value for name, value in found.items() if value is not None or name == "sliding_window"}
     if not nested:
-        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [name for name in needed if name not in found]:
-            raise UserError(f"{file} has no {', '.join(missing)}")
-    if kind == "llama" and "num_attention_heads" in found:
-        found = {"num_key_value_heads": found["num_attention_heads"]} | found
-    found = {f.name: found[f.name] for f in fields(default) if f.name in found and f.name != "model_type"}
-    check_numbers(default, found, file)
-    config = replace(default, **found)
-    heads = config.num_attention_heads
-    if kind != "clip" and "head_dim" not in found:
-        config = replace(config, head_dim=config.hidden_size // heads)
-    whole, part = (("hidden_size", "num_attention_heads") if kind == "clip" else
-                   ("num_attention_heads", "num_key_value_heads"))
-    if getattr(config, whole) % getattr(config, part):
-        raise UserError(f"{file}: {whole} {getattr(config, whole)} is not a multiple of {part} "
-                        f"{getattr(config, part)}")
-    return config
-
-
-def check_numbers(default: TextConfig | VisionConfig, found: dict, file: Path) -> None:
-    """Raise UserError for a field of another type than its default, or a size that is not positive."""
+        require_keys(found, file, "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads")
     for name, value in found.items():
         usual = getattr(default, name)
-        if name == "sliding_window" and value is None or isinstance(usual, bool) and isinstance(value, bool):
+        if isinstance(usual, bool) or value is None:
             continue
-        kinds = (int, float) if isinstance(usual, float) else int
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-            what = "a positive number" if isinstance(usual, float) else "a positive whole number"
-            raise UserError(f"{file}: {name} is {value!r}; it must be {what}")
-
-
-def hf_vocab_size(config: LlavaConfig) -> int:
-    """llava-hf's vocabulary, which has rows for <image> and padding, in multiples of 64."""
-    if config.image_token_id < config.text.vocab_size:
-        return config.text.vocab_size
-    return math.ceil((config.image_token_id + 2) / 64) * 64
+        kinds, what = ((int, float), "number") if isinstance(usual, float) else ((int,), "whole number")
+        if type(value) not in kinds or not 0 < value < math.inf:
+            raise UserError(f"{file}: {name} is {value!r}; it must be a positive {what}")
+    heads = found.get("num_attention_heads", default.num_attention_heads)
+    if kind == "llama":
+        found.setdefault("num_key_value_heads", heads)
+    if kind != "clip":
+        found.setdefault("head_dim", found.get("hidden_size", default.hidden_size) // heads)
+    config, whole, part = replace(default, **found), "num_attention_heads", "num_key_value_heads"
+    if kind == "clip":
+        whole, part = "hidden_size", "num_attention_heads"
+    if getattr(config, whole) % getattr(config, part):
+        raise UserError(f"{file}: {whole} is not a multiple of {part}")
+    return config
 
 
 def hf_config(config: LlavaConfig, whole: bool) -> dict:
     """config.json as llava-hf writes it, for transformers 4 and 5, and the EXTRA_FIELDS."""
-    anyres = config.image_mode == "anyres"
-    text = asdict(config.text)
+    anyres, text = config.image_mode == "anyres", asdict(config.text)
     if whole:                                # hf_tensors writes lm_head also where it is tied
-        text |= {"vocab_size": hf_vocab_size(config), "tie_word_embeddings": False}
+        text["tie_word_embeddings"] = False
+        if config.image_token_id >= config.text.vocab_size:  # rows for <image> and padding
+            text["vocab_size"] = math.ceil((config.image_token_id + 2) / 64) * 64
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
              "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
     return {
@@ -1268,7 +1236,7 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
     def write_part() -> None:
         parts.append(file.with_name(f".{file.stem}.{len(parts) + 1}.part"))
         save_file(shard, parts[-1], metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, len(parts)))
+        weight_map.update(dict.fromkeys(shard, len(parts) - 1))
         shard.clear()
 
     try:
@@ -1278,15 +1246,16 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
                 size = 0
             shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
         write_part()
-        if len(parts) == 1:
-            os.replace(parts[0], file)
-            file.with_name(f"{file.name}.index.json").unlink(missing_ok=True)            # of earlier shards
-            return
-        names = [f"{file.stem}-{i:05}-of-{len(parts):05}{file.suffix}" for i in range(1, len(parts) + 1)]
+        names, index = [file.name], file.with_name(f"{file.name}.index.json")
+        if len(parts) > 1:
+            names = [f"{file.stem}-{i:05}-of-{len(parts):05}{file.suffix}" for i in range(1, len(parts) + 1)]
         for part, name in zip(parts, names):
             os.replace(part, file.with_name(name))
-        write_json(file.with_name(f"{file.name}.index.json"), {
-            "metadata": {"total_size": total}, "weight_map": {k: names[i - 1] for k, i in weight_map.items()}})
+        if len(parts) > 1:
+            weight_map = {key: names[i] for key, i in weight_map.items()}
+            write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        else:
+            index.unlink(missing_ok=True)    # of earlier shards
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -1352,27 +1321,25 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
     pieces of their own. As in LLaVA, a single <image> moves to the front of its message."""
     pieces = []
     for i, message in enumerate(messages):
-        text, answers = message["content"], i % 2 == 1
-        if message["role"] != ("assistant" if answers else "user"):
+        text, role = message["content"], ("user", "assistant")[i % 2]
+        if message["role"] != role:
             raise UserError(f"message {i + 1} has the role {message['role']}: user and assistant must alternate")
-        if not answers and text.count("<image>") == 1:
+        if role == "assistant":
+            pieces.append((text + {"plain": "\n", "mistral_instruct": " ", "v1": ""}[template], True))
+            if template != "plain":
+                pieces.append(("</s>", True))
+            continue
+        if text.count("<image>") == 1:
             text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-        if template == "plain" and answers:  # stage 1: the image and its caption, no question
-            pieces.append((text + "\n", True))
-        elif template == "plain":
-            pieces += [("<image>", False)] * text.count("<image>")
-        elif answers:
-            pieces += [(text + " " if template == "mistral_instruct" else text, True), ("</s>", True)]
+        if template == "plain":              # stage 1: the image and its caption, no question
+            text = "<image>" * text.count("<image>")
         elif template == "mistral_instruct":
-            pieces += split_images(f"[INST] {text} [/INST]")
+            text = f"[INST] {text} [/INST]"
         else:
             system = f"{SYSTEM} " if i == 0 else ""
-            pieces += split_images(f"{system}USER: {text} ASSISTANT:")
+            text = f"{system}USER: {text} ASSISTANT:"
+        pieces += [(piece, False) for piece in re.split("(<image>)", text)]
     return pieces
-
-
-def split_images(text: str) -> list[tuple[str, bool]]:
-    return [(piece, False) for piece in re.split("(<image>)", text)]
 
 
 class Processor:
@@ -1436,8 +1403,7 @@ class Processor:
         images in reading order -> input_ids [1, T], images, image_sizes and, if asked for, labels
         [1, T], all as Llava takes them."""
         ids, supervised = self.tokenize(messages)
-        if (marks := ids.count(self.config.image_token_id)) != len(images):
-            raise UserError(f"the text has {marks} <image>, but {len(images)} images are given")
+        check_image_count(ids.count(self.config.image_token_id), len(images))
         inputs = {"input_ids": torch.tensor([ids]),
                   "images": [normalize(self.pixels(image)) for image in images],
                   "image_sizes": [(image.height, image.width) for image in images]}
@@ -1447,31 +1413,25 @@ class Processor:
 
     def save_pretrained(self, folder) -> None:
         """The tokenizer, with <image> and <pad>, and the files that transformers' processors need."""
-        S, kind = self.config.vision.image_size, "Llava"
-        if self.config.image_mode == "anyres":
-            kind = "LlavaNext"
+        S, mode = self.config.vision.image_size, self.config.image_mode
+        kind = "LlavaNext" if mode == "anyres" else "Llava"
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.add_special_tokens(["<image>", "<pad>"])
-        files = {
-            "tokenizer.json": json.loads(tokenizer.to_str()),
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>",
-                "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-            "preprocessor_config.json": {
-                "image_processor_type": f"{kind}ImageProcessor", "size": {"shortest_edge": S},
-                "crop_size": {"height": S, "width": S}, "do_pad": self.config.image_mode != "crop",
-                "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
-                "image_grid_pinpoints": [(h, w) for w, h in self.config.grids]},
-            "processor_config.json": {
-                "processor_class": f"{kind}Processor", "patch_size": self.config.vision.patch_size,
-                "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}}
-        for name, content in files.items():
-            write_json(Path(folder) / name, content)
+        write_json(Path(folder) / "tokenizer.json", json.loads(tokenizer.to_str()))
+        write_json(Path(folder) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>",
+            "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"})
+        write_json(Path(folder) / "preprocessor_config.json", {
+            "image_processor_type": f"{kind}ImageProcessor", "size": {"shortest_edge": S},
+            "crop_size": {"height": S, "width": S}, "do_pad": mode != "crop", "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD, "image_grid_pinpoints": [(h, w) for w, h in self.config.grids]})
+        write_json(Path(folder) / "processor_config.json", {
+            "processor_class": f"{kind}Processor", "patch_size": self.config.vision.patch_size,
+            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"})
 
 
 # ---------------------------------------------------------------------------------------------
 # 9. The command line
-
 
 def command_line(main) -> None:
     """Run a program; a mistake of its user ends with one sentence and exit code 1."""
@@ -1486,11 +1446,9 @@ def command_line(main) -> None:
 def number(kind: type, least: float, most: float = math.inf):
     """An argparse type: an int or float from `least` to `most`."""
     def parse(text: str) -> int | float:
-        value = kind(text)                   # argparse reports the ValueError
-        if not least <= value <= most:
-            limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text} must be {limit}")
-        return value
+        if not least <= kind(text) <= most:  # argparse reports the ValueError of kind
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and at most {most}")
+        return kind(text)
 
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
@@ -1522,8 +1480,8 @@ def default_dtype(device: str) -> str:
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
     """The model and the processor that the flags of add_model_flags name; sets args.dtype."""
-    overrides = {name: getattr(args, name) for name in ("image_mode", "prune", "template", "keep_tokens")}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
+    overrides = {name: getattr(args, name) for name in ("image_mode", "prune", "template", "keep_tokens")
+                 if getattr(args, name) is not None}
     args.dtype = args.dtype or default_dtype(args.device)
     model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device,
                                   base=args.base, **overrides)
@@ -1554,40 +1512,39 @@ def read_question() -> str:
 def print_trace(model: Llava, inputs: dict) -> None:
     """Print shape, dtype, parameters, FLOPs and time of every module, for the prompt and one decode step,
     and the attention kernels. FLOPs come from a separate pass, because counting slows the timed one."""
-    tower, decoder = model.vision_tower, model.language_model
-    parts = [tower.patch_embedding, tower.pre_layrnorm, *tower.layers, model.projector,
-             decoder.embed_tokens, *decoder.layers, decoder.norm, decoder.lm_head]
-    names = {module: name for name, module in model.named_modules() if module in parts}
+    pattern = r"projector|\w+\.(patch_embedding|pre_layrnorm|embed_tokens|layers\.\d+|norm|lm_head)"
+    names = {module: name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
-    flops, clock = [0], [0.0]                # totals at the end of each module
+    ends = []                                # when each module ends: itself, its output, total FLOPs, time
 
-    def count(*_) -> None:
-        flops.append(counter.get_total_flops())
-
-    def show(module: nn.Module, _, y: Tensor) -> None:
+    def record(module: nn.Module, _, y: Tensor) -> None:
         if y.is_cuda:
             torch.cuda.synchronize()
-        clock.append(time.perf_counter())
-        gflop, ms = (flops[len(clock) - 1] - flops[len(clock) - 2]) / 1e9, 1e3 * (clock[-1] - clock[-2])
-        size = f"{sum(p.numel() for p in module.parameters()):,}"
-        print_row(names[module], y.shape, y.dtype, size, f"{gflop:.3f}", f"{ms:.2f}")
+        ends.append((module, y.shape, y.dtype, counter.get_total_flops(), time.perf_counter()))
 
     def print_row(module: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{module:33}{str(list(shape)):>20}", *cells, sep="")
 
+    handles = [module.register_forward_hook(record) for module in names]
+    for context in (counter, nullcontext()):
+        ends.append((None, None, None, 0, time.perf_counter()))
+        with context:
+            list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
+    for handle in handles:
+        handle.remove()
     print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
         print_row(f"image {width} x {height}", tiles.shape, tiles.dtype)
     print_row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
-    for hook, context in ((count, counter), (show, nullcontext())):
-        handles, clock[0] = [module.register_forward_hook(hook) for module in parts], time.perf_counter()
-        with context:
-            list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
-        for handle in handles:
-            handle.remove()
+    counted, timed = ends[:len(ends) // 2], ends[len(ends) // 2:]
+    for i in range(1, len(counted)):
+        module, shape, dtype, flops, _ = counted[i]
+        parameters = sum(p.numel() for p in module.parameters())
+        gflop, ms = (flops - counted[i - 1][3]) / 1e9, 1e3 * (timed[i][4] - timed[i - 1][4])
+        print_row(names[module], shape, dtype, f"{parameters:,}", f"{gflop:.3f}", f"{ms:.2f}")
     kernels = {str(op) for op in counter.get_flop_counts()["Global"] if "attention" in str(op)}
     print(f"attention kernels: {', '.join(sorted(kernels)) or 'none'}\n")
 
@@ -1614,7 +1571,7 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
             kept = diverse_patches(model.projector(states[i, 1:]), N)
         else:
             variant = PRUMERGE[config.prune]
-            kept = choose_patches(attention, budget=N and N - 1, **variant)
+            kept = choose_patches(attention, budget=None if N is None else N - 1, **variant)
             merged = prumerge(attention, keys, budget=N, **variant)[:len(kept)].cpu() > 0     # [m, P]
             hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
             tint = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], tint)
