@@ -151,11 +151,9 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D].
-
-    Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
-    with T² up to the window and with T beyond it. The choice of the kernel is made here alone.
-    """
+    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T,
+    D]. Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
+    with T² up to the window and with T beyond it. The choice of the kernel is made here alone."""
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -223,9 +221,7 @@ class SlidingWindow(torch.autograd.Function):
 
 def cut_blocks(x: Tensor, W: int) -> Tensor:
     """[B, heads, T, D] -> [B, n, heads, W, D]; the last block is filled with zeros at its end."""
-    if x.shape[2] % W:
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % W))
-    return x.unflatten(2, (-1, W)).transpose(1, 2)
+    return F.pad(x, (0, 0, 0, -x.shape[2] % W)).unflatten(2, (-1, W)).transpose(1, 2)
 
 
 def triangle_b(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,45 +232,38 @@ def triangle_b(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def flash(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """Causal attention in each block [B, n, heads, W, D] by the device's flash kernel: output, lse
     [B, n, H, W] and, on CUDA, two tensors of random state, which only dropout would use."""
-    args = [x.flatten(0, 1) for x in (q, k, v)]
+    ops, args, random_state = torch.ops.aten, [x.flatten(0, 1) for x in (q, k, v)], []
     if q.device.type == "cpu":
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, True)
+        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, True)
     else:
-        out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_flash_attention(
-            *args, 0.0, True)
-        found = out, lse, *random_state
-    return [*(x.unflatten(0, q.shape[:2]) for x in found[:2]), *found[2:]]
+        out, lse, _, _, _, _, *random_state, _ = ops._scaled_dot_product_flash_attention(*args, 0.0, True)
+    return [out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2]), *random_state]
 
 
-def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                   *random_state: Tensor) -> list[Tensor]:
+def flash_backward(grad, q, k, v, out, lse, *random_state: Tensor) -> list[Tensor]:
     """The gradients of q, k and v, in their shapes, by the backward of the kernel that `flash` calls."""
     ops, W = torch.ops.aten, q.shape[3]
     args = [x.flatten(0, 1) for x in (grad, q, k, v, out, lse.contiguous())]
     if q.device.type == "cpu":
         grads = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args, 0.0, True)
     else:                                    # no cumulative lengths: all rows have the same length W
-        grads = ops._scaled_dot_product_flash_attention_backward(
-            *args, None, None, W, W, 0.0, True, *random_state)
+        args += [None, None, W, W, 0.0, True, *random_state]
+        grads = ops._scaled_dot_product_flash_attention_backward(*args)
     return [x.unflatten(0, q.shape[:2]) for x in grads]
 
 
 class KVCache:
-    """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S.
-
-    Without a sliding window S is the final length. With a window S = W, and a new token overwrites the
-    one that has just left the window. Keys are stored rotated, so the order of the slots has no effect.
-    """
+    """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S. Without a
+    sliding window S is the final length. With a window S = W, and a new token overwrites the one that has
+    just left the window. Keys are stored rotated, so the order of the slots has no effect."""
 
     def __init__(self, slots: int, lengths: Tensor, window: int | None):
         self.slots, self.lengths, self.window = slots, lengths, window
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention over right-padded prompts of `lengths` [B] tokens; stores k, v [B, K, T, D].
-
         Each slot gets the newest position that belongs to it. With S = 4 and a prompt of 6 tokens, the
-        slots hold positions 4, 5, 2, 3. A slot without a token gets position 0, which decoding masks.
-        """
+        slots hold positions 4, 5, 2, 3. A slot without a token gets position 0, which decoding masks."""
         last, slot = self.lengths[:, None] - 1, torch.arange(self.slots, device=k.device)
         newest = (last - (last - slot) % self.slots).clamp(min=0)         # [B, S]
         index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
@@ -283,11 +272,9 @@ class KVCache:
 
     def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, slot: Tensor,
                     filled: Tensor) -> Tensor:
-        """Attention of one new token per row, q [B, H, 1, D], to itself and the cache.
-
-        Its k, v [B, K, 1, D] are stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots
-        in use. The H / K query heads that share a key head are the rows of one product.
-        """
+        """Attention of one new token per row, q [B, H, 1, D], to itself and the cache. Its k, v [B, K, 1,
+        D] are stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots in use. The H / K query
+        heads that share a key head are the rows of one product."""
         self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
         groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
         return F.scaled_dot_product_attention(groups, self.k, self.v, filled).view_as(q)
@@ -541,12 +528,10 @@ def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = 
 def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float | None = None,
              paper: bool = False, budget: int | None = None) -> Tensor:
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
-
     attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
-    chosen patch gets the attention-weighted sum of its 32 most similar patches added; the last token
-    is that sum over all patches not chosen. So the released code; the `paper` does not normalise
-    keys, weights a chosen patch like its neighbours and has no last token.
-    """
+    chosen patch gets the attention-weighted sum of its 32 most similar patches added; the last token is
+    that sum over all patches not chosen. So the released code; the `paper` does not normalise keys, weights
+    a chosen patch like its neighbours and has no last token."""
     kept = choose_patches(attention, plus, ratio, paper, None if budget is None else budget - 1)
     weight_of_kept, directions = torch.ones_like(attention), F.normalize(keys, dim=-1)
     if paper:
@@ -593,13 +578,11 @@ def diverse_patches(features: Tensor, keep: int) -> Tensor:
 
 
 def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
-    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each
-    the point farthest from its nearest selected point, the lowest index of equals; start None is the
-    point nearest the mean. Raises UserError for points that are not finite.
-
-    One matrix-vector product per selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the
-    point nearest the mean becomes the origin; unlike the mean it leaves equal distances equal.
-    """
+    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each the
+    point farthest from its nearest selected point, the lowest index of equals; start None is the point
+    nearest the mean. Raises UserError for points that are not finite. One matrix-vector product per
+    selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the point nearest the mean becomes the
+    origin; unlike the mean it leaves equal distances equal."""
     if not 0 < k <= len(x):
         raise UserError(f"{k} of {len(x)} points cannot be selected")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -640,11 +623,9 @@ class Llava(nn.Module):
         self.bases: list[str] = []           # folders or id@revision that the weights came from
 
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
-        """One [n, C] per image: the features that replace its id among the token embeddings.
-
-        images: the tiles [tiles, 3, S, S] of each image, normalised or in uint8; image_sizes: its
-        original (height, width); prune: a name in PRUNING or "none", None: the config's.
-        """
+        """One [n, C] per image: the features that replace its id among the token embeddings. images: the
+        tiles [tiles, 3, S, S] of each image, normalised or in uint8; image_sizes: its original (height,
+        width); prune: a name in PRUNING or "none", None: the config's."""
         prune = self.config.prune if prune is None else prune
         weight = self.vision_tower.class_embedding
         pixels = torch.cat(list(images)).to(weight.device, non_blocking=True)            # [N, 3, S, S]
@@ -669,7 +650,7 @@ class Llava(nn.Module):
         """The projected tokens [n, C] that the method `prune` keeps of each tile, from its pixels
         [N, 3, S, S] and the tower's states [N, 1+P, C]."""
         keep, tiles = replace(self.config, prune=prune).keep_tokens, []   # replace checks the budget
-        attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
+        attention, keys = self.cls_attention(states)
         for i, patches in enumerate(states[:, 1:]):                       # [P, C]
             if prune == "random":
                 patches = patches[random_patches(pixels[i], keep, len(patches))]
@@ -703,12 +684,10 @@ class Llava(nn.Module):
         return torch.cat((tiles[0], x.flatten(0, 1)))
 
     def splice(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
-        """Replace each image id by the features of its image.
-
-        input_ids [B, T] -> embeddings [B, T', C], right-padded with zeros; the rows' lengths [B]; and
-        the labels [B, T'], IGNORE at image tokens, at padding, and everywhere if none are given. Ids,
-        mask and labels may stay on the CPU, where they are read without waiting for a GPU.
-        """
+        """Replace each image id by the features of its image. input_ids [B, T] -> embeddings [B, T', C],
+        right-padded with zeros; the rows' lengths [B]; and the labels [B, T'], IGNORE at image tokens, at
+        padding, and everywhere if none are given. Ids, mask and labels may stay on the CPU, where they are
+        read without waiting for a GPU."""
         embed = self.language_model.embed_tokens
         features = self.encode_images(images, image_sizes) if images else []
         is_image = input_ids == self.config.image_token_id
@@ -731,12 +710,10 @@ class Llava(nn.Module):
         return pad_sequence(rows, batch_first=True), lengths, labels
 
     def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
-        """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss.
-
-        input_ids [B, T] has one image_token_id per image, in reading order; attention_mask [B, T] is
-        False at padding, which is on the right; labels [B, T] are shifted here. With labels, logits
-        are computed only at positions whose next token is supervised: each costs V numbers.
-        """
+        """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss. input_ids
+        [B, T] has one image_token_id per image, in reading order; attention_mask [B, T] is False at
+        padding, which is on the right; labels [B, T] are shifted here. With labels, logits are computed
+        only at positions whose next token is supervised: each costs V numbers."""
         x, _, spliced = self.splice(input_ids, images, image_sizes, attention_mask, labels)
         if labels is None:
             return self.language_model.lm_head(self.language_model(x))
@@ -795,13 +772,11 @@ class Llava(nn.Module):
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
         """Open a LLaVA of any publisher or a run folder; or a CLIP and a language model, with a freshly
-        initialised projector between them. Each is a folder, a hub id or id@revision.
-
-        dtype None keeps the dtype of the files. quantize "int8" or "int4" stores the linear layers of
-        the language model in few bits. `base`: new places of the bases that a run folder names, in its
-        order. `overrides` replace fields of LlavaConfig. Files are memory-mapped and tensors cast,
-        moved or quantised one at a time, so there is never a second copy in memory.
-        """
+        initialised projector between them. Each is a folder, a hub id or id@revision. dtype None keeps the
+        dtype of the files. quantize "int8" or "int4" stores the linear layers of the language model in few
+        bits. `base`: new places of the bases that a run folder names, in its order. `overrides` replace
+        fields of LlavaConfig. Files are memory-mapped and tensors cast, moved or quantised one at a time,
+        so there is never a second copy in memory."""
         if (path_or_repo_id is None) == (vision is None or language is None):
             raise UserError("name one LLaVA, or a vision tower and a language model")
         parts, stored, bases = {}, {}, []
@@ -833,12 +808,10 @@ class Llava(nn.Module):
         return model
 
     def save_pretrained(self, folder, trained_only: bool = False, shard_bytes: int = 5 * 10**9) -> None:
-        """Write the layout of llava-hf (llava, or with AnyRes llava_next), which transformers opens;
-        in shards with an index if it is larger than shard_bytes.
-
-        trained_only: only the trainable parameters, and in config.json the bases that hold the others:
-        a run folder, which from_pretrained opens like any checkpoint.
-        """
+        """Write the layout of llava-hf (llava, or with AnyRes llava_next), which transformers opens; in
+        shards with an index if it is larger than shard_bytes. trained_only: only the trainable parameters,
+        and in config.json the bases that hold the others: a run folder, which from_pretrained opens like
+        any checkpoint."""
         folder, config = Path(folder), hf_config(self.config, whole=not trained_only)
         if trained_only:
             config["bases"] = self.bases
@@ -964,19 +937,13 @@ def read_json(file: Path):
         raise UserError(f"{file} is not valid JSON, or is cut off: {first_line(error)}") from None
 
 
-def read_object(file: Path) -> dict:
-    if not isinstance(content := read_json(file), dict):
+def require(raw: dict, file: Path, *keys: str, **supported) -> None:
+    """Raise UserError unless the JSON object `raw` has these keys and, of those in `supported` that it
+    has, one of the supported values."""
+    if not isinstance(raw, dict):
         raise UserError(f"{file} is not a JSON object")
-    return content
-
-
-def require_keys(raw: dict, file: Path, *keys: str) -> None:
     if missing := [key for key in keys if key not in raw]:
         raise UserError(f"{file} has no {', '.join(missing)}")
-
-
-def require(raw: dict, file: Path, **supported) -> None:
-    """Raise UserError unless each key, if present, has one of the supported values."""
     for key, values in supported.items():
         if raw.get(key, values[0]) not in values:
             wanted = " or ".join(map(repr, values))
@@ -1038,29 +1005,29 @@ def weight_files(folder: Path) -> list[Path]:
                                "non_lora_trainables.bin") if (folder / name).exists()]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{whole}.index.json").exists():
-            require_keys(content := read_object(index), index, "weight_map")
-            shards = sorted(set(content["weight_map"].values()))
-            if outside := [shard for shard in shards if Path(shard).name != shard]:
-                raise UserError(f"{index} names {outside[0]}, which is not a file of the same folder")
-            return [folder / name for name in (*names, *shards)]
+            require(content := read_json(index), index, "weight_map")
+            names += sorted(set(content["weight_map"].values()))
+            break
         if (folder / whole).exists():
-            return [folder / name for name in (*names, whole)]
+            names.append(whole)
+            break
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{folder}: its index names {outside[0]}, which is not a file of the same folder")
     return [folder / name for name in names]
 
 
-def open_checkpoint(source: str, weights: bool = True, bases=()
-                    ) -> tuple[dict, dict[str, StoredTensor], str]:
-    """A folder or hub id as fields of LlavaConfig, tensors by the names here, and its exact name.
-
-    A checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names
-    its bases in its configs: they are opened first, and it is laid over them. `bases` replaces the
-    bases that a run folder names, for when they have moved.
-    """
+def open_checkpoint(source: str, weights: bool = True, bases=()) -> tuple[dict, dict[str, StoredTensor], str]:
+    """A folder or hub id as fields of LlavaConfig, tensors by the names here, and its exact name. A
+    checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
+    bases in its configs: they are opened first, and it is laid over them. `bases` replaces the bases that
+    a run folder names, for when they have moved."""
     folder = fetch(source, weights)
     name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
-    raw, adapter, own = read_object(folder / "config.json"), {}, {}
+    config_file, adapter_file, own, adapter = folder / "config.json", folder / "adapter_config.json", {}, {}
+    require(raw := read_json(config_file), config_file)
     if list(folder.glob("adapter_*")):
-        adapter = read_adapter_config(folder / "adapter_config.json")
+        require(adapter := read_json(adapter_file), adapter_file, "r", "lora_alpha", "base_model_name_or_path",
+                use_rslora=(False,), use_dora=(False,))
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
             own[rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)] = tensor
@@ -1073,7 +1040,7 @@ def open_checkpoint(source: str, weights: bool = True, bases=()
             raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): "
                           "give the new place of every base in config.json with --base") from None
         parts, stored = parts | more, stored | tensors
-    parts |= read_config(raw, folder / "config.json")
+    parts |= read_config(raw, config_file)
     for key, tensor in own.items():
         if key.endswith("lora_A.weight"):
             target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
@@ -1089,13 +1056,6 @@ def open_checkpoint(source: str, weights: bool = True, bases=()
     return parts, stored, name
 
 
-def read_adapter_config(file: Path) -> dict:
-    adapter = read_object(file)
-    require_keys(adapter, file, "r", "lora_alpha", "base_model_name_or_path")
-    require(adapter, file, use_rslora=(False,), use_dora=(False,))
-    return adapter
-
-
 def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], weights: bool,
                moved: list[str]) -> dict[str, bool]:
     """The checkpoints that complete `folder`, each with whether its weights are needed."""
@@ -1105,11 +1065,12 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
                         f"{len(moved)}: name each once, in this order")
     bases = dict.fromkeys(moved or named, weights)
     if "mm_vision_tower" in raw:             # liuhaotian: 1.6 contains its tower, 1.5 does not
-        found = {".".join(key.split(".")[:2]) for key in own if "lora_" not in key}
-        bases[raw["mm_vision_tower"]] = weights and "vision_tower.layers" not in found
-        if weights and "language_model.layers" not in found:
+        complete = [part for part in ("vision_tower", "language_model")
+                    if any(key.startswith(f"{part}.layers") and "lora_" not in key for key in own)]
+        bases[raw["mm_vision_tower"]] = weights and "vision_tower" not in complete
+        if weights and "language_model" not in complete:
             if not adapter:
-                require_keys(raw, folder / "config.json", "_name_or_path")
+                require(raw, folder / "config.json", "_name_or_path")
             bases[adapter.get("base_model_name_or_path") or raw["_name_or_path"]] = True
     return bases
 
@@ -1117,9 +1078,11 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
 def check_tensors(expected, fresh, stored: dict[str, StoredTensor], where: str) -> None:
     """Raise one UserError that lists all tensors that are missing, unexpected or of the wrong shape."""
     wrong = [f"{n} is missing" for n in expected if n not in stored and n not in fresh]
-    wrong += [f"{n} is not part of the model" for n in stored if n not in expected]
-    wrong += [f"{n} is {list(t.tensor.shape)} instead of {list(expected[n].shape)}"
-              for n, t in stored.items() if n in expected and t.tensor.shape != expected[n].shape]
+    for n, t in stored.items():
+        if n not in expected:
+            wrong.append(f"{n} is not part of the model")
+        elif t.tensor.shape != expected[n].shape:
+            wrong.append(f"{n} is {list(t.tensor.shape)} instead of {list(expected[n].shape)}")
     if wrong:
         raise UserError(f"{where} does not contain the model that its config describes: {'; '.join(wrong)}")
 
@@ -1143,9 +1106,9 @@ def read_config(raw: dict, file: Path) -> dict:
 
 
 def read_hf_config(raw: dict, file: Path) -> dict:
-    require(raw, file, vision_feature_select_strategy=("default",), vision_feature_layer=(-2, -1),
+    require(raw, file, "vision_config", vision_feature_select_strategy=("default",),
+            vision_feature_layer=(-2, -1),
             projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
-    require_keys(raw, file, "vision_config")
     text = raw["text_config"]
     return {"text": parse_config(text.get("model_type", "llama"), text, file, nested=True),
             "vision": parse_config("clip", raw["vision_config"], file, nested=True),
@@ -1177,11 +1140,10 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
     raw, default = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {}), HF_DEFAULTS[kind]
     require(raw, file, rope_type=("default",), type=("default",),
             hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
-    found = {f.name: raw[f.name] for f in fields(default) if f.name in raw and f.name != "model_type"}
-    found = {name: value for name, value in found.items() if value is not None or name == "sliding_window"}
+    found = {f.name: raw[f.name] for f in fields(default) if f.name in raw and f.name != "model_type"
+             and (raw[f.name] is not None or f.name == "sliding_window")}
     if not nested:
-        require_keys(found, file, "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads")
+        require(found, file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, value in found.items():
         usual = getattr(default, name)
         if isinstance(usual, bool) or value is None:
@@ -1190,13 +1152,13 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
         if type(value) not in kinds or not 0 < value < math.inf:
             raise UserError(f"{file}: {name} is {value!r}; it must be a positive {what}")
     heads = found.get("num_attention_heads", default.num_attention_heads)
-    if kind == "llama":
-        found.setdefault("num_key_value_heads", heads)
+    whole, part = "hidden_size", "num_attention_heads"
     if kind != "clip":
         found.setdefault("head_dim", found.get("hidden_size", default.hidden_size) // heads)
-    config, whole, part = replace(default, **found), "num_attention_heads", "num_key_value_heads"
-    if kind == "clip":
-        whole, part = "hidden_size", "num_attention_heads"
+        whole, part = "num_attention_heads", "num_key_value_heads"
+    if kind == "llama":
+        found.setdefault("num_key_value_heads", heads)
+    config = replace(default, **found)
     if getattr(config, whole) % getattr(config, part):
         raise UserError(f"{file}: {whole} is not a multiple of {part}")
     return config
@@ -1226,11 +1188,9 @@ def hf_config(config: LlavaConfig, whole: bool) -> dict:
 
 def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write named tensors to model.safetensors; if they exceed shard_bytes, to
-    model-00001-of-0000N.safetensors and so on, with model.safetensors.index.json, as the hub does.
-
-    Tensors are taken one at a time, so host memory holds one shard more than the model itself. All
-    files get their names only when the last shard is written.
-    """
+    model-00001-of-0000N.safetensors and so on, with model.safetensors.index.json, as the hub does. Tensors
+    are taken one at a time, so host memory holds one shard more than the model itself. All files get their
+    names only when the last shard is written."""
     parts, shard, size, weight_map, total = [], {}, 0, {}, 0
 
     def write_part() -> None:
@@ -1447,7 +1407,7 @@ def number(kind: type, least: float, most: float = math.inf):
     """An argparse type: an int or float from `least` to `most`."""
     def parse(text: str) -> int | float:
         if not least <= kind(text) <= most:  # argparse reports the ValueError of kind
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and at most {most}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return kind(text)
 
     parse.__name__ = "whole number" if kind is int else "number"
@@ -1456,7 +1416,7 @@ def number(kind: type, least: float, most: float = math.inf):
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every program that opens a model."""
-    add = parser.add_argument
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     add("--tokenizer", metavar="ID", help="folder or hub id with the tokenizer.json, if the model has none")
     add("--base", action="append", default=[], metavar="ID",
         help="new place of a base that a run folder names; once for each, in the order of its config.json")
@@ -1465,8 +1425,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--prune", choices=("none", *PRUNING), help="reduce the tokens of each tile (default: the model's)")
     add("--keep-tokens", type=number(int, 1), metavar="N",
         help=f"tokens to keep of each tile, with --prune {', '.join(BUDGETED)}")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--device", default=device, help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="default: bfloat16 on a GPU that supports it, float32 on a CPU")
 
@@ -1585,8 +1544,7 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Ask a LLaVA about images. Without a question, a conversation begins.")
+    parser = argparse.ArgumentParser(description="Ask a LLaVA about images, or have a conversation.")
     add = parser.add_argument
     add("prompt", nargs="?", help="the question; without one a conversation begins, which an empty line ends")
     add("--model", required=True, metavar="ID",
@@ -1599,8 +1557,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=number(float, 1e-9, 1), default=1.0, metavar="P",
         help="sample from the most probable tokens that together have probability P (default: 1)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--trace", action="store_true",
-        help="first print shape, parameters, FLOPs and time of every module")
+    add("--trace", action="store_true", help="first print shape, FLOPs and time of every module")
     add("--show-kept", metavar="FILE", help="save an image of the patches that --prune keeps of the first image")
     add("--save", type=Path, metavar="DIR",
         help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop")
