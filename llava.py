@@ -151,8 +151,8 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T,
-    D]. Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
+    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> like q.
+    Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
     with T² up to the window and with T beyond it. The choice of the kernel is made here alone."""
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
@@ -270,11 +270,10 @@ class KVCache:
         self.k, self.v = k.gather(2, index), v.gather(2, index)           # [B, K, S, D]
         return causal_attention(q, k, v, self.window)
 
-    def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, slot: Tensor,
-                    filled: Tensor) -> Tensor:
-        """Attention of one new token per row, q [B, H, 1, D], to itself and the cache. Its k, v [B, K, 1,
-        D] are stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots in use. The H / K query
-        heads that share a key head are the rows of one product."""
+    def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows, slot, filled) -> Tensor:
+        """Attention of one new token per row, q [B, H, 1, D], to itself and the cache. k, v [B, K, 1, D] are
+        stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots in use. The H / K query heads
+        that share a key head are the rows of one product."""
         self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
         groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
         return F.scaled_dot_product_attention(groups, self.k, self.v, filled).view_as(q)
@@ -506,16 +505,13 @@ def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = 
     `budget` is half of it. The paper keeps the order of the image."""
     P, order = len(attention), attention.argsort(descending=True, stable=True)
     if budget is not None:
-        strongest = (budget + 1) // 2 if plus else budget
-        sampled, rest = budget - strongest, order[strongest:].sort().values
+        sampled = budget // 2 if plus else 0
+        strongest, rest = order[:budget - sampled], order[budget - sampled:].sort().values
         spaced = torch.arange(sampled, device=rest.device) * len(rest) // max(1, sampled)
-        return torch.cat((order[:strongest], rest[spaced]))
-    if ratio is None:
-        q1, q3 = attention.float().quantile(attention.new_tensor([0.25, 0.75], dtype=torch.float32))
-        count = int((attention > q3 + 1.5 * (q3 - q1)).sum())
-    else:
-        count = int(P * ratio)
-    count = max(1, count)                    # without an outlier the released code crashes
+        return torch.cat((strongest, rest[spaced]))
+    q1, q3 = attention.float().quantile(torch.tensor([0.25, 0.75], device=attention.device))
+    outliers = int((attention > q3 + 1.5 * (q3 - q1)).sum())
+    count = max(1, outliers if ratio is None else int(P * ratio))         # for 0 the released code crashes
     kept = order[:count]
     if plus and ratio is None:
         even = torch.arange(0, P - 1, max(1, P // count // 3), device=kept.device)
@@ -530,8 +526,8 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
     attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
     chosen patch gets the attention-weighted sum of its 32 most similar patches added; the last token is
-    that sum over all patches not chosen. So the released code; the `paper` does not normalise keys, weights
-    a chosen patch like its neighbours and has no last token."""
+    that sum over all patches not chosen. This is the released code; the `paper` does not normalise keys,
+    weights a chosen patch like its neighbours and has no last token."""
     kept = choose_patches(attention, plus, ratio, paper, None if budget is None else budget - 1)
     weight_of_kept, directions = torch.ones_like(attention), F.normalize(keys, dim=-1)
     if paper:
@@ -541,9 +537,7 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
     near = similarity.topk(min(32, len(keys) - 1)).indices                # [m, 32]
     mix = torch.zeros_like(similarity).scatter(1, near, attention[near])
     mix = mix.scatter(1, kept[:, None], weight_of_kept[kept, None])       # [m, P]
-    if paper:
-        return mix
-    return torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
+    return mix if paper else torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
 
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
@@ -572,8 +566,7 @@ def diverse_patches(features: Tensor, keep: int) -> Tensor:
     """DivPrune: the `keep` of features [P, C] whose smallest cosine distance is greedily maximised,
     in the image's order. It starts with the feature whose nearest neighbour is farthest."""
     x = F.normalize(features.float(), dim=-1)
-    similarity = (x @ x.T).fill_diagonal_(-torch.inf)
-    start = int(similarity.amax(1).argmin())
+    start = int((x @ x.T).fill_diagonal_(-torch.inf).amax(1).argmin())
     return farthest_points(x, keep, start).sort().values.to(features.device)
 
 
@@ -650,7 +643,7 @@ class Llava(nn.Module):
         """The projected tokens [n, C] that the method `prune` keeps of each tile, from its pixels
         [N, 3, S, S] and the tower's states [N, 1+P, C]."""
         keep, tiles = replace(self.config, prune=prune).keep_tokens, []   # replace checks the budget
-        attention, keys = self.cls_attention(states)
+        attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
         for i, patches in enumerate(states[:, 1:]):                       # [P, C]
             if prune == "random":
                 patches = patches[random_patches(pixels[i], keep, len(patches))]
@@ -691,7 +684,8 @@ class Llava(nn.Module):
         embed = self.language_model.embed_tokens
         features = self.encode_images(images, image_sizes) if images else []
         is_image = input_ids == self.config.image_token_id
-        check_image_count(int(is_image.sum()), len(features))
+        if (marks := int(is_image.sum())) != len(features):
+            raise UserError(f"the text has {marks} <image>, but {len(features)} images are given")
         text = embed(input_ids.masked_fill(is_image, 0).to(embed.weight.device))         # [B, T, C]
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE)
@@ -853,11 +847,6 @@ def fresh_connector(config: LlavaConfig) -> dict[str, Tensor]:
                           text=replace(config.text, num_hidden_layers=0, vocab_size=1)))
     return {name: tensor for name, tensor in small.state_dict().items()
             if name.startswith(("projector.", "image_newline"))}
-
-
-def check_image_count(marks: int, images: int) -> None:
-    if marks != images:
-        raise UserError(f"the text has {marks} <image>, but {images} images are given")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1023,10 +1012,10 @@ def open_checkpoint(source: str, weights: bool = True, bases=()) -> tuple[dict, 
     a run folder names, for when they have moved."""
     folder = fetch(source, weights)
     name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
-    config_file, adapter_file, own, adapter = folder / "config.json", folder / "adapter_config.json", {}, {}
-    require(raw := read_json(config_file), config_file)
+    own, adapter, file = {}, {}, folder / "adapter_config.json"
+    require(raw := read_json(folder / "config.json"), folder / "config.json")
     if list(folder.glob("adapter_*")):
-        require(adapter := read_json(adapter_file), adapter_file, "r", "lora_alpha", "base_model_name_or_path",
+        require(adapter := read_json(file), file, "r", "lora_alpha", "base_model_name_or_path",
                 use_rslora=(False,), use_dora=(False,))
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
@@ -1040,7 +1029,7 @@ def open_checkpoint(source: str, weights: bool = True, bases=()) -> tuple[dict, 
             raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): "
                           "give the new place of every base in config.json with --base") from None
         parts, stored = parts | more, stored | tensors
-    parts |= read_config(raw, config_file)
+    parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
         if key.endswith("lora_A.weight"):
             target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
@@ -1188,10 +1177,11 @@ def hf_config(config: LlavaConfig, whole: bool) -> dict:
 
 def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write named tensors to model.safetensors; if they exceed shard_bytes, to
-    model-00001-of-0000N.safetensors and so on, with model.safetensors.index.json, as the hub does. Tensors
-    are taken one at a time, so host memory holds one shard more than the model itself. All files get their
-    names only when the last shard is written."""
+    model-00001-of-0000N.safetensors and so on, with model.safetensors.index.json, as the hub does.
+    Tensors are taken one at a time, so host memory holds one shard more than the model itself. All files
+    get their names only when the last shard is written."""
     parts, shard, size, weight_map, total = [], {}, 0, {}, 0
+    index = file.with_name(f"{file.name}.index.json")
 
     def write_part() -> None:
         parts.append(file.with_name(f".{file.stem}.{len(parts) + 1}.part"))
@@ -1206,16 +1196,15 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
                 size = 0
             shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
         write_part()
-        names, index = [file.name], file.with_name(f"{file.name}.index.json")
-        if len(parts) > 1:
-            names = [f"{file.stem}-{i:05}-of-{len(parts):05}{file.suffix}" for i in range(1, len(parts) + 1)]
+        if len(parts) == 1:
+            os.replace(parts[0], file)
+            index.unlink(missing_ok=True)    # of earlier shards
+            return
+        names = [f"{file.stem}-{i + 1:05}-of-{len(parts):05}{file.suffix}" for i in range(len(parts))]
         for part, name in zip(parts, names):
             os.replace(part, file.with_name(name))
-        if len(parts) > 1:
-            weight_map = {key: names[i] for key, i in weight_map.items()}
-            write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        else:
-            index.unlink(missing_ok=True)    # of earlier shards
+        weight_map = {key: names[i] for key, i in weight_map.items()}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -1283,7 +1272,7 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
     for i, message in enumerate(messages):
         text, role = message["content"], ("user", "assistant")[i % 2]
         if message["role"] != role:
-            raise UserError(f"message {i + 1} has the role {message['role']}: user and assistant must alternate")
+            raise UserError(f"message {i + 1} must be of the {role}: user and assistant alternate")
         if role == "assistant":
             pieces.append((text + {"plain": "\n", "mistral_instruct": " ", "v1": ""}[template], True))
             if template != "plain":
@@ -1317,17 +1306,19 @@ class Processor:
     @classmethod
     def from_pretrained(cls, path_or_repo_id, config: LlavaConfig | None = None) -> Processor:
         """The tokenizer of a folder or hub id; `config` is that of the model that it serves."""
-        folder = fetch(str(path_or_repo_id), weights=False)
-        config = config or LlavaConfig(**open_checkpoint(str(path_or_repo_id), weights=False)[0])
-        if not (folder / "tokenizer.json").exists():
+        folder, settings = fetch(str(path_or_repo_id), weights=False), {}
+        file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        if config is None:
+            config = LlavaConfig(**open_checkpoint(str(path_or_repo_id), weights=False)[0])
+        if not file.exists():
             raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has one, such as "
                           "--tokenizer llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
-        settings = folder / "tokenizer_config.json"
-        legacy = read_json(settings).get("legacy") is not False if settings.exists() else True
+        if settings_file.exists():
+            settings = read_json(settings_file)
         try:
-            return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy)
+            return cls(file.read_text(encoding="utf-8"), config, settings.get("legacy") is not False)
         except Exception as error:           # tokenizers raises nothing more specific
-            raise UserError(f"{folder / 'tokenizer.json'} does not work: {first_line(error)}") from None
+            raise UserError(f"{file} does not work: {first_line(error)}") from None
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Token ids of a text; SentencePiece puts a space before the first word."""
@@ -1363,7 +1354,8 @@ class Processor:
         images in reading order -> input_ids [1, T], images, image_sizes and, if asked for, labels
         [1, T], all as Llava takes them."""
         ids, supervised = self.tokenize(messages)
-        check_image_count(ids.count(self.config.image_token_id), len(images))
+        if (marks := ids.count(self.config.image_token_id)) != len(images):
+            raise UserError(f"the text has {marks} <image>, but {len(images)} images are given")
         inputs = {"input_ids": torch.tensor([ids]),
                   "images": [normalize(self.pixels(image)) for image in images],
                   "image_sizes": [(image.height, image.width) for image in images]}
@@ -1473,19 +1465,19 @@ def print_trace(model: Llava, inputs: dict) -> None:
     and the attention kernels. FLOPs come from a separate pass, because counting slows the timed one."""
     pattern = r"projector|\w+\.(patch_embedding|pre_layrnorm|embed_tokens|layers\.\d+|norm|lm_head)"
     names = {module: name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
+        cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
     ends = []                                # when each module ends: itself, its output, total FLOPs, time
 
     def record(module: nn.Module, _, y: Tensor) -> None:
         if y.is_cuda:
             torch.cuda.synchronize()
-        ends.append((module, y.shape, y.dtype, counter.get_total_flops(), time.perf_counter()))
+        ends.append((module, list(y.shape), y.dtype, counter.get_total_flops(), time.perf_counter()))
 
-    def print_row(module: str, shape, *cells) -> None:
+    def print_row(name: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
-        print(f"{module:33}{str(list(shape)):>20}", *cells, sep="")
+        print(f"{name:33}{str(shape):>20}", *cells, sep="")
 
     handles = [module.register_forward_hook(record) for module in names]
     for context in (counter, nullcontext()):
@@ -1494,10 +1486,10 @@ def print_trace(model: Llava, inputs: dict) -> None:
             list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
     for handle in handles:
         handle.remove()
-    print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
+    print_row("module", "shape", "dtype", "parameters", "GFLOP", "ms")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
-        print_row(f"image {width} x {height}", tiles.shape, tiles.dtype)
-    print_row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
+        print_row(f"image {width} x {height}", list(tiles.shape), tiles.dtype)
+    print_row("input_ids", list(inputs["input_ids"].shape), inputs["input_ids"].dtype)
     counted, timed = ends[:len(ends) // 2], ends[len(ends) // 2:]
     for i in range(1, len(counted)):
         module, shape, dtype, flops, _ = counted[i]
@@ -1558,7 +1550,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="sample from the most probable tokens that together have probability P (default: 1)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     add("--trace", action="store_true", help="first print shape, FLOPs and time of every module")
-    add("--show-kept", metavar="FILE", help="save an image of the patches that --prune keeps of the first image")
+    add("--show-kept", metavar="FILE", help="save an image of what --prune keeps of the first image")
     add("--save", type=Path, metavar="DIR",
         help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop")
     add_model_flags(parser)
