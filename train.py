@@ -620,7 +620,7 @@ class Checkpoints:
     """RUN/trainer/step-000120: all that a run needs to go on to the bit. Each is written under
     another name first; the files of the run folder itself are links into the newest."""
 
-    SETTINGS = ("stage vision language init tokenizer template projector image_mode prune lora_rank "
+    SETTINGS = ("stage vision language init tokenizer template projector image_mode prune keep_tokens lora_rank "
                 "lora_alpha lora_vision epochs batch_size micro_batch_size in_backward compile lr clip "
                 "max_length seed dtype").split()
 
@@ -711,7 +711,7 @@ def open_config(args: argparse.Namespace) -> LlavaConfig:
         parts |= open_checkpoint(source, weights=False)[0]
     if args.stage == 2 and parts.get("template") == "plain":
         parts["template"] = TEMPLATES[parts["text"].model_type]
-    chosen = {name: getattr(args, name) for name in ("projector", "image_mode", "template", "prune")}
+    chosen = {name: getattr(args, name) for name in ("projector", "image_mode", "template", "prune", "keep_tokens")}
     return LlavaConfig(**parts | {name: value for name, value in chosen.items() if value})
 
 
@@ -855,6 +855,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
     recipe("--image-mode", choices=("pad", "crop", "anyres"), help="default: pad")
     recipe("--prune", choices=("none", *PRUNING), help="merge each picture's tokens (default: the model's)")
+    recipe("--keep-tokens", type=int, metavar="N", help="tokens to keep of each tile (default: the model's)")
     recipe("--lora-rank", type=int, metavar="R", help="train LoRA of this rank instead of the language model")
     recipe("--lora-alpha", type=float, metavar="A", help="weighs it by A / R (default: 2 R)")
     recipe("--lora-vision", action="store_true", help="LoRA in the vision tower, too")
