@@ -27,7 +27,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
@@ -392,14 +392,16 @@ def write_random(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96) -> None:
+def write_clip(folder: Path, patch_size: int = 16, steps: int = 700, size: int = 6000,
+               batch: int = 96) -> None:
     """A vision tower trained with CLIP's loss: which caption of the batch belongs to which image?"""
     torch.manual_seed(3)
     rng, words = random.Random(3), [*COUNTS, *COLORS, *SHAPES, *PLACES]
     scenes = [make_scene(rng) for _ in range(size)]
     pixels = torch.stack([torch.from_numpy(np.array(draw(s, rng))).permute(2, 0, 1) for s in scenes])
     texts = torch.tensor([[words.index(word) for word in scene.values()] for scene in scenes])
-    tower, bag_of_words = VisionTower(VISION), nn.EmbeddingBag(len(words), 48)
+    config = replace(VISION, patch_size=patch_size)
+    tower, bag_of_words = VisionTower(config), nn.EmbeddingBag(len(words), 48)
     project, scale = nn.Linear(VISION.hidden_size, 48, bias=False), nn.Parameter(torch.tensor(2.3))
 
     def loss_of_batch() -> torch.Tensor:
@@ -418,7 +420,7 @@ def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96
     tensors |= {"text_model.embeddings.token_embedding.weight": bag_of_words.weight.detach(),
                 "visual_projection.weight": project.weight.detach(), "logit_scale": scale.detach()}
     write_json(folder / "config.json", {"model_type": "clip", "vision_config": {
-        "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **asdict(VISION)}})
+        "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **asdict(config)}})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -491,12 +493,14 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
     return tokenizer
 
 
-def build(folder: Path,
-          parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama", "benchmarks")) -> None:
-    """Build the parts that are missing; each appears complete or not at all."""
+def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama", "benchmarks"),
+          patch_size: int = 16) -> None:
+    """Build the parts that are missing; each appears complete or not at all. With patch_size 8 the vision
+    tower has 64 patches instead of 16."""
     torch.set_num_threads(1)                 # the matrices are too small for a second thread
     tokenizer = make_tokenizer()
-    write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco, "clip": write_clip,
+    write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco,
+             "clip": partial(write_clip, patch_size=patch_size),
              "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer),
              "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer),
              "benchmarks": write_benchmarks}
