@@ -33,7 +33,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -48,6 +48,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
@@ -60,7 +61,6 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------------
 # 1. Configurations. Fields have the names that the published config.json files use.
-
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -94,7 +94,6 @@ class TextConfig:
     rope_theta: float = 1e6                  # 1e4 in v0.1
     sliding_window: int | None = None        # W: 4096 in v0.1, a token sees itself and 4095 others
     max_position_embeddings: int = 32768
-    tie_word_embeddings: bool = False        # True: lm_head has the weights of embed_tokens
 
 
 @dataclass(frozen=True)
@@ -362,8 +361,6 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, x: Tensor, select: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Embeddings x [B, T, C] -> hidden states [B, T, C] after the final norm; with `select`, an
@@ -449,6 +446,150 @@ class VisionTower(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
+# 4. Weights in 8 and 4 bits of the language model
+
+
+QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
+GROUP, FITS = 32, 2                          # int4: columns that share a scale; rounds of least squares
+
+PACKED_KERNELS = (torch.ops.aten._weight_int8pack_mm, torch.ops.aten._weight_int4pack_mm,
+                  torch.ops.aten._weight_int4pack_mm_for_cpu)
+
+
+def pack_int4(q: Tensor, half: int) -> Tensor:
+    """uint8 [I, O] of 0...15 -> [O / 2h, I, h]: a byte holds one of h rows and one of the next h."""
+    low, high = q.unflatten(1, (-1, 2, half)).unbind(2)                   # [I, O / 2h, h] each
+    return (low | high << 4).transpose(0, 1).contiguous()
+
+
+@cache
+def kernel_half() -> int | None:
+    """The h of pack_int4 that torch's CPU kernel reads: 32 (AVX-512) or 16 (AVX2). None: there is no
+    such kernel. This layout is internal to torch, so it is compared with torch's own packer."""
+    q = (torch.arange(4096) // 7 % 16).view(64, 64)
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
+    except (AttributeError, RuntimeError):
+        return None
+    return next((h for h in (32, 16) if torch.equal(pack_int4(q.byte().T, h).flatten(), packed)), None)
+
+
+def unpack_tinygemm(packed: Tensor) -> Tensor:
+    """int32 [O / 8, I / 128, 32, 4] of torch's CUDA kernel -> uint8 [I, O] of 0...15, in the order of
+    PyTorch's int4mm.cu. Compared with an emulation of that file, never run on a GPU."""
+    x = packed.view(torch.uint8).unflatten(3, (4, 2, 2)).unflatten(2, (8, 4))
+    x = torch.stack((x & 15, x >> 4), -1)    # [O / 8, I / 128, 8, 4, 4, 2, 2, 2]
+    return x.permute(1, 4, 6, 7, 3, 5, 0, 2).flatten(6).flatten(0, 5)
+
+
+def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [O, I] -> uint8 [I, O] of 0...15, bf16 scales and middles [I / GROUP, O, 2] of groups:
+    first from the range, then FITS times by least squares from what was rounded with the last ones."""
+    w = w.T.contiguous().unflatten(0, (-1, GROUP))                        # [I / GROUP, GROUP, O]
+    low, high = w.amin(1), w.amax(1)         # aminmax is 10 times slower
+    scale, middle, mean_w = (high - low) / 15, low + (high - low) * 8 / 15, w.mean(1)
+    for fit in range(1 + FITS):
+        if fit > 0:
+            mean_q = q.mean(1)
+            scale = ((q * w).mean(1) - mean_q * mean_w) / (q.square().mean(1) - mean_q**2).clamp(min=1e-9)
+            middle = mean_w - scale * mean_q
+        scale, middle = scale.clamp(min=1e-9).bfloat16().float(), middle.bfloat16().float()
+        q = (w - middle[:, None]).div_(scale[:, None]).round_().clamp_(-8, 7)
+    return q.add_(8).byte().flatten(0, 1), torch.stack((scale, middle), -1).bfloat16()
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer. 8 bits: W = q * scale of the row; 4 bits (5 with scales): W = (q - 8) *
+    scale + middle of GROUP columns. Its buffers are no parameters and not in the state_dict. Few tokens
+    in bf16 go to torch's kernels; all other products use blocks of dequantised rows."""
+
+    def __init__(self, weight: Tensor, bits: int, device="cpu", name: str = "a layer"):
+        super().__init__()
+        self.bits, (self.out_features, self.in_features), device = bits, weight.shape, torch.device(device)
+        if bits == 4 and (self.in_features % GROUP or self.out_features % 64):
+            raise UserError(f"{name} is {list(weight.shape)}, but 4 bits need a multiple of 64 rows and "
+                            f"of {GROUP} columns: use --quantize int8")
+        self.tinygemm = bits == 4 and device.type == "cuda" and self.in_features % 128 == 0 and (
+            torch.cuda.get_device_capability(device) >= (8, 0))           # never run on a GPU
+        kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
+        self.few = 128 if self.tinygemm else 16 if kernel else 0          # with more, blocks are faster
+        self.rows = max(1, 2**15 // self.in_features) * 64                # of a block that fits in a cache
+        parts = [self.quantize(rows.to(device).float()) for rows in weight.split(128)]
+        self.register_buffer("q", torch.cat([q for q, _ in parts]), persistent=False)
+        scale = torch.cat([scale for _, scale in parts], dim=0 if bits == 8 else 1)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 rows [n, I] -> numbers in the kernel's layout, scales [n] or scales and middles."""
+        if self.bits == 8:
+            scale = (w.abs().amax(1) / 127).clamp(min=1e-9).bfloat16()
+            return (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+        q, scale = quantize_int4(w)
+        if self.tinygemm:
+            pairs = (q[::2] << 4 | q[1::2]).T.contiguous()
+            return torch.ops.aten._convert_weight_to_int4pack(pairs, 8), scale
+        return pack_int4(q, kernel_half() or 32), scale
+
+    def block(self, start: int, dtype: torch.dtype) -> Tensor:
+        """Rows start ... start + rows of W, as columns [I, n]."""
+        if self.bits == 8:
+            rows = slice(start, start + self.rows)
+            return (self.q[rows].to(dtype) * self.scale[rows, None].to(dtype)).T
+        height = self.out_features // len(self.q)                         # rows that lie together in q
+        q = self.q[start // height:(start + self.rows) // height]
+        q = unpack_tinygemm(q) if self.tinygemm else torch.cat((q & 15, q >> 4), 2).transpose(0, 1)
+        q = q.to(dtype, memory_format=torch.contiguous_format).view(-1, GROUP, q.shape[1:].numel())
+        scale, middle = self.scale[:, None, start:start + self.rows].to(dtype).unbind(3)
+        scale, offset = scale.contiguous(), middle - 8 * scale            # [I / GROUP, 1, n]
+        return torch.addcmul(offset, q, scale, out=q).flatten(0, 1)
+
+    def multiply(self, x: Tensor, start: int) -> Tensor:
+        return x @ self.block(start, x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        learning, count = x.requires_grad and torch.is_grad_enabled(), x.shape[:-1].numel()
+        if x.dtype == torch.bfloat16 and 0 < count <= self.few and not learning:
+            y = x.flatten(0, -2).contiguous()
+            if self.bits == 8:
+                y = torch.ops.aten._weight_int8pack_mm(y, self.q, self.scale)
+            elif self.tinygemm:
+                y = torch.ops.aten._weight_int4pack_mm(y, self.q, GROUP, self.scale)
+            else:
+                q = self.q.view(self.out_features, -1)
+                y = torch.ops.aten._weight_int4pack_mm_for_cpu(y, q, GROUP, self.scale)
+            return y.unflatten(0, x.shape[:-1])
+        # without AVX-512 products in bf16 are 8 times slower than in float32
+        slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+        wide, starts = x.float() if slow else x, range(0, self.out_features, self.rows)
+        if learning:                         # backward dequantises each block again
+            parts = [checkpoint(self.multiply, wide, start, use_reentrant=False) for start in starts]
+        else:
+            parts = [self.multiply(wide, start) for start in starts]
+        return torch.cat(parts, -1).to(x.dtype)
+
+
+def count_weights(module: nn.Module) -> tuple[int, int]:
+    """How many weights a module has, and the bytes that they take with their scales."""
+    count, size = sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters())
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear):
+            count += layer.out_features * layer.in_features
+            size += layer.q.nbytes + layer.scale.nbytes
+    return count, size
+
+
+def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, device, dtype) -> None:
+    """Put a tensor that was read into `state`, or quantised into a layer of the model."""
+    if quantize == "none" or not re.fullmatch(QUANTIZED, name):
+        state[name] = tensor.to(device, dtype, copy=quantize != "none")   # copied, so that files are unmapped
+        return
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not in {dtype}: use --dtype bfloat16")
+    bits = 4 if quantize == "int4" and "lm_head" not in name else 8
+    model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
+
+
+# ---------------------------------------------------------------------------------------------
 # 5. AnyRes tiling and token reduction
 
 
@@ -475,23 +616,15 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
     return slice(y, rows - y), slice(x, columns - x)
 
 
-def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
-    """How many tiles a (height, width) image is cut into."""
-    if config.image_mode != "anyres":
-        return 1
-    width, height = choose_grid(size, config.grids)
-    return 1 + width * height // config.vision.image_size**2
-
-
 def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
     """How many tokens replace a (height, width) image; with PruMerge, which adapts, at most."""
-    if config.prune != "none":
-        return count_tiles(config, size) * max_tile_tokens(config)
-    patches = config.vision.side**2
+    tile = max_tile_tokens(config)
     if config.image_mode != "anyres":
-        return patches
+        return tile
+    if config.prune != "none":
+        return tile + tile * math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
     rows, columns = (window.stop - window.start for window in anyres_window(config, size))
-    return patches + rows * (columns + 1)
+    return tile + rows * (columns + 1)
 
 
 PRUMERGE = {                                 # arguments of prumerge
@@ -526,8 +659,8 @@ def max_tile_tokens(config: LlavaConfig) -> int:
     """The most tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
     which are at most a quarter of the patches, and adds one token for the others."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
-    if config.keep_tokens is not None:
-        return config.keep_tokens
+    if config.prune == "none" or config.keep_tokens is not None:
+        return config.keep_tokens or patches
     if "ratio" in variant:
         return len(choose_patches(torch.zeros(patches), **variant)) + 1
     return patches + 1 if "plus" in variant else max(1, patches // 4) + 1
@@ -660,8 +793,6 @@ class Llava(nn.Module):
         self.language_model = LanguageModel(config.text)
         self.bases: list[str] = []           # folders or id@revision that the weights came from
 
-    # From images and ids to embeddings
-
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
         """One [n, C] per image: the features that replace its id among the token embeddings.
 
@@ -680,12 +811,12 @@ class Llava(nn.Module):
             tiles = self.reduce_tiles(pixels, states, prune)              # N times [n, C]
         features, start = [], 0
         for i, image in enumerate(images):
-            mine = tiles[start:start + len(image)]
-            start += len(image)
+            stop = start + len(image)
             if self.config.image_mode == "anyres" and prune == "none":
-                features.append(self.arrange_tiles(mine, image_sizes[i]))
+                features.append(self.arrange_tiles(tiles[start:stop], image_sizes[i]))
             else:
-                features.append(torch.cat(list(mine)))
+                features.append(torch.cat(list(tiles[start:stop])))
+            start = stop
         return features
 
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
@@ -695,15 +826,14 @@ class Llava(nn.Module):
         attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
         for i, patches in enumerate(states[:, 1:]):                       # [P, C]
             if prune == "random":
-                tokens = self.projector(patches[random_patches(pixels[i], keep, len(patches))])
+                patches = patches[random_patches(pixels[i], keep, len(patches))]
             elif prune == "pool":
-                tokens = self.projector(pool_patches(patches, keep))
-            elif prune == "divprune":
-                projected = self.projector(patches)
-                tokens = projected[diverse_patches(projected.detach(), keep)]
-            else:
-                mix = prumerge(attention[i], keys[i], budget=keep, **PRUMERGE[prune])
-                tokens = self.projector(mix @ patches)
+                patches = pool_patches(patches, keep)
+            elif prune in PRUMERGE:
+                patches = prumerge(attention[i], keys[i], budget=keep, **PRUMERGE[prune]) @ patches
+            tokens = self.projector(patches)
+            if prune == "divprune":
+                tokens = tokens[diverse_patches(tokens.detach(), keep)]
             tiles.append(tokens)
         return tiles
 
@@ -758,8 +888,6 @@ class Llava(nn.Module):
             labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE)
         return pad_sequence(rows, batch_first=True), lengths, labels
 
-    # Training
-
     def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
         """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss.
 
@@ -778,8 +906,6 @@ class Llava(nn.Module):
         select = rows.to(x.device), columns.to(x.device)
         logits = self.language_model.lm_head(self.language_model(x, select=select))      # [n, V]
         return F.cross_entropy(logits.float(), targets)
-
-    # Generation
 
     @torch.inference_mode()
     def generate_tokens(self, input_ids, images=None, image_sizes=None, attention_mask=None,
@@ -827,8 +953,6 @@ class Llava(nn.Module):
                 break
         return answers
 
-    # Opening and saving
-
     @classmethod
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
@@ -840,6 +964,10 @@ class Llava(nn.Module):
         order. `overrides` replace fields of LlavaConfig. Files are memory-mapped, each once; tensors
         are cast, moved or quantised one at a time, so there is never a second copy in memory.
         """
+        if quantize not in ("none", "int8", "int4"):
+            raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
+        if quantize not in ("none", "int8", "int4"):
+            raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
         if (path_or_repo_id is None) == (vision is None or language is None):
             raise UserError("name one LLaVA, or a vision tower and a language model")
         parts, stored, bases = {}, {}, []
@@ -862,10 +990,9 @@ class Llava(nn.Module):
         check_tensors(model.state_dict(), state, stored, " and ".join(bases))
         state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
         for name in tqdm(list(stored), desc="opening", delay=2, leave=False):
-            state[name] = stored.pop(name).read(dtype).to(device, dtype)  # the last one unmaps its file
+            tensor = stored.pop(name).read(dtype)                         # the last one unmaps its file
+            place_tensor(model, state, name, tensor, quantize, device, dtype)
         model.load_state_dict(state, assign=True)
-        if config.text.tie_word_embeddings:
-            model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
         model.bases = bases
         return model
 
@@ -876,6 +1003,8 @@ class Llava(nn.Module):
         trained_only: only the trainable parameters, and in config.json the bases that hold the others:
         a run folder, which from_pretrained opens like any checkpoint.
         """
+        if not trained_only and any(isinstance(module, QuantizedLinear) for module in self.modules()):
+            raise UserError("weights in 8 or 4 bits are not saved: open the model without quantize first")
         folder, config = Path(folder), hf_config(self.config, whole=not trained_only)
         folder.mkdir(parents=True, exist_ok=True)
         save_sharded(folder / "model.safetensors", self.hf_tensors(whole=not trained_only), shard_bytes)
@@ -886,7 +1015,7 @@ class Llava(nn.Module):
     def hf_tensors(self, whole: bool) -> Iterator[tuple[str, Tensor]]:
         """Names of llava-hf and tensors on the CPU, one at a time; all, or the trainable parameters.
         Tensors that FSDP has sharded are gathered: then every process must iterate."""
-        for name, p in self.state_dict(keep_vars=True).items() if whole else self.named_parameters():
+        for name, p in self.named_parameters():
             if not whole and not p.requires_grad:
                 continue
             tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
@@ -1097,7 +1226,11 @@ def open_checkpoint(source: str, weights: bool = True, bases=()
     own.pop(None, None)
     parts, stored = {}, {}
     for base, needed in name_bases(folder, raw, adapter, own, weights, list(bases)).items():
-        more, tensors = open_base(base, needed, folder)
+        try:
+            more, tensors, _ = open_checkpoint(base, needed)
+        except OSError as error:
+            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
+                          "its new place with --base, once for each base in config.json") from None
         parts, stored = parts | more, stored | tensors
     parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
@@ -1110,6 +1243,9 @@ def open_checkpoint(source: str, weights: bool = True, bases=()
             stored[target] = stored[target]._replace(lora=(tensor, b, scale))
         elif not key.endswith("lora_B.weight"):
             stored[key] = StoredTensor(tensor)
+    embedding = stored.get("language_model.embed_tokens.weight")
+    if embedding and raw.get("text_config", raw).get("tie_word_embeddings", False):
+        stored.setdefault("language_model.lm_head.weight", StoredTensor(embedding.tensor.clone()))
     if parts.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
         stored = {n: t for n, t in stored.items() if not n.startswith("projector.2.")}
     return parts, stored, name
@@ -1132,16 +1268,6 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
                 raise UserError(f"{folder} has no language model, and its config.json has no _name_or_path")
             bases[language] = True
     return bases
-
-
-def open_base(base: str, weights: bool, folder: Path) -> tuple[dict, dict[str, StoredTensor]]:
-    try:
-        return open_checkpoint(base, weights)[:2]
-    except OSError as error:
-        if Path(base).exists():
-            raise
-        raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
-                      "its new place with --base, once for each base in config.json") from None
 
 
 def check_tensors(expected, fresh, stored: dict[str, StoredTensor], where: str) -> None:
@@ -1244,7 +1370,7 @@ def check_numbers(default: TextConfig | VisionConfig, found: dict, file: Path) -
     """Raise UserError for a field of another type than its default, or a size that is not positive."""
     for name, value in found.items():
         usual = getattr(default, name)
-        if name == "sliding_window" and value is None or isinstance(usual, bool) and isinstance(value, bool):
+        if name == "sliding_window" and value is None:
             continue
         kinds = (int, float) if isinstance(usual, float) else int
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
@@ -1263,8 +1389,8 @@ def hf_config(config: LlavaConfig, whole: bool) -> dict:
     """config.json as llava-hf writes it, for transformers 4 and 5, and the EXTRA_FIELDS."""
     anyres = config.image_mode == "anyres"
     text = asdict(config.text)
-    if whole:                                # hf_tensors writes lm_head also where it is tied
-        text |= {"vocab_size": hf_vocab_size(config), "tie_word_embeddings": False}
+    if whole:
+        text["vocab_size"] = hf_vocab_size(config)
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
              "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
     return {
@@ -1531,27 +1657,28 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--prune", choices=("none", *PRUNING), help="reduce the tokens of each tile (default: the model's)")
     add("--keep-tokens", type=number(int, 1), metavar="N",
         help=f"tokens to keep of each tile, with --prune {', '.join(BUDGETED)}")
+    add("--quantize", default="none", choices=("none", "int8", "int4"),
+        help="store the linear layers of the language model in 8 or 4 bits (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16 on a GPU that supports it, float32 on a CPU")
+        help="default: bfloat16 on a GPU that supports it or with --quantize, float32 on a CPU")
 
 
-def default_dtype(device: str) -> str:
-    """bfloat16 on a GPU that computes in it, float16 on an older one and on MPS, float32 on a CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+def default_dtype(device: str, quantize: str) -> str:
+    """bfloat16 with few bits and on a GPU that computes in it, float16 on older GPUs, float32 on a CPU."""
+    if quantize != "none" or device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
-    return "float32" if kind == "cpu" else "float16"
+    return "float32" if device == "cpu" else "float16"
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
     """The model and the processor that the flags of add_model_flags name; sets args.dtype."""
     overrides = {name: getattr(args, name) for name in ("image_mode", "prune", "template", "keep_tokens")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    args.dtype = args.dtype or default_dtype(args.device)
+    args.dtype = args.dtype or default_dtype(args.device, args.quantize)
     model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device,
-                                  base=args.base, **overrides)
+                                  quantize=args.quantize, base=args.base, **overrides)
     return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
 
 
@@ -1585,7 +1712,8 @@ def print_trace(model: Llava, inputs: dict) -> None:
     names = {module: name for name, module in model.named_modules() if module in parts}
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        **dict.fromkeys(PACKED_KERNELS, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
     flops, clock = [0], [0.0]                # totals at the end of each module
 
     def count(*_) -> None:
@@ -1596,14 +1724,16 @@ def print_trace(model: Llava, inputs: dict) -> None:
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
         gflop, ms = (flops[len(clock) - 1] - flops[len(clock) - 2]) / 1e9, 1e3 * (clock[-1] - clock[-2])
-        size = f"{sum(p.numel() for p in module.parameters()):,}"
-        print_row(names[module], y.shape, y.dtype, size, f"{gflop:.3f}", f"{ms:.2f}")
+        count, size = count_weights(module)
+        print_row(names[module], y.shape, y.dtype, f"{count:,}", f"{gflop:.3f}", f"{ms:.2f}",
+                  f"{8 * size / max(1, count):.1f}", f"{size / 1e6:,.1f}")
 
     def print_row(module: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{module:33}{str(list(shape)):>20}", *cells, sep="")
 
-    print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
+    columns = "".join(f"{name:>14}" for name in ("dtype", "parameters", "GFLOP", "ms", "bits of each", "MB"))
+    print(f"{'module':33}{'shape':>20}{columns}")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
         print_row(f"image {width} x {height}", tiles.shape, tiles.dtype)
     print_row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
@@ -1674,18 +1804,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if args.prompt is None and len(args.image) > 1 and not is_image_name(args.image[-1]):
-        args.prompt = args.image.pop()
+    if args.prompt is None and len(args.image) > 1:
+        last = args.image[-1]                # the question, unless it is a file, perhaps a misspelt one
+        if not os.path.exists(last) and Path(last).suffix.lower() not in Image.registered_extensions():
+            args.prompt = args.image.pop()
     if args.save and (args.prompt or args.image):
         parser.error("--save writes the model and asks nothing: leave out the question and --image")
     if args.show_kept and not args.image:
         parser.error("--show-kept needs an --image")
     return args
-
-
-def is_image_name(text: str) -> bool:
-    """Whether an argument after --image is a file, perhaps a misspelt one, and not the question."""
-    return os.path.exists(text) or Path(text).suffix.lower() in Image.registered_extensions()
 
 
 def save_whole(args: argparse.Namespace) -> None:
@@ -1696,8 +1823,7 @@ def save_whole(args: argparse.Namespace) -> None:
     model = Llava.from_pretrained(args.model, dtype=dtype, base=args.base)
     model.save_pretrained(args.save)
     Processor.from_pretrained(args.tokenizer or args.model, model.config).save_pretrained(args.save)
-    print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers and for "
-          "--model here")
+    print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers")
 
 
 def main() -> None:
