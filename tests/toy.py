@@ -344,12 +344,11 @@ def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
     shutil.rmtree(runs, ignore_errors=True)
     write_json(runs / "train.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", "train")])
     for flags in (f"--stage 1 --vision {data}/clip --language {data}/mistral --lr 6e-3 --epochs 5 "
-                  f"--data {data}/pretrain.json --images {data}/pretrain --seed {seed} --out {runs}/stage1",
+                  f"--data {data}/pretrain.json --images {data}/pretrain --out {runs}/stage1",
                   f"--stage 2 --init {runs}/stage1 --lr 1e-3 --epochs 12 "
-                  f"--data {runs}/train.json --images {data}/scienceqa/images/train --seed {seed} "
-                  f"--out {runs}/stage2"):
+                  f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2"):
         print(f"\n$ python train.py {flags}")
-        run_stage(parse(flags.split()))
+        run_stage(parse([*flags.split(), "--seed", str(seed)]))
     draw_losses([runs / "stage1", runs / "stage2"], runs / "loss.png")
     model = Llava.from_pretrained(runs / "stage2", dtype=torch.float32).eval()
     processor = Processor.from_pretrained(runs / "stage2", model.config)
