@@ -2,7 +2,7 @@
 CLIP-L/14-336 and of the first layers of Mistral-7B.
 
     python tests/bench.py                    answers and training steps, beside transformers
-    python tests/bench.py --window           4,096 and 16,384 tokens past a window of 512
+    python tests/bench.py --window           tokens past the window, in time and memory
     python tests/bench.py --prune            what fewer visual tokens save
     python tests/bench.py --load --layers 32 memory to open a whole checkpoint, which it writes first
     python tests/bench.py --quantize         the language model in 8 and 4 bits; with --model FOLDER
@@ -36,6 +36,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -319,14 +320,53 @@ def prefill_words(args, tokens: int, model: Llava) -> None:
     answer_ours(model, {"input_ids": torch.full((1, tokens), 5, device=args.device)}, 1)
 
 
+def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """What llava.py's two triangles are compared with: each block of W queries reads the block before
+    and its own through a band mask [W, 2W]."""
+    T = q.shape[2]
+    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).triu(1).tril(window)
+    blocks = [F.scaled_dot_product_attention(*(x[:, :, :window] for x in (q, k, v)), is_causal=True,
+                                             enable_gqa=True)]
+    for i in range(window, T, window):
+        n, seen = min(window, T - i), slice(i - window, i + window)       # the last may be short
+        blocks.append(F.scaled_dot_product_attention(
+            q[:, :, i:i + n], k[:, :, seen], v[:, :, seen], band[:n, :window + n], enable_gqa=True))
+    return torch.cat(blocks, dim=2)
+
+
+def prefill_with_band(args, tokens: int, model: Llava) -> None:
+    llava.causal_attention = band_attention                               # in a process of its own
+    prefill_words(args, tokens, model)
+
+
+def attend(attention: Callable, qkv: list[Tensor], window: int, training: bool) -> None:
+    with torch.set_grad_enabled(training):
+        y = attention(*qkv, window)
+    if training:
+        torch.autograd.grad(y, qkv, torch.ones_like(y))
+
+
 def beyond_the_window(args) -> None:
-    lengths = (16384, 4096)
-    sizes = [peaks(args.device, partial(build_ours, args), partial(prefill_words, args, n)) for n in lengths]
-    model, memory = build_ours(args), [1024 * (after - before) for before, after in sizes]
+    lengths, build = (16384, 4096), partial(build_ours, args)
+    sizes = [peaks(args.device, build, partial(prefill_words, args, n)) for n in lengths]
+    sizes.append(peaks(args.device, build, partial(prefill_with_band, args, lengths[0])))
+    model, (most, least, band) = build(), [1024 * (after - before) for before, after in sizes]
     taken = paired({str(n): partial(prefill_words, args, n, model) for n in lengths}, args.repeats, "prefill")
     table([["window of 512", *(f"{n:,} tokens" for n in lengths), "times", "range"],
            ["prefill, ms", *map(ms, taken.values()), *ratio(*taken.values())],
-           ["peak less the model, MiB", *(f"{m:.0f}" for m in memory), f"{memory[0] / memory[1]:.2f}", ""]])
+           ["peak less the model, MiB", f"{most:.0f}", f"{least:.0f}", f"{most / least:.2f}", ""],
+           ["  with a band mask", f"{band:.0f}", "", "", ""]])
+    W = 4096 // args.shrink
+    qkv = [torch.randn(1, 2 * W, heads, 128).to(args.device, getattr(torch, args.dtype)).transpose(1, 2)
+           for heads in (8, 2, 2)]
+    rows = [[f"attention: window {W:,}, {2 * W:,} tokens", "two triangles", "band mask", "times", "range"]]
+    for what, training in (("forward, ms", False), ("forward and backward, ms", True)):
+        qkv = [x.detach().requires_grad_(training) for x in qkv]
+        runs = {name: partial(attend, attention, qkv, W, training)
+                for name, attention in (("triangles", llava.causal_attention), ("band", band_attention))}
+        taken = paired(runs, args.repeats, what)
+        rows.append([what, *map(ms, taken.values()), *ratio(taken["band"], taken["triangles"])])
+    table(rows)
 
 
 # ---------------------------------------------------------------------------------------------

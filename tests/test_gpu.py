@@ -1,0 +1,145 @@
+"""The model and training on every device that exists. Without a GPU, the same functions run on the CPU,
+so that their logic is tested; with one, everything is.
+
+    python -m pytest tests/test_gpu.py -v
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llava
+import train
+from llava import Llava, LlavaConfig, TextConfig, VisionConfig
+from tests.test_attention import (check_kernels, make_inputs, make_model, make_qkv, random_shapes,
+                                  relative_errors)
+from tests.test_train import Live, flags, toy_folder
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append("cuda")
+if torch.backends.mps.is_available():
+    DEVICES.append("mps")
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
+def test_attention_past_the_window_equals_an_explicit_mask(device, dtype, most):
+    def attention(q, k, v, window):
+        return llava.causal_attention(q.to(device), k.to(device), v.to(device), window).cpu()
+
+    torch.manual_seed(0)
+    for B, H, K, T, D, W in random_shapes(12):
+        errors = relative_errors(*make_qkv(B, H, K, T, D, dtype), W, attention)
+        assert max(errors) < most, (B, H, K, T, D, W, errors)
+
+
+@pytest.mark.parametrize("window", [None, 11, 1])
+def test_bf16_uses_the_flash_kernel_alone(device, window):
+    if device == "mps":
+        pytest.skip("MPS has no flash kernel")
+    check_kernels(window, device, torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_logits_equal_those_of_float32_on_the_cpu(device, window):
+    inputs, exact = make_inputs(37), make_model(window)
+    wanted = exact(**inputs)
+    for dtype, most in ((torch.float32, 1e-3), (torch.bfloat16, 3e-2)):   # on a GPU, perhaps TF32
+        logits = make_model(window, device, dtype)(**inputs).float().cpu()
+        assert (logits - wanted).norm() / wanted.norm() < most
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_rows_of_a_batch_are_answered_as_if_alone(device, window):
+    model, inputs, lengths = make_model(window, device).eval(), make_inputs(37), [34, 9]
+    inputs["attention_mask"] = torch.arange(34) < torch.tensor(lengths)[:, None]
+    batch = torch.stack(list(model.generate_tokens(**inputs, max_new_tokens=12))).cpu()
+    for row, length in enumerate(lengths):
+        single = {"input_ids": inputs["input_ids"][row:row + 1, :length],
+                  "images": inputs["images"][row:row + 1], "image_sizes": [(28, 28)]}
+        alone = torch.stack(list(model.generate_tokens(**single, max_new_tokens=12))).cpu()
+        assert torch.equal(batch[:, row], alone[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def run(toy_folder, out, device, more="") -> tuple[dict, list[float]]:
+    """Train on the device; the weights that the run folder then holds, and the loss of each step."""
+    train.run_stage(train.parse(flags(toy_folder, out, f"--device {device} {more}")))
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    return load_file(next(out.glob("*model.safetensors"))), losses
+
+
+@pytest.mark.parametrize("more", ["--stage 1", "--in-backward", "--lora-rank 4 --checkpoint-blocks 2"])
+def test_bf16_losses_are_those_of_float32_on_the_cpu(toy_folder, tmp_path, device, more):
+    _, wanted = run(toy_folder, tmp_path / "cpu", "cpu", f"{more.replace('--in-backward', '')} --epochs 1")
+    _, losses = run(toy_folder, tmp_path / "device", device, f"{more} --epochs 1 --dtype bfloat16")
+    assert losses == pytest.approx(wanted, rel=5e-2)
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(toy_folder, tmp_path, device, monkeypatch):
+    wanted, losses = run(toy_folder, tmp_path / "whole", device)
+    write = train.TrainingLog.write
+
+    def interrupt(self, step, *line):
+        write(self, step, *line)
+        if step == 4:
+            train.signal.raise_signal(train.signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.TrainingLog, "write", interrupt)
+        run(toy_folder, tmp_path / "resumed", device)
+    weights, again = run(toy_folder, tmp_path / "resumed", device, "--resume")
+    assert again == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_for_a_gpu_come_from_pinned_memory(toy_folder, tmp_path, device, monkeypatch):
+    to_device, pinned = train.to_device, set()
+
+    def record(micro, target):
+        pinned.update(x.is_pinned() for x in (micro["input_ids"], *micro["images"]))
+        return to_device(micro, target)
+
+    monkeypatch.setattr(train, "to_device", record)
+    run(toy_folder, tmp_path / "run", device, "--epochs 1")
+    assert pinned == {device == "cuda"}
+
+
+@pytest.mark.parametrize("more", ["--stage 1", "--stage 2", "--stage 2 --in-backward",
+                                  "--stage 2 --checkpoint-blocks 8", "--stage 2 --lora-rank 8"])
+def test_peak_memory_is_within_8_percent_of_the_estimate(device, more, monkeypatch):
+    monkeypatch.setattr(train, "ALLOCATOR_OVERHEAD", 1)      # count the tensors only
+    C = 1024 if device == "cuda" else 128                    # a GPU also holds workspaces of some MB
+    config = LlavaConfig(VisionConfig(C // 2, 2 * C, 3, 4, image_size=64, patch_size=8),
+                         TextConfig("mistral", 1000, C, 4 * C, 8, 8, 2, head_dim=C // 8), image_token_id=999)
+    args = train.parse(f"--data x --init x --out x --device {device} --dtype bfloat16 --batch-size 4 "
+                       f"--micro-batch-size 4 --checkpoint-blocks 0 {more}".split())
+    ids = torch.full((4, 101), 5)
+    ids[:, 1] = config.image_token_id
+    labels = ids.masked_fill(torch.arange(101) < 61, llava.IGNORE)
+    images = [torch.zeros(1, 3, 64, 64) for _ in range(4)]
+    with Live() as live:
+        model = Llava(config).to(device, torch.bfloat16)
+        train.choose_trainable(model, args)
+        train.wrap_blocks(model, args)
+        optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
+        live.most = 0
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            optimizer.begin(1e-3)
+            model(ids, images, [(64, 64)] * 4, labels=labels).backward()
+            optimizer.step()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else live.most
+    estimate = train.estimate_memory(model, train.Load(4 * 164, 4 * 40, 4), args)["peak"]
+    assert estimate == pytest.approx(peak, rel=0.08)
