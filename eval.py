@@ -1,49 +1,54 @@
-"""Grade a LLaVA on ScienceQA, or files of answers without any model; or count what one costs.
+"""Scores of a LLaVA, or of files of answers, on ScienceQA and six other benchmarks; what a LLaVA costs.
 
     python eval.py --scienceqa data/ScienceQA --split test --model runs/stage2 --out answers.jsonl
-    python eval.py --scienceqa data/ScienceQA --split test --predictions answers.jsonl
     python eval.py --scienceqa data/ScienceQA --split test --compare a.jsonl b.jsonl
+    python eval.py --task pope --questions FILE --annotations FILE FILE FILE --predictions answers.jsonl
     python eval.py --cost
 
-The folder is as published (Lu et al. 2022, github.com/lupantech/ScienceQA): problems.json,
-pid_splits.json and images/{split}/{id}/image.png. The wording of prompts, the reading of answers
-and the columns of the table are those of LLaVA's and ScienceQA's own scripts: accuracy moves by
-twenty points when the wording does.
+Prompts, the reading of answers and the figures follow the scripts behind LLaVA's published figures: other
+prompts or rules move a score by up to 30 points. ScienceQA's folder is as published (Lu et al. 2022).
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
 import hashlib
+import io
 import json
-import math
 import os
 import re
-import resource
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
-from datetime import datetime, timezone
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from html import escape
 from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from llava import (Llava, LlavaConfig, Processor, TextConfig, VisionConfig, add_model_flags, choose_grid,
-                   command_line, count_image_tokens, open_checkpoint, open_image, load_model, read_json, UserError)
+from llava import (Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, add_model_flags,
+                   atomic_write, choose_grid, command_line, count_image_tokens, load_model, number,
+                   open_checkpoint, open_image, read_object, write_json)
 
+Args = argparse.Namespace
 LETTERS = "ABCDE"
-COLUMNS = {                                  # the official table; TXT and IMG overlap
+LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+SHORT_SUFFIX = "\nAnswer the question using a single word or phrase."
+COLUMNS = {                                  # ScienceQA's official table; TXT and IMG overlap
     "NAT": lambda p: p["subject"] == "natural science",
     "SOC": lambda p: p["subject"] == "social science",
     "LAN": lambda p: p["subject"] == "language science",
@@ -57,177 +62,247 @@ COLUMNS = {                                  # the official table; TXT and IMG o
 
 
 # ---------------------------------------------------------------------------------------------
-# 1. ScienceQA: problems, wording, records
+# 1. ScienceQA: prompts, records, scores
 
 
-def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None = None) -> list[dict]:
-    """The problems of a split in published order, each with its "id" and, in "file", its picture."""
-    folder = Path(folder)
-    problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
+def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None = None,
+                   wording: str = "qcm") -> list[dict]:
+    """The problems of a split in published order, each with its "id", its "prompt" and, in "file", the path
+    of its image or None."""
+    folder, selected = Path(folder), []
+    problems, splits = read_object(folder / "problems.json"), read_object(folder / "pid_splits.json")
+    if not isinstance(splits.get(split, []), list):
+        raise UserError(f"{folder / 'pid_splits.json'}: split {split!r} is not a list of question ids")
     if split not in splits:
         raise UserError(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}")
-    if unknown := [i for i in splits[split] if i not in problems]:
-        raise UserError(f"{folder / 'problems.json'} lacks question {unknown[0]} of split {split!r}")
-    chosen_ones = [problems[i] | {"id": i} for i in splits[split]]
-    for p in chosen_ones:
-        p["file"] = folder / "images" / p["split"] / p["id"] / p["image"] if p["image"] else None
-    return [p for p in chosen_ones if pictures == "any" or bool(p["image"]) == (pictures == "only")][:limit]
+    for i in splits[split]:
+        if str(i) != i or i not in problems:
+            raise UserError(f"{folder / 'problems.json'} lacks question {i} of split {split!r}")
+        p, file = problems[i], None
+        check_problem(p, f"{folder / 'problems.json'}, question {i}")
+        if p["image"]:
+            file = folder / "images" / p["split"] / i / p["image"]
+        if pictures == "any" or (pictures == "only") == bool(p["image"]):
+            selected.append(p | {"id": i, "question_id": i, "prompt": question(p, wording), "file": file})
+    return selected[:limit]
 
 
-def question(problem: dict) -> str:
-    """A problem in the wording QCM, in which LLaVA is trained and asked: question, context, options.
+def check_problem(problem, where: str) -> None:
+    """Raise UserError unless a problem has the fields of ScienceQA, and its image lies in the folder."""
+    kinds = {"choices": list, "answer": int, "image": str | None} | dict.fromkeys(
+        ("question", "hint", "split", "grade", "subject", "lecture", "solution"), str)
+    for name, kind in kinds.items():
+        if not isinstance(problem, dict) or not isinstance(problem.get(name, ...), kind):
+            raise UserError(f"{where}: {name} is missing or of the wrong type")
+    if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
+        raise UserError(f"{where}: answer {problem['answer']} is not one of at most {len(LETTERS)} choices")
+    if not re.fullmatch(r"grade\d+", problem["grade"]):
+        raise UserError(f"{where}: grade {problem['grade']!r} is not grade1 to grade12")
+    for name in (problem["split"], problem["image"] or "image.png"):
+        if Path(name).name != name:
+            raise UserError(f"{where}: {name!r} is not the name of a split or of an image in its folder")
 
-    Double spaces are halved once and "Question: " disappears, as in LLaVA's conversion script.
-    """
-    options = " ".join(f"({letter}) {text}" for letter, text in zip(LETTERS, problem["choices"]))
+
+def question(problem: dict, wording: str = "qcm") -> str:
+    """The prompt of a problem: "qcm" (question, context, options) as in training on ScienceQA, "letter" as
+    LLaVA-1.5 is asked. As in LLaVA's scripts, double spaces are halved once; "qcm" drops "Question: "."""
+    if wording == "letter":
+        image = "<image>\n" if problem["image"] else ""
+        hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+        options = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, problem["choices"]))
+        return f"{image}{hint}{problem['question']}{options}{LETTER_SUFFIX}".replace("  ", " ")
+    options = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, problem["choices"]))
     text = (f"Question: {problem['question']}\nContext: {problem['hint'] or 'N/A'}\n"
             f"Options: {options}\n").replace("  ", " ").strip().replace("Question: ", "")
     return text + "\n<image>" if problem["image"] else text
 
 
 def answer(problem: dict) -> str:
-    """What it is to learn, in the wording LEA: lecture, explanation, answer."""
-    text = (f"Answer: {problem['lecture']} {problem['solution']} "
-            f"The answer is {LETTERS[problem['answer']]}.")
+    """The target text of a training record: lecture, explanation, answer (LEA)."""
+    text = f"Answer: {problem['lecture']} {problem['solution']} The answer is {LETTERS[problem['answer']]}."
     return text.replace("  ", " ").strip().replace("Answer: ", "")
 
 
 def to_record(problem: dict) -> dict:
-    """A problem as a training record of LLaVA; pictures are relative to the split's folder."""
-    picture = {"image": f"{problem['id']}/{problem['image']}"} if problem["image"] else {}
-    return {"id": problem["id"], **picture, "conversations": [
+    """A problem as a training record of LLaVA; image paths are relative to the split's folder."""
+    image = {"image": f"{problem['id']}/{problem['image']}"} if problem["image"] else {}
+    return {"id": problem["id"], **image, "conversations": [
         {"from": "human", "value": question(problem)}, {"from": "gpt", "value": answer(problem)}]}
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Answers: read them, count them
-
-
 def parse_choice(text: str, choices: int) -> int | None:
-    """The option an answer settles on; None where LLaVA's eval_science_qa.py finds none, -1 for a
-    letter that is no option. Exactly one "The answer is X" must stand there; X may be followed by
-    any character, since the dot in the published pattern is a wildcard."""
-    if text in LETTERS and len(text) == 1:
-        letter = text
-    elif len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
-        letter = text[0]
-    else:
-        found = re.findall(r"The answer is ([A-Z]).", text)
-        letter = found[0] if len(found) == 1 else None
-    if letter is None:
+    """The index of the option that an answer names; None where LLaVA's eval_science_qa.py finds none, -1 for
+    a letter that is not an option. "The answer is X" must occur exactly once; any character may follow X,
+    because the dot in the published pattern matches every character."""
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    if re.fullmatch(r"[A-E](\. .*)?", text, re.DOTALL):
+        found = [text[0]]
+    if len(found) != 1:
         return None
-    index = LETTERS.find(letter)
+    index = LETTERS.find(found[0])
     return index if index < choices else -1
 
 
 def grade(problems: list[dict], texts: dict[str, str]) -> list[bool]:
-    """Whether each problem was answered right; an answer that cannot be read or is not there is wrong."""
-    return [p["id"] in texts and parse_choice(texts[p["id"]], len(p["choices"])) == p["answer"] for p in problems]
+    """Whether each problem is answered correctly; missing and unreadable answers are wrong."""
+    return [p["id"] in texts and parse_choice(texts[p["id"]], len(p["choices"])) == p["answer"]
+            for p in problems]
 
 
 def score(problems: list[dict], texts: dict[str, str]) -> dict[str, float]:
-    """Percent right in each column, two decimals; how many answers could not be read or are not
-    there, which both count as wrong; and how many belong to none of these problems."""
+    """Percent correct in each column, with two decimals; the number of questions; the number of answers that
+    are missing or "unread" (unreadable), which count as wrong, and of those to other questions."""
     table = {}
     for column, belongs in COLUMNS.items():
-        right = grade([p for p in problems if belongs(p)], texts)
-        table[column] = round(100 * sum(right) / len(right), 2) if right else None
+        correct = grade([p for p in problems if belongs(p)], texts)
+        table[column] = round(percent(correct), 2) if correct else None
     answered = [p for p in problems if p["id"] in texts]
     return table | {"questions": len(problems), "missing": len(problems) - len(answered),
                     "unread": sum(parse_choice(texts[p["id"]], len(p["choices"])) is None for p in answered),
                     "elsewhere": len(texts) - len(answered)}
 
 
-def print_columns(rows: dict[str, list[float | None]], form: str = ".2f") -> None:
-    """The official columns, and an aligned line for each named row."""
-    width = max(map(len, rows))
-    print(" " * width, *(f"{column:>6}" for column in COLUMNS))
+def percent(correct: list) -> float | None:
+    return 100 * sum(correct) / len(correct) if correct else None
+
+
+def print_columns(rows: dict[str, list], form: str = ".2f", columns=tuple(COLUMNS)) -> None:
+    """Print the names of the columns and an aligned line for each named row; None is printed as "-"."""
+    width, cell = max(map(len, rows)), max(6, *map(len, columns))
+    print(" " * width, *(f"{column:>{cell}}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:{width}}", *(f"{'-' if x is None else format(x, form):>6}" for x in row))
+        print(f"{name:{width}}", *(f"{'-' if x is None else format(x, form):>{cell}}" for x in row))
 
 
 def print_table(tables: dict[str, dict]) -> None:
-    """A row for each named table, and below what is behind it."""
+    """Print a row for each named table of `score`, then the number of questions behind each."""
     print_columns({name: [table[column] for column in COLUMNS] for name, table in tables.items()})
     for name, table in tables.items():
         print(f"{name}: {table['questions']} questions, {table['unread']} answers could not be read, "
               f"{table['missing']} missing, {table['elsewhere']} to other questions")
 
 
-def read_entries(file: Path, content: bytes) -> list[dict]:
-    """The lines of a file of answers, one JSON object each."""
-    entries = {}
+def interval(correct_a: list[bool], correct_b: list[bool] | None = None, draws: int = 10000,
+             seed: int = 0) -> tuple[float, float, float]:
+    """Percent correct, or with correct_b the points by which a leads on the same questions, and the bounds of
+    its 95% bootstrap interval. The counts of the outcomes in a resample are multinomial."""
+    outcomes = np.asarray(correct_a, int)
+    if correct_b is not None:
+        outcomes = outcomes - np.asarray(correct_b, int)
+    values, counts = np.unique(outcomes, return_counts=True)
+    n = len(outcomes)
+    means = np.random.default_rng(seed).multinomial(n, counts / n, draws) @ values * 100 / n
+    low, high = np.percentile(means, (2.5, 97.5))
+    return 100 * float(outcomes.mean()), float(low), float(high)
+
+
+def compare(problems: list[dict], files: list[str]) -> None:
+    """Print the tables of two files of answers, and by how many points the first leads."""
+    a, b = map(read_answers, files)
+    if alone := sorted(a.keys() ^ b.keys()):
+        raise UserError(f"{' and '.join(files)} answer different questions: {len(alone)} are in one of them "
+                        f"only, such as {alone[0]} in {files[0] if alone[0] in a else files[1]}")
+    print_table({file: score(problems, texts) for file, texts in zip(files, (a, b))})
+    columns = ([p for p in problems if belongs(p)] for belongs in COLUMNS.values())
+    lead = [interval(grade(some, a), grade(some, b)) if some else (None,) * 3 for some in columns]
+    print("\nPoints by which the first file leads, and its 95% interval over 10,000 resampled tests:")
+    print_columns(dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Files of JSON lines: questions, answers, labels, reviews
+
+
+def read_lines(file, *needed: str, unique: bool = False, content: bytes | None = None) -> list[dict]:
+    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`; `unique`
+    refuses a second line with the same question_id. UserError names the line."""
+    try:
+        content = Path(file).read_bytes() if content is None else content
+    except OSError as error:
+        raise OSError(f"{file} cannot be read: {error.strerror}") from None
+    entries, seen = [], set()
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            entry = entry | {"question_id": str(entry["question_id"]), "text": "" + entry["text"]}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{file}, line {number}: not {{"question_id": ..., "text": ...}}') from None
-        if entry["question_id"] in entries:
-            raise UserError(f"{file}, line {number}: question {entry['question_id']} was answered before")
-        entries[entry["question_id"]] = entry
-    return list(entries.values())
+            texts = [entry.get(key, "") for key in ("text", "prompt", "image", "category")]
+            if any(key not in entry for key in needed) or not all(isinstance(text, str) for text in texts):
+                raise ValueError
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            keys = ", ".join(f'"{key}": ...' for key in needed)
+            raise UserError(f"{file}, line {number}: not {{{keys}}}") from None
+        if unique and by_id(entry) in seen:
+            raise UserError(f"{file}, line {number}: question {by_id(entry)} was answered before")
+        seen.add(str(entry.get("question_id")))
+        entries.append(entry)
+    return entries
+
+
+def by_id(entry: dict) -> str:
+    return str(entry["question_id"])
+
+
+def by_prompt(entry: dict) -> tuple[str, str]:
+    """The key of questions and answers where ids repeat, as in MME and TextVQA."""
+    return str(entry["question_id"]), entry.get("prompt")
 
 
 def read_answers(file) -> dict[str, str]:
-    """question_id -> text of a file of answers."""
+    """question_id -> text of a file of answers, in which no question may occur twice."""
+    return {by_id(entry): entry["text"] for entry in read_lines(file, "question_id", "text", unique=True)}
+
+
+def complete_lines(file: Path) -> bytes:
+    """The content of a file to which lines are appended, without a last line that an interrupt cut short."""
+    content = file.read_bytes() if file.exists() else b""
+    start, newline, rest = content.rpartition(b"\n")
     try:
-        content = Path(file).read_bytes()
+        json.loads(rest)
+        return content + b"\n"               # only the newline is missing
+    except ValueError:
+        if not (b'{"question_id"'.startswith(rest[:14]) or b'{"id"'.startswith(rest[:5])):
+            raise UserError(f"{file} holds something else: name another --out or --reviews") from None
+    return start + newline
+
+
+def rewrite(file: Path, content: bytes) -> None:
+    if file.exists() and file.read_bytes() != content:
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(content)
+
+
+def append(file: Path, entry: dict) -> None:
+    try:
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(entry) + "\n")
     except OSError as error:
-        raise OSError(f"{file} cannot be read: {error.strerror}") from None
-    return {entry["question_id"]: entry["text"] for entry in read_entries(file, content)}
-
-
-def interval(right_a: list[bool], right_b: list[bool] | None = None, draws: int = 10000,
-             seed: int = 0) -> tuple[float, float, float]:
-    """Percent right, or with right_b the points by which a is ahead on the same questions, and the
-    bounds of its 95% bootstrap interval. A draw takes as many questions as there are, with replacement:
-    how often it meets each outcome is multinomial, so no question need be drawn by itself."""
-    gained = np.asarray(right_a, int) - (0 if right_b is None else np.asarray(right_b, int))
-    values, counts = np.unique(gained, return_counts=True)
-    n = len(gained)
-    means = np.random.default_rng(seed).multinomial(n, counts / n, draws) @ values * 100 / n
-    low, high = np.percentile(means, (2.5, 97.5))
-    return 100 * float(gained.mean()), float(low), float(high)
-
-
-def compare(problems: list[dict], files: list[str]) -> None:
-    """The tables of two files of answers, and by how many points the first is ahead."""
-    a, b = map(read_answers, files)
-    if alone := sorted(a.keys() ^ b.keys()):
-        raise UserError(f"{' and '.join(files)} answer different questions: {len(alone)} are in one of them "
-                         f"only, such as {alone[0]} in {files[alone[0] not in a]}")
-    print_table({file: score(problems, texts) for file, texts in zip(files, (a, b))})
-    columns = ([p for p in problems if belongs(p)] for belongs in COLUMNS.values())
-    ahead = [interval(grade(some, a), grade(some, b)) if some else (None,) * 3 for some in columns]
-    print("\nPoints by which the first is ahead, and where 95% of 10,000 resampled tests lie:")
-    print_columns(dict(zip(("ahead", "from", "to"), zip(*ahead))), "+.2f")
+        raise OSError(f"{file} cannot be written ({error.strerror}): make room, then continue it") from None
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Asking a model
+# 3. Asking a model. A question is a dict with "question_id", "prompt", "image" and "file", the path of the
+#    image; where "file" is None, "image" is the image itself in base64
 
 
 def generate_answers(model: Llava, processor: Processor, problems: list[dict], batch_size: int = 16,
-        max_new_tokens: int = 512, blank: bool = False, options: bool = False,
-        tally: Counter | None = None) -> Iterator[tuple[dict, str, str]]:
-    """Each problem with its prompt and the model's answer, the longest first: the rows of a batch are
-    about as long, and what does not fit fails at once.
+                     max_new_tokens: int = 512, blank: bool = False, options: bool = False,
+                     tally: Counter | None = None, message=lambda p: p["prompt"],
+                     ) -> Iterator[tuple[dict, str, str]]:
+    """Each problem with its prompt and the model's greedy answer, the longest problems first: the rows of a
+    batch have similar lengths, and a batch that does not fit in memory fails at once.
 
-    blank hides every picture behind a white one: what is still right then was not seen. options
-    takes the `likeliest` instead of letting the model write; tally["tokens"] counts what it writes.
+    blank replaces every image by white (control: what is still right does not need the image); options takes
+    the most probable option instead of generating text; message(problem) is the text for the model, with
+    <image>; tally["tokens"] counts the generated tokens.
     """
-    problems = sorted(problems, key=lambda p: (bool(p["image"]), len(question(p))), reverse=True)
-    bar = tqdm(total=len(problems), desc="asking", unit="question")
+    problems = sorted(problems, key=lambda p: (bool(p["image"]), len(message(p))), reverse=True)
+    bar = tqdm(total=len(problems), desc="answering", unit="question")
     for start in range(0, len(problems), batch_size):
-        batch = problems[start:start + batch_size]
-        prompts, inputs = [question(p) for p in batch], []
-        for p, prompt in zip(batch, prompts):
-            images = [open_image(p["file"])] if p["image"] else []
-            images = [Image.new("RGB", image.size, "white") for image in images] if blank else images
-            inputs.append(processor([{"role": "user", "content": prompt}], images))
+        batch, inputs = problems[start:start + batch_size], []
+        for p in batch:
+            images = [load_image(p, blank)] if p["image"] else []
+            inputs.append(processor([{"role": "user", "content": message(p)}], images))
         if options:
             texts = score_options(model, processor, batch, inputs)
         else:
@@ -237,11 +312,22 @@ def generate_answers(model: Llava, processor: Processor, problems: list[dict], b
             if tally is not None:
                 tally["tokens"] += sum(map(len, answers))
         bar.update(len(batch))
-        yield from zip(batch, prompts, texts)
+        yield from zip(batch, [p["prompt"] for p in batch], texts)
+
+
+def load_image(problem: dict, blank: bool) -> Image.Image:
+    """The image of a question, or with `blank` a white one of its size."""
+    try:
+        image = open_image(problem["file"] or io.BytesIO(base64.b64decode(problem["image"])))
+    except (ValueError, OSError) as error:
+        if problem["file"]:
+            raise
+        raise OSError(f"the image of question {by_id(problem)} cannot be read: {error}") from None
+    return Image.new("RGB", image.size, "white") if blank else image
 
 
 def collate(inputs: list[dict], ending=()) -> dict:
-    """What the processor made of some conversations as one right-padded batch, `ending` appended."""
+    """Outputs of the processor as one right-padded batch; the token ids `ending` are appended to each row."""
     rows = [torch.cat((i["input_ids"][0], torch.tensor(ending, dtype=torch.int64))) for i in inputs]
     return {"input_ids": pad_sequence(rows, batch_first=True),
             "images": [image for i in inputs for image in i["images"]],
@@ -251,176 +337,692 @@ def collate(inputs: list[dict], ending=()) -> dict:
 
 @torch.inference_mode()
 def score_options(model: Llava, processor: Processor, problems: list[dict], inputs: list[dict]) -> list[str]:
-    """The option X of each problem for which "The answer is X" is the likeliest answer.
+    """For each problem "The answer is X" with the most probable option X.
 
-    Those answers differ in their last token alone. So all options of a question share one row, and
-    their log-probabilities but for a constant stand at its end: one prefill, nothing to parse, and no
-    option is favoured for being short, as its own words would be. But it asks for an answer without
-    the reasoning that LEA puts before it: compare it with itself, never with written answers.
+    These texts differ in their last token only, so one prefill gives the logits of all options, and no option
+    gains from being short. The logits are float32: in bfloat16 close ones are equal, and the first would win.
+    This asks for an answer without the reasoning of LEA: compare its accuracies with each other only.
     """
     ids = [processor.encode(f"The answer is {letter}") for letter in LETTERS]
     if any(i[:-1] != ids[0][:-1] for i in ids):
         raise UserError("the tokenizer has no token for each of the letters A to E: use --answer generate")
     x, lengths, _ = model.splice(**collate(inputs, ending=ids[0][:-1]))
-    hidden = model.language_model(x, select=(torch.arange(len(x)), lengths - 1))         # [B, C]
-    logits = model.language_model.lm_head(hidden)[:, [i[-1] for i in ids]]               # [B, 5]
+    hidden = model.language_model(x, select=(torch.arange(len(x)), lengths - 1))             # [B, C]
+    head, last = model.language_model.lm_head, [i[-1] for i in ids]
+    if isinstance(head, torch.nn.Linear):
+        logits = hidden.float() @ head.weight[last].float().T                                # [B, 5]
+    else:                                    # quantised
+        logits = head(hidden.float())[:, last]
     return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(problems, logits)]
 
 
 def fingerprint(model: Llava, processor: Processor) -> str:
-    """Eight digits that another config, tokenizer or training would change: of each tensor a few count."""
-    numbers = torch.cat([p.detach().flatten()[:16].float() for p in model.parameters()]).cpu().numpy()
+    """Eight digits that change with the config, the tokenizer and training (16 numbers of each tensor)."""
+    tensors = [*model.parameters(), *model.buffers()]
+    numbers = torch.cat([tensor.detach().flatten()[:16].float() for tensor in tensors]).cpu().numpy()
     text = repr(model.config) + processor.tokenizer_json
     return hashlib.sha256(text.encode() + numbers.tobytes()).hexdigest()[:8]
 
 
-def resume(file: Path, problems: list[dict], made: dict) -> dict[str, str]:
-    """The answers that `file` already holds, all `made` as this run makes them; a last line that an
-    interrupt cut short is removed."""
-    content = file.read_bytes() if file.exists() else b""
-    whole, prompts = content.rfind(b"\n") + 1, {p["id"]: question(p) for p in problems}
-    entries = read_entries(file, content[:whole])
-    if not b'{"question_id"'.startswith(content[whole:][:14]):
-        raise UserError(f"{file} is no file of answers: name another --out")
+def resume(file: Path, problems: list[dict], made: dict, unique: bool) -> list[dict]:
+    """The answers in `file`. UserError if one of them was made with another prompt or with other settings."""
+    content, prompts = complete_lines(file), defaultdict(set)
+    for p in problems:
+        prompts[by_id(p)].add(p["prompt"])
+    entries = read_lines(file, "question_id", "text", unique=unique, content=content)
     for entry in entries:
-        prompt, metadata = prompts.get(entry["question_id"]), entry.get("metadata") or {}
-        differs = [key for key in made if metadata.get(key) != made[key]]
-        differs += ["prompt"] * (prompt is not None and entry.get("prompt") != prompt)
-        if differs:
-            raise UserError(f"{file} has an answer to question {entry['question_id']} that was made with "
-                             f"another {differs[0]}: name another --out")
-    if whole < len(content):
-        os.truncate(file, whole)
-    return {entry["question_id"]: entry["text"] for entry in entries}
+        metadata = entry.get("metadata") or {}
+        different = [key for key in made if metadata.get(key) != made[key]]
+        if by_id(entry) in prompts and entry.get("prompt") not in prompts[by_id(entry)]:
+            different.append("prompt")
+        if different:
+            raise UserError(f"{file} has an answer to question {by_id(entry)} that was made with another "
+                            f"{different[0]}: name another --out")
+    rewrite(file, content)
+    return entries
 
 
-def append(file: Path, entry: dict) -> None:
-    try:
-        with open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise OSError(f"{file} cannot be written ({error.strerror}): make room, then go on from it") from None
-
-
-def answer_all(args: argparse.Namespace, problems: list[dict]) -> dict[str, str]:
-    """Ask the model what args.out does not answer yet, and append each answer there as it comes."""
+def answer_all(args: Args, problems: list[dict], unique=True, message=lambda p: p["prompt"]) -> list[dict]:
+    """The answers to all problems, in their order: those in args.out, and the model's to the others, each of
+    which is appended there at once."""
+    for p in problems:
+        if p["file"] and not p["file"].exists() or "<image>" in message(p) and not p["image"]:
+            raise OSError(f"question {by_id(p)}: there is no image {p['file'] or ''}")
     model, processor = load_model(args)
-    made = {"dtype": args.dtype, "image_mode": model.config.image_mode, "prune": model.config.prune,
-            "answer": args.answer, "max_new_tokens": args.max_new_tokens, "blank": args.blank,
-            "model": fingerprint(model, processor)}
-    texts = resume(args.out, problems, made) if args.out else {}
-    left, tally, began = [p for p in problems if p["id"] not in texts], Counter(), time.perf_counter()
-    for p, prompt, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
-                               args.answer == "options", tally):
-        texts[p["id"]] = text
+    flags = ("wording", "dtype", "quantize", "answer", "max_new_tokens", "blank")
+    made = {key: getattr(args, key, None) for key in flags}
+    made |= {key: getattr(model.config, key, None) for key in ("image_mode", "prune", "keep_tokens")}
+    made |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
+    entries = resume(args.out, problems, made, unique) if args.out else []
+    answered, tally, start = set(map(by_prompt, entries)), Counter(), time.perf_counter()
+    left = [p for p in problems if by_prompt(p) not in answered]
+    for p, prompt, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens,
+                                            args.blank, args.answer == "options", tally, message):
+        entries.append({"question_id": p["question_id"], "prompt": prompt, "text": text,
+                        "model_id": args.model, "metadata": made})
         if args.out:
-            append(args.out, {"question_id": p["id"], "prompt": prompt, "text": text,
-                              "model_id": args.model, "metadata": made})
-    seconds = time.perf_counter() - began
-    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.dtype}, "
+            append(args.out, entries[-1])
+    seconds = time.perf_counter() - start
+    print(f"{args.model}: {sum(count_parameters(model.config).values()):,} parameters in {args.dtype}, "
           f"{len(left)} questions asked, {len(left) / seconds:.1f} questions/s, "
           f"{tally['tokens'] / seconds:.1f} tokens/s, {peak_memory(args.device) / 2**30:.2f} GiB at the peak")
-    return texts
+    order = {by_prompt(p): n for n, p in enumerate(problems)}
+    entries.sort(key=lambda entry: order.get(by_prompt(entry), len(order)))
+    if args.out:
+        rewrite(args.out, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    return entries
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: on a GPU what the tensors took there, otherwise what the process took."""
+    """Peak bytes: of tensors on a CUDA device, otherwise of the process (0 on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        import resource                      # missing on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak        # macOS counts bytes, Linux KiB
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. A judge: any endpoint that speaks OpenAI's chat protocol
+# 4. Short answers, as VQAv2 and TextVQA compare them
+
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in    # one apostrophe is missing: dont -> don't
+                """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
+hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
+shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
+they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
+who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+y'all'd've you'd you'd've you'll you're you've""".split()
+                for i, letter in enumerate(word) if letter == "'"} | {"somebody'd": "somebodyd"}
+NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 
 
-def judge_url(args: argparse.Namespace) -> str:
-    """The address that --judge or, without it, OPENAI_BASE_URL names."""
+@lru_cache(2**17)
+def normalize_vqa(text: str) -> str:
+    """A short answer as VQAv2's evaluator (vqaEval.py) compares it: a mark beside a space, or any mark if a
+    comma stands between digits, is removed, others become a space; at most 32 periods are removed."""
+    remove_all, result = re.search(r"\d,\d", text) is not None, text
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        removed = remove_all or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if removed else " ")
+    words = re.sub(r"\.(?!\d)", "", result, count=32).lower().split()
+    words = [word for word in (NUMBERS.get(word, word) for word in words) if word not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+@lru_cache(2**17)
+def normalize_m4c(text: str) -> str:
+    """A short answer as TextVQA's evaluator compares it and as LLaVA sends it to VQAv2's server."""
+    return normalize_vqa(strip_lines(text.lower().replace(",", "").replace("?", "").replace("'s", " 's")))
+
+
+def strip_lines(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def leave_one_out(text: str, humans: list[dict]) -> float:
+    """The accuracy of an answer: the mean, over the human left out, of min(1, equal human answers / 3). As in
+    the official code, all records that equal the one left out are left out with it."""
+    equal = [human for human in humans if human["answer"] == text]
+    if not equal:
+        return 0.0
+    return sum(min(1, sum(other != human for other in equal) / 3) for human in humans) / len(humans)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The benchmarks. Scores are computed from questions with the correct answer or annotation in "truth", the
+#    answers in "texts", in the order of their file, and the last of them, or None, in "text"
+
+
+def read_questions(args: Args) -> list[dict]:
+    """The questions of LLaVA's question files, one JSON object a line."""
+    questions = [q for file in args.questions for q in read_lines(file, "question_id", "image", "text")]
+    return [q | {"prompt": q["text"], "file": args.images and args.images / q["image"]} for q in questions]
+
+
+def read_vqav2(args: Args) -> list[dict]:
+    """LLaVA's question files, or the official ones, which are one JSON object."""
+    questions = []
+    for file in args.questions:
+        try:
+            raw = json.loads(Path(file).read_bytes())
+            split = raw["data_subtype"].replace("test-dev", "test")
+            lines = [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
+                      "prompt": q["question"] + SHORT_SUFFIX} for q in raw["questions"]]
+            questions += [q | {"file": args.images and args.images / q["image"]} for q in lines]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            questions += read_questions(Args(questions=[file], images=args.images))
+    return questions
+
+
+def read_humans(args: Args, questions: list[dict]) -> dict:
+    """Ten human answers and their type, by VQAv2's question id, or by TextVQA's image id and question."""
+    file, truth = args.annotations[0], {}
+    try:
+        for a in read_object(file)["data" if args.task == "textvqa" else "annotations"]:
+            key, records = a["question_id"], a["answers"]
+            if args.task == "textvqa":
+                key = a["image_id"], a["question"].lower()
+                records = [{"answer": text, "id": i} for i, text in enumerate(records)]
+            if len(records) != 10:
+                raise UserError(f"{file}: question {key} has {len(records)} human answers, not ten")
+            records = [record | {"answer": "" + record["answer"]} for record in records]
+            truth[key if args.task == "textvqa" else str(key)] = records, a.get("answer_type")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not the annotation file of {args.task} ({error})") from None
+    return truth
+
+
+def score_vqav2(questions: list[dict]) -> dict:
+    """Percent by answer type, rounded to two decimals as officially; a missing answer is ""."""
+    accuracies = {"overall": [], "yes/no": [], "number": [], "other": []}
+    for q in tqdm(questions, desc="scoring", disable=len(questions) < 10**4):
+        (records, kind), text = q["truth"], normalize_m4c(q["text"] or "")
+        humans = [strip_lines(record["answer"]) for record in records]
+        if len(set(humans)) > 1:             # ten equal human answers are compared as they are
+            text, humans = normalize_vqa(text), map(normalize_vqa, humans)
+        accuracy = leave_one_out(text, [record | {"answer": h} for record, h in zip(records, humans)])
+        accuracies["overall"].append(accuracy)
+        accuracies.setdefault(kind, []).append(accuracy)
+    return {name: round(percent(some), 2) if some else None for name, some in accuracies.items()}
+
+
+def upload_vqav2(file: Path, questions: list[dict]) -> None:
+    write_json(file, [{"question_id": q["question_id"], "answer": normalize_m4c(q["text"] or "")}
+                      for q in questions])
+
+
+def textvqa_key(entry: dict) -> tuple[str, str]:
+    """Image id and question in lower case, from a prompt in one of LLaVA's four forms."""
+    prompt, lines = entry["prompt"], entry["prompt"].split("\n")
+    old_form = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
+    if prompt.startswith("OCR tokens: ") and old_form:
+        text = old_form[1]
+    elif len(lines) == 3 and "Reference OCR token: " in prompt:
+        text = lines[1] if prompt.startswith("Reference OCR token:") else lines[0]
+    elif len(lines) == 2:
+        text = lines[0]
+    else:
+        raise UserError(f"the prompt of question {by_id(entry)} has none of TextVQA's four forms")
+    return by_id(entry), text.lower()
+
+
+def score_textvqa(questions: list[dict]) -> dict:
+    """The mean over all answers that are there; a doubled answer counts twice, as officially."""
+    accuracies = []
+    for q in questions:
+        humans = [record | {"answer": normalize_m4c(record["answer"])} for record in q["truth"][0]]
+        accuracies += [leave_one_out(normalize_m4c(text), humans) for text in q["texts"]]
+    return {"accuracy": percent(accuracies), "answers": len(accuracies)}
+
+
+def read_pope(args: Args, questions: list[dict]) -> dict:
+    """Question id -> label. The n-th question of a set belongs to the n-th line of that set's label file."""
+    sets, truth = defaultdict(list), {}
+    for q in questions:
+        sets[q.get("category")].append(q)
+    for file in args.annotations:
+        labels, some = read_lines(file, "image", "text", "label"), sets[Path(file).stem[len("coco_pope_"):]]
+        asked = [(q["image"], q["prompt"].split("\n")[0]) for q in some]
+        if asked != [(label["image"], label["text"]) for label in labels]:
+            raise UserError(f"{file} labels other questions: take the files of POPE's commit e3e39262")
+        truth |= {by_id(q): label["label"] for q, label in zip(some, labels)}
+    return truth
+
+
+def parse_pope(text: str) -> bool:
+    """An answer is yes unless one of the words before its first period is "No", "no" or "not"."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return not any(word in words for word in ("No", "no", "not"))
+
+
+def score_pope(questions: list[dict]) -> dict:
+    """Counts and rates of each set over the answers that are there, and 100 x the mean F1."""
+    sets = {q["category"]: Counter() for q in questions}
+    for q in questions:
+        if q["text"] is not None:
+            sets[q["category"]][parse_pope(q["text"]), q["truth"] != "no"] += 1
+    for name, counts in sets.items():
+        tp, fp, tn, fn = counts[True, True], counts[True, False], counts[False, False], counts[False, True]
+        precision, recall, n = tp / max(tp + fp, 1), tp / max(tp + fn, 1), max(counts.total(), 1)
+        f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
+        sets[name] = {"tp": tp, "fp": fp, "tn": tn, "fn": fn, "accuracy": (tp + tn) / n,
+                      "precision": precision, "recall": recall, "f1": f1, "yes_ratio": (tp + fp) / n}
+    return {"f1": percent([row["f1"] for row in sets.values()])} | sets
+
+
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+
+
+def mme_key(entry: dict) -> tuple[str, str, str]:
+    """Task, file name up to its first period, question without the request for a short answer."""
+    parts, text = by_id(entry).split("/"), entry["prompt"].removesuffix(SHORT_SUFFIX).strip()
+    return parts[0], parts[-1].split(".")[0], text.removesuffix("Please answer yes or no.").strip()
+
+
+def read_mme(args: Args, questions: list[dict]) -> dict:
+    """MME's key -> yes or no, from the release folder (a file an image) or the templates (a file a task)."""
+    folder, truth = Path(args.annotations[0]), {}
+    for task in {mme_key(q)[0] for q in questions}:
+        files = [folder / f"{task}.txt", *(folder / task).glob("**/*.txt")]
+        texts = {file: file.read_text("utf-8", "replace") for file in files if file.exists()}
+        for file, line in [(file, line) for file, text in texts.items() for line in text.split("\n")]:
+            if not line.strip():
+                continue
+            cells = line.split("\t") if file.parent == folder else [file.name, *line.split("\t")]
+            if len(cells) < 3 or cells[2].strip().lower() not in ("yes", "no"):
+                raise UserError(f"{file}: a line holds no question with yes or no: {line}")
+            key = mme_key({"question_id": f"{task}/{cells[0]}", "prompt": cells[1]})
+            truth[key] = cells[2].strip().lower()
+    return truth
+
+
+def parse_mme(text: str) -> str:
+    """yes, no or other: the first of yes and no that the first four characters contain."""
+    return next((word for word in ("yes", "no") if word in text.lower()[:4]), "other")
+
+
+def score_mme(questions: list[dict]) -> dict:
+    """Of each task acc (percent of right answers), acc_plus (of images with both right) and their sum."""
+    images, tasks = defaultdict(list), defaultdict(list)
+    figures = {"perception": 0.0, "cognition": 0.0}
+    for q in questions:
+        if q["text"] is not None:
+            images[q["question_id"]].append(parse_mme(q["text"]) == q["truth"])
+    for image, correct in images.items():
+        if len(correct) != 2:
+            raise UserError(f"MME has two questions about each image, but {image} has {len(correct)} answer")
+        tasks[image.split("/")[0]].append(correct)
+    for task in sorted(tasks, key=[*PERCEPTION, *COGNITION, *tasks].index):
+        acc, acc_plus = percent(sum(tasks[task], [])), percent(list(map(all, tasks[task])))
+        figures[task] = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus}
+        figures["cognition" if task in COGNITION else "perception"] += acc + acc_plus
+    return figures
+
+
+MISSING = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+           "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")     # cells that pandas takes as empty
+
+
+def read_mmbench(args: Args) -> list[dict]:
+    """The rows of the tsv; the rotations of one question's options have the same index modulo 1,000,000."""
+    csv.field_size_limit(2**31 - 1)
+    questions = []
+    for file in args.questions:
+        try:
+            with open(file, newline="", encoding="utf-8") as lines:
+                questions += map(mmbench_question, csv.DictReader(lines, delimiter="\t"))
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise UserError(f"{file} is not a tsv of MMBench ({type(error).__name__}: {error})") from None
+    return questions
+
+
+def mmbench_question(row: dict[str, str]) -> dict:
+    row, options = {key: None if cell in MISSING else cell for key, cell in row.items()}, {}
+    for letter in "ABCD":
+        if str(row[letter]).lower() in ("none", "nan"):
+            break
+        options[letter] = row[letter]
+    lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
+    if str(row["hint"]).lower() not in ("none", "nan"):
+        lines.insert(0, row["hint"])
+    q = {"question_id": int(row["index"]), "prompt": "\n".join(lines), "image": row["image"], "file": None}
+    truth = {"truth": row["answer"]} if row.get("answer") else {}
+    return q | truth | {"options": options, "row": row}
+
+
+def parse_letter(text: str, options: dict[str, str]) -> str | None:
+    """The option that an answer names by the rules of VLMEvalKit without its judge, or None: the only letter
+    among the words, near the end; "answer is X"; the only option whose text the answer contains."""
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    letters = [letter for letter in options if letter in words]
+    refusals = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
+                "I'm sorry, but without the image provided", "Cannot determine the answer")
+    if not letters and "Z" in words or any(refusal in text for refusal in refusals):
+        return None
+    if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
+        return letters[0]
+    found = re.search(r"answer\s+is\s+\**([ABCD])", text, re.IGNORECASE)
+    if found and found[1].upper() in options:
+        return found[1].upper()
+    contained = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    short = len(text) <= 2 * sum(map(len, options.values()))
+    return contained[0] if short and len(contained) == 1 else None
+
+
+def score_mmbench(questions: list[dict]) -> dict:
+    """circular: percent of the questions that are right in every rotation; one_pass: percent of the rows."""
+    groups, categories, rows = defaultdict(list), defaultdict(list), []
+    for q in sorted(questions, key=lambda q: q["question_id"]):
+        rows.append(q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"])
+        groups[q["question_id"] % 10**6].append((rows[-1], q["row"].get("l2-category")))
+    for group in groups.values():
+        categories[str(group[0][1])].append(all(correct for correct, _ in group))
+    return {"circular": percent(sum(categories.values(), [])), "one_pass": percent(rows),
+            "categories": {name: percent(some) for name, some in categories.items()}}
+
+
+FORMATS, MIME = "http://schemas.openxmlformats.org", "application/vnd.openxmlformats-"
+SHEETS, LINKS = f"{FORMATS}/spreadsheetml/2006/main", f"{FORMATS}/officeDocument/2006/relationships"
+LINK = (f'<Relationships xmlns="{FORMATS}/package/2006/relationships"><Relationship Id="r1" '
+        f'Target="{{}}.xml" Type="{LINKS}/{{}}"/></Relationships>')
+XLSX = {                                     # the parts of the smallest workbook, without its sheet
+    "[Content_Types].xml": f'<Types xmlns="{FORMATS}/package/2006/content-types">'
+    f'<Default Extension="rels" ContentType="{MIME}package.relationships+xml"/>'
+    f'<Override PartName="/book.xml" ContentType="{MIME}officedocument.spreadsheetml.sheet.main+xml"/>'
+    f'<Override PartName="/sheet.xml" ContentType="{MIME}officedocument.spreadsheetml.worksheet+xml"/>'
+    '</Types>',
+    "_rels/.rels": LINK.format("book", "officeDocument"),
+    "_rels/book.xml.rels": LINK.format("sheet", "worksheet"),
+    "book.xml": f'<workbook xmlns="{SHEETS}" xmlns:r="{LINKS}"><sheets><sheet name="Sheet1" sheetId="1" '
+    'r:id="r1"/></sheets></workbook>'}
+
+
+def upload_mmbench(file: Path, questions: list[dict]) -> None:
+    """The server's xlsx: the tsv without images and categories, and the answers in column "prediction"."""
+    dropped = ("hint", "category", "source", "image", "comment", "l2-category")
+    names = [name for name in questions[0]["row"] if name not in dropped]
+    names.insert(6, "prediction")
+    rows = [names]
+    for q in questions:
+        row = q["row"] | {"index": q["question_id"], "prediction": q["text"]}
+        rows.append([row[name] for name in names])
+    cells = "".join(f"<row>{''.join(map(xlsx_cell, row))}</row>" for row in rows)
+    sheet = f'<worksheet xmlns="{SHEETS}"><sheetData>{cells}</sheetData></worksheet>'
+    with atomic_write(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (XLSX | {"sheet.xml": sheet}).items():
+            archive.writestr(name, content)
+
+
+def xlsx_cell(value: int | str | None) -> str:
+    if value is None or isinstance(value, int):
+        return "<c/>" if value is None else f"<c><v>{value}</v></c>"
+    text = escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", value), quote=False)
+    return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'.replace("\r", "&#13;")
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. LLaVA-Bench: a judge compares the model's answers with GPT-4's reference answers
+
+JUDGE = "You rate the answers of two assistants to questions about images. You are exact and impartial."
+RULE = """The question is about an image that you cannot see; the context describes it{}. Rate the answers of
+Assistant 1 and Assistant 2: are they helpful, relevant, correct and detailed? Give each a number from 1 to
+10; a better answer gets a higher number. The first line of your reply holds these two numbers only, that of
+Assistant 1 first, with a space between them. Explain them in the lines after it. The order of the answers
+must not influence you."""
+BOXES = ": captions, one a line, then objects, each as category: [left, top, right, bottom] in fractions of 1"
+
+
+def read_llavabench(args: Args, questions: list[dict]) -> dict:
+    """Question id -> the description of its image, its reference answer, and the name of its category."""
+    contexts = {c["image"]: c for c in read_lines(args.annotations[0], "image")}
+    references, truth = read_lines(args.annotations[1], "question_id", "text", unique=True), {}
+    references = {by_id(r): r for r in references}
+    for q in (q for q in questions if q["image"] in contexts and by_id(q) in references):
+        context, kind, detail = contexts[q["image"]], str(q.get("category")), ""
+        try:
+            if "caption" in context:         # in the wild: one text or a list of texts
+                lines, kind = context["caption"], f"llava_bench_{kind}"
+                lines = [lines] if isinstance(lines, str) else lines
+            else:                            # COCO
+                boxes, detail = [f"{box['category']}: {box['bbox']}" for box in context["instances"]], BOXES
+                lines = [*context["captions"], "", *boxes]
+            truth[by_id(q)] = {"context": "\n".join(lines), "detail": detail, "category": kind,
+                               "reference": references[by_id(q)]}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{args.annotations[0]} does not describe {q['image']} ({error})") from None
+    return truth
+
+
+def judge_messages(q: dict, text: str) -> list[dict]:
+    """The request to the judge in the official form; the texts of the rules are ours."""
+    content = (f"[Context]\n{q['truth']['context']}\n\n[Question]\n{q['prompt']}\n\n"
+               f"[Assistant 1]\n{q['truth']['reference']['text']}\n\n[End of Assistant 1]\n\n"
+               f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n"
+               f"[System]\n{RULE.format(q['truth']['detail'])}\n\n")
+    return [{"role": "system", "content": JUDGE}, {"role": "user", "content": content}]
+
+
+def parse_verdict(content: str) -> list[float]:
+    """The two numbers in a reply's first line, the reference's first; [-1, -1] where there are none."""
+    try:
+        first, second = map(float, content.split("\n")[0].replace(",", " ").split(" "))
+        return [first, second]
+    except ValueError:
+        return [-1, -1]
+
+
+def judge_answers(args: Args, questions: list[dict]) -> None:
+    """Append a review of each answer to args.reviews[0], unless it is there."""
+    file, url, left = args.reviews[0], judge_url(args), []
+    content = complete_lines(file)
+    reviews = read_lines(file, "question_id", unique=True, content=content)
+    stored = {by_id(review): review for review in reviews}
+    for q in (q for q in questions if q["text"] is not None):
+        digest = hashlib.sha256(q["text"].encode()).hexdigest()[:8]
+        q["made"] = {"judge_model": args.judge_model, "answer": digest}
+        if by_id(q) not in stored:
+            left.append(q)
+        elif stored[by_id(q)].get("metadata", q["made"]) != q["made"]:
+            raise UserError(f"{file} has a review of question {by_id(q)} by another judge or of another "
+                            "answer: name another --reviews")
+    rewrite(file, content)
+    for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
+        content = chat(url, args.judge_model, judge_messages(q, q["text"]))
+        append(file, {"question_id": q["question_id"], "id": n, "category": q["truth"]["category"],
+                      "answer1_id": q["truth"]["reference"].get("answer_id"),
+                      "answer2_id": q["made"]["answer"], "content": content, "tuple": parse_verdict(content),
+                      "metadata": q["made"]})
+
+
+def score_reviews(args: Args, questions: list[dict]) -> dict:
+    """100 x the model's mean rating / the reference's, by the official roundings; the mean over the files."""
+    ratios, reviewed = defaultdict(list), []
+    for file in args.reviews:
+        ratings, reviews = defaultdict(list), read_lines(file, "question_id", unique=True)
+        for review in reviews:
+            rating = review.get("tuple", review.get("score"))
+            if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
+                raise UserError(f"{file}: the review of question {by_id(review)} has no two ratings")
+            ratings["all"].append(rating)
+            if "category" in review:
+                ratings[str(review["category"]).removeprefix("llava_bench_")].append(rating)
+        unreadable = ratings["all"].count([-1, -1])
+        print(f"{file}: {len(reviews)} reviews; {unreadable} without two ratings count as -1 -1")
+        for name, some in ratings.items():
+            reference, model = (round(mean, 3) for mean in np.asarray(some, float).mean(0).tolist())
+            ratios[name].append(round(100 * model / reference, 1) if reference else 0.0)
+        reviewed.append(set(map(by_id, reviews)))
+    asked = set(map(by_id, questions)) or set.union(*reviewed)
+    if foreign := set.union(*reviewed) - asked:
+        raise UserError(f"a review is about question {min(foreign)}, which --questions lacks")
+    figures = {name: sum(some) / len(some) for name, some in sorted(ratios.items())}
+    missing = len(asked - set.intersection(*reviewed))
+    return figures | {"reviews": ratios["all"], "missing": missing, "questions": len(asked)}
+
+
+def judge_url(args: Args) -> str:
+    """The address of the endpoint: --judge, or OPENAI_BASE_URL."""
     url = (args.judge or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     if not url.startswith(("http://", "https://")):
-        raise UserError("name the judge with --judge URL or OPENAI_BASE_URL, such as http://localhost:8000/v1"
-                        + (f", not {url}" if url else ""))
+        raise UserError("name an endpoint such as http://localhost:8000/v1 with --judge or OPENAI_BASE_URL")
     return url
 
 
 def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, max_tokens: int = 1024,
          seconds: float = 60) -> str:
-    """The text with which the endpoint {url}/chat/completions replies to messages
-    [{"role": "system" | "user" | "assistant", "content": text}, ...].
+    """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...].
 
-    OPENAI_API_KEY is sent where it is set. At most 5 attempts, each at most `seconds` long, are made; the waits
-    between them are 1, 2, 4 and 8 s, or what the server's Retry-After says, at most 60 s. Raises UserError for a
-    refused key and for replies that are no chat completion, OSError where the endpoint cannot be reached or fails.
+    OPENAI_API_KEY is sent where it is set. At most 5 attempts of `seconds` each, with waits of 1, 2, 4 and
+    8 s, or what Retry-After asks for, up to 60 s. Raises UserError for a refused key and for replies that are
+    no chat completion, OSError where the endpoint cannot be reached or fails.
     """
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
+    request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
+                      {"Content-Type": "application/json"})
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
         if not (key.isascii() and key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that a key cannot have")
-        request.add_unredirected_header("Authorization", f"Bearer {key}")      # for this server alone
-    for wait in (1, 2, 4, 8, None):
+        request.add_unredirected_header("Authorization", f"Bearer {key}")      # for this server only
+    for wait in (1, 2, 4, 8, 0):
         try:
             return read_reply(request, seconds)
-        except urllib.error.HTTPError as response:
-            if response.code in (401, 403):
-                raise UserError(f"{url} refuses the request ({response.code}): check OPENAI_API_KEY") from None
-            failure = OSError(f"{url} answers {response.code} {response.reason}: try again later")
-            wait = wait and retry_after(response.headers.get("Retry-After"), wait)
-        except UserError as error:
-            failure = UserError(f"{url} {error}")
+        except HTTPError as error:
+            if error.code in (401, 403):
+                raise UserError(f"{url} refuses the request ({error.code}): check OPENAI_API_KEY") from None
+            failure = OSError(f"{url} answers {error.code} {error.reason}: try again later")
+            if wait:
+                wait = retry_after(error.headers.get("Retry-After"), wait)
+        except (ValueError, KeyError, IndexError, TypeError):
+            failure = UserError(f"{url} does not reply with a chat completion: is it OpenAI-compatible?")
         except (OSError, HTTPException) as error:
             failure = OSError(f"{url} gives no answer ({getattr(error, 'reason', error)}): is it running?")
-        if wait is not None:
+        if wait:
             time.sleep(wait)
-    raise failure from None
+    raise failure
 
 
-def read_reply(request: urllib.request.Request, seconds: float) -> str:
-    """The text of one chat completion, all of it within `seconds`."""
-    deadline, content = time.monotonic() + seconds, b""
-    with urllib.request.urlopen(request, timeout=seconds) as response:
-        while part := response.read1():
-            content += part
-            if time.monotonic() > deadline:
-                raise TimeoutError("timed out")
-    try:
-        return "" + json.loads(content)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise UserError("does not reply with a chat completion: is it an OpenAI-compatible endpoint?") from None
+def read_reply(request: Request, seconds: float) -> str:
+    """The text of a chat completion, received by a thread: urlopen's timeout holds for each packet."""
+    results = []
+
+    def receive() -> None:
+        try:
+            with urlopen(request, timeout=seconds) as response:
+                results.append(response.read())
+        except Exception as error:
+            results.append(error)
+
+    thread = Thread(target=receive, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise TimeoutError("timed out")
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return "" + json.loads(results[0])["choices"][0]["message"]["content"]
 
 
 def retry_after(header: str | None, default: float) -> float:
-    """The seconds, at most 60, of a Retry-After header: a number, a date, or nothing that can be read."""
+    """The seconds, at most 60, of a Retry-After header: a number or a date; default if it cannot be read."""
     try:
-        seconds = float(header)
+        date = parsedate_to_datetime(header) if "," in header else None
+        return min(60, max(0, date.timestamp() - time.time() if date else float(header)))
     except (TypeError, ValueError):
-        try:
-            seconds = (parsedate_to_datetime(header) - datetime.now(timezone.utc)).total_seconds()
-        except (TypeError, ValueError):
-            return default
-    return min(60, max(0, seconds))
+        return default
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Cost. A multiply-add is two FLOPs; norms, softmax and activations are left out (below 0.1%)
+# 7. The table of benchmarks
+
+
+@dataclass
+class Benchmark:
+    """What a benchmark differs in; adding one is adding an entry to BENCHMARKS."""
+    read: Callable[[Args], list[dict]]       # its questions
+    truth: Callable[[Args, list[dict]], dict] | None     # key -> what scoring needs of --annotations
+    score: Callable[[list[dict]], dict] | None           # the figures
+    suffix: str = ""                         # what the model gets after the prompt
+    key: Callable[[dict], object] = by_id    # equal for a question and its answers
+    doubled: str = "the last one counts"     # what happens to a second answer
+    upload: Callable[[Path, list[dict]], None] | None = None
+    max_new_tokens: int = 128
+
+
+BENCHMARKS = {
+    "vqav2": Benchmark(read_vqav2, read_humans, score_vqav2, upload=upload_vqav2),
+    "textvqa": Benchmark(read_questions, read_humans, score_textvqa, key=textvqa_key, doubled="each counts"),
+    "pope": Benchmark(read_questions, read_pope, score_pope),
+    "mme": Benchmark(read_questions, read_mme, score_mme, key=by_prompt),
+    "mmbench": Benchmark(read_mmbench, None, score_mmbench, LETTER_SUFFIX, upload=upload_mmbench,
+                         max_new_tokens=1024),
+    "llavabench": Benchmark(read_questions, read_llavabench, None, doubled="refused", max_new_tokens=1024),
+}
+
+
+def run_task(args: Args) -> dict:
+    """Ask the model or read its answers, write the upload file, and return the figures."""
+    benchmark, entries = BENCHMARKS[args.task], []
+    questions, unique = benchmark.read(args) if args.questions else [], benchmark.doubled == "refused"
+    if args.questions and len(set(map(benchmark.key, questions))) != (len(questions) or 1):
+        raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
+    if args.annotations and benchmark.truth:
+        truth, key = benchmark.truth(args, questions), mme_key if args.task == "mme" else benchmark.key
+        for q in questions:
+            if key(q) not in truth:
+                raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it another set?")
+            q["truth"] = truth[key(q)]
+    if args.model:
+        entries = answer_all(args, questions[:args.limit], unique,
+                             lambda q: f"<image>\n{q['prompt']}{benchmark.suffix}")
+    elif args.predictions:
+        entries = read_lines(args.predictions, "question_id", "text", unique=unique)
+    add_answers(benchmark, questions, entries, args.predictions or args.out)
+    questions = questions[:args.limit]
+    if args.judge_model:
+        judge_answers(args, questions)
+    if args.upload:
+        benchmark.upload(args.upload, questions)
+    figures = {"missing": sum(q["text"] is None for q in questions), "questions": len(questions)}
+    if args.reviews:
+        figures |= score_reviews(args, questions)
+    elif benchmark.score and all("truth" in q for q in questions):
+        figures |= benchmark.score(questions)
+    return figures
+
+
+def add_answers(benchmark: Benchmark, questions: list[dict], entries: list[dict], file) -> None:
+    """Put the texts of its answers into each question. UserError for answers to other questions."""
+    texts = {benchmark.key(q): [] for q in questions}
+    for entry in entries:
+        if "prompt" not in entry and benchmark.key is not by_id:
+            raise UserError(f"{file}: the answer to question {by_id(entry)} has no prompt")
+        if benchmark.key(entry) not in texts:
+            raise UserError(f"{file} answers question {by_id(entry)}, which --questions lacks")
+        texts[benchmark.key(entry)].append(entry["text"])
+    if doubled := sum(len(some) > 1 for some in texts.values()):
+        print(f"{file}: {doubled} questions have more than one answer; {benchmark.doubled}")
+    for q in questions:
+        q["texts"] = texts[benchmark.key(q)]
+        q["text"] = q["texts"][-1] if q["texts"] else None
+
+
+def print_figures(figures: dict) -> None:
+    """Print the single figures in one line, and those of sets, tasks or categories as a table below."""
+    def cell(x) -> str:
+        return str(round(x, 4) if isinstance(x, float) else x)
+
+    print(", ".join(f"{name} {cell(x)}" for name, x in figures.items() if not isinstance(x, dict)))
+    rows = {name: x for name, x in figures.items() if isinstance(x, dict)}
+    if "categories" in rows:
+        rows = {name: {"circular": x} for name, x in rows["categories"].items()}
+    if rows:
+        columns = tuple(next(iter(rows.values())))
+        print_columns({name: list(map(cell, row.values())) for name, row in rows.items()}, "", columns)
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Cost. A multiply-add is two FLOPs; norms, softmax and activations are left out (below 0.1%)
 
 
 def count_parameters(config: LlavaConfig) -> dict[str, int]:
-    """How many numbers each part of a LLaVA holds: vision_tower, projector, language_model, and with
-    AnyRes image_newline."""
+    """The number of parameters of vision_tower, projector, language_model and, with AnyRes, image_newline."""
     with torch.device("meta"):
-        model = Llava(config)
-    parts = Counter()
-    for name, p in model.named_parameters():
-        parts[name.split(".")[0]] += p.numel()
+        parts = Counter()
+        for name, p in Llava(config).named_parameters():
+            parts[name.split(".")[0]] += p.numel()
     return dict(parts)
 
 
 def language_flops(text: TextConfig, tokens: int, logits: int = 1, causal: bool = True) -> int:
-    """FLOPs of reading one row of `tokens`, with the logits of `logits` positions. `causal` counts
-    the pairs of query and key that see each other; without it, as papers and torch's counter do,
-    every pair."""
+    """FLOPs of one row of `tokens` through the decoder, with `logits` logits. `causal` counts the pairs of
+    query and key inside mask and window; without it all pairs, as papers and torch do."""
     C, D, H, K = text.hidden_size, text.head_dim, text.num_attention_heads, text.num_key_value_heads
     window = min(tokens, text.sliding_window or tokens)
     pairs = window * (window + 1) // 2 + (tokens - window) * window if causal else tokens**2
@@ -429,58 +1031,43 @@ def language_flops(text: TextConfig, tokens: int, logits: int = 1, causal: bool 
     return text.num_hidden_layers * layer + 2 * logits * C * text.vocab_size
 
 
-def vision_flops(vision: VisionConfig, blocks: int) -> int:
-    """FLOPs of one tile through the patch embedding and `blocks` blocks of the tower; LLaVA runs all
-    but the last."""
+def vision_flops(vision: VisionConfig, layers: int) -> int:
+    """FLOPs of one tile through the patch embedding and `layers` layers of the tower (LLaVA: all but one)."""
     C, patches = vision.hidden_size, vision.side**2
     linear, tokens = 4 * C * C + 2 * C * vision.intermediate_size, 1 + patches
-    return 2 * patches * 3 * vision.patch_size**2 * C + blocks * (2 * tokens * linear + 4 * C * tokens**2)
+    return 2 * patches * 3 * vision.patch_size**2 * C + layers * (2 * tokens * linear + 4 * C * tokens**2)
 
 
 def projector_flops(config: LlavaConfig, patches: int) -> int:
     C = config.text.hidden_size
-    return 2 * patches * C * (config.vision.hidden_size + C * (config.projector == "mlp2x_gelu"))
+    second = C if config.projector == "mlp2x_gelu" else 0
+    return 2 * patches * C * (config.vision.hidden_size + second)
 
 
 def cache_bytes(text: TextConfig, tokens: int, bytes_per_number: int = 2) -> int:
-    """Keys and values of one row; past the window they grow no more."""
+    """Bytes of the keys and values of one row; they do not grow past the sliding window."""
     slots = min(tokens, text.sliding_window or tokens)
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * slots * bytes_per_number
 
 
-def counted_flops(config: LlavaConfig, tokens: int) -> tuple[int, int]:
-    """What torch counts for the features of one tile, and for `tokens` read by the language model: on
-    the meta device, where shapes are real and numbers are not. Without window, whose band it would pad."""
-    config, S = replace(config, text=replace(config.text, sliding_window=None)), config.vision.image_size
-    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model = Llava(config)
-        model.projector(model.vision_tower(torch.empty(1, 3, S, S), config.vision_feature_layer)[:, 1:])
-        tile = counter.get_total_flops()
-        hidden = model.language_model(torch.empty(1, tokens, config.text.hidden_size))
-        model.language_model.lm_head(hidden[:, -1:])
-    return tile, counter.get_total_flops() - tile
-
-
-def costs(config: LlavaConfig, words: int) -> dict[str, float]:
-    """Parameters, and the price of reading one picture and `words` tokens of text. FLOPs by the
-    formulas and as torch counts them take every pair of tokens, those "causal" the pairs needed."""
+def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
+    """Parameters, and the cost of the prefill of one image and `text_tokens`; "TFLOPs, causal" counts only
+    the needed pairs of tokens, the other figures all pairs."""
     side, tiles = config.vision.image_size, 1
-    if config.image_mode == "anyres":        # a square picture of twice the tower's size
+    if config.image_mode == "anyres":        # a square image of twice the tower's size
         side *= 2
-        tiles += math.prod(choose_grid((side, side), config.grids)) // config.vision.image_size**2
-    tokens, parts = count_image_tokens(config, (side, side)) + words, count_parameters(config)
-    blocks = config.vision.num_hidden_layers + 1 + config.vision_feature_layer
-    flops = {"vision_tower": tiles * vision_flops(config.vision, blocks),
+        width, height = choose_grid((side, side), config.grids)
+        tiles += width * height // config.vision.image_size**2
+    tokens, parts = count_image_tokens(config, (side, side)) + text_tokens, count_parameters(config)
+    layers = config.vision.num_hidden_layers + 1 + config.vision_feature_layer
+    flops = {"vision_tower": tiles * vision_flops(config.vision, layers),
              "projector": projector_flops(config, tiles * config.vision.side**2),
              "language_model": language_flops(config.text, tokens, causal=False)}
-    tile, language = counted_flops(config, tokens)
-    hidden_pairs = flops["language_model"] - language_flops(config.text, tokens)
-    total, size = sum(flops.values()), sum(parts.values())
-    return {**{f"parameters, {part}": n for part, n in parts.items()},
-            "parameters": size, "GiB in 16 bits": 2 * size / 2**30, "tokens, picture and text": tokens,
-            **{f"TFLOPs, {part}": n / 1e12 for part, n in flops.items()}, "TFLOPs": total / 1e12,
-            "TFLOPs, as torch counts": (tiles * tile + language) / 1e12,
-            "TFLOPs, causal": (total - hidden_pairs) / 1e12,
+    causal = sum(flops.values()) - flops["language_model"] + language_flops(config.text, tokens)
+    return {**{f"parameters, {part}": n for part, n in parts.items()}, "parameters": sum(parts.values()),
+            "GiB in 16 bits": 2 * sum(parts.values()) / 2**30, "tokens, image and text": tokens,
+            **{f"TFLOPs, {part}": n / 1e12 for part, n in flops.items()},
+            "TFLOPs": sum(flops.values()) / 1e12, "TFLOPs, causal": causal / 1e12,
             "MiB of keys and values": cache_bytes(config.text, tokens) / 2**20}
 
 
@@ -495,91 +1082,142 @@ PUBLISHED = {
     "LLaVA-13B, 224 px": LlavaConfig(VisionConfig(image_size=224), LLAMA_13B, projector="linear"),
 }
 TABLE_II = {                                 # PruMerge: TFLOPs in FP16, pruned, in INT4, pruned
-    "Vicuna-7B": (LLAMA_7B, (9.3, 0.91, 2.3, 0.28)),
-    "Vicuna-13B": (LLAMA_13B, (18.2, 1.80, 4.6, 0.45)),
+    "LLaVA-1.5-7B": (9.3, 0.91, 2.3, 0.28),
+    "LLaVA-1.5-13B": (18.2, 1.80, 4.6, 0.45),
 }
 
 
-def print_costs(configs: dict[str, LlavaConfig], words: int) -> None:
-    columns = [costs(config, words) for config in configs.values()]
+def print_costs(configs: dict[str, LlavaConfig], text_tokens: int) -> None:
+    columns = [costs(config, text_tokens) for config in configs.values()]
     print(" " * 26, *(f"{name:>19}" for name in configs))
-    for key in columns[0]:
-        form = "19," if isinstance(columns[0][key], int) else "19.5g"
+    for key, first in columns[0].items():
+        form = "19," if isinstance(first, int) else "19.5g"
         print(f"{key:26}", *(format(column[key], form) for column in columns))
 
 
 def print_published() -> None:
-    """Two published figures that deserve a second look: PruMerge's speed-up and Mistral's size."""
-    print("""
-PruMerge's Table II: TFLOPs of the language model as published and (by the formula) for 700 tokens,
-pruned to 70; both in INT4, which is FP16 / 4: no operation is saved. Below it the honest row: all
-576 tokens of the picture, then 40, with the same 30 of text.""")
-    for name, (text, published) in TABLE_II.items():
-        config = LlavaConfig(text=text)
-        full, pruned, honest = (language_flops(text, n, causal=False) / 1e12 for n in (700, 70, 606))
-        print(f"{name:10} 700 -> 70 ", *(
-            f"{there:5} ({here:.3g})" + " <- looks wrong" * (abs(here / there - 1) > 0.05)
-            for there, here in zip(published, (full, pruned, full / 4, pruned / 4))))
-        before, after = ((vision_flops(config.vision, 23) + projector_flops(config, n)) / 1e12
-                         for n in (576, 40))
-        print(f"{name:10} 606 -> 70  {honest:5.3g} -> {pruned:.3g}, {honest / pruned:.1f} times fewer; with "
-              f"the tower and the projector {(honest + before) / (pruned + after):.1f}")
-    parts = [count_parameters(config) for config in PUBLISHED.values()]
-    mistral, small, large, _ = (part["language_model"] for part in parts)
-    whole = 1 - sum(parts[0].values()) / sum(parts[3].values())
-    print(f"""
-"46 percent smaller": Mistral-7B has {1 - mistral / large:.1%} fewer parameters than LLaMA-13B, the LLaVA
-on it {whole:.1%} fewer than LLaVA-13B; 46% is 1 - 7/13, the names. Beside LLaMA-7B it has
-{mistral / small - 1:.1%} more.""")
+    """Print two published claims beside the formulas: PruMerge's saving and the size of Mistral."""
+    print("\nPruMerge's Table II, TFLOPs of the language model, published (by formula): 700 tokens, 70, both "
+          "in INT4.\nINT4 FLOPs are FP16 / 4: the operations are the same, the bytes are a quarter.")
+    for name, published in TABLE_II.items():
+        config, cells = PUBLISHED[name], []
+        full, pruned, real = (language_flops(config.text, n, causal=False) / 1e12 for n in (700, 70, 606))
+        for there, here in zip(published, (full, pruned, full / 4, pruned / 4)):
+            note = " <- looks wrong" if abs(here / there - 1) > 0.05 else ""
+            cells.append(f"{there:5} ({here:.3g}){note}")
+        tower = vision_flops(config.vision, 23)
+        before, after = ((tower + projector_flops(config, n)) / 1e12 for n in (576, 40))
+        print(f"{name:14}", *cells)
+        print(f"{'':14} 30 text tokens and 576 image tokens, pruned to 40: {real:.3g} -> {pruned:.3g}, "
+              f"{real / pruned:.1f} times fewer; with tower and projector "
+              f"{(real + before) / (pruned + after):.1f}")
+    sizes = [count_parameters(config) for config in PUBLISHED.values()]
+    mistral, small, large, _ = (parts["language_model"] for parts in sizes)
+    whole = 1 - sum(sizes[0].values()) / sum(sizes[3].values())
+    print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} '
+          f"fewer\nparameters than LLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside "
+          f"LLaMA-7B it\nhas {mistral / small - 1:.1%} more.")
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. The command line
+# 9. The command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--scienceqa", metavar="DIR", help="folder with problems.json")
-    add("--split", default="test", help="default: %(default)s")
+def parse_args(argv: list[str] | None = None) -> Args:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add, mode = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--scienceqa", metavar="DIR", help="folder with problems.json")
+    mode.add_argument("--task", choices=BENCHMARKS, help="one of the other benchmarks")
+    mode.add_argument("--cost", nargs="?", type=number(int, 1), const=30, metavar="N",
+                      help="cost of an image and N tokens (%(const)s): of --model, or of published models")
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--model", metavar="ID", help="folder, run or hub id of the LLaVA to ask")
     who.add_argument("--predictions", metavar="FILE", help="answers to score, as --out writes them")
-    who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="answers to score side by side")
-    add("--cost", nargs="?", type=int, const=30, metavar="N",
-        help="size, FLOPs and memory for a picture and N tokens (%(const)s): of --model, or as published")
+    who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ScienceQA: answers to compare")
+    add("--out", type=Path, metavar="FILE", help="append the answers, one JSON line each; continues the file")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--blank", action="store_true", help="replace every image by white: what is still right is guessed")
+    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
+    add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
+    add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 512; --task 128 or 1024")
+    add("--split", default="test", help="ScienceQA: default %(default)s")
+    add("--pictures", default="any", choices=("any", "only", "none"), help="ScienceQA: only or no images")
+    add("--wording", default="qcm", choices=("qcm", "letter"), help="ScienceQA: its prompt (%(default)s)")
     add("--answer", default="generate", choices=("generate", "options"),
-        help="let it write, or take the likeliest option (default: %(default)s)")
-    add("--pictures", default="any", choices=("any", "only", "none"),
-        help="questions with or without pictures (default: %(default)s)")
-    add("--blank", action="store_true", help="hide every picture: what is right then is guessed")
-    add("--out", type=Path, metavar="FILE", help="keep the answers, one JSON line each, and go on from those")
-    add("--batch-size", type=int, default=16, metavar="N", help="questions at once (%(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N questions")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
+        help="ScienceQA: generated text, or the most probable option (default: %(default)s)")
+    add("--questions", nargs="+", metavar="FILE", help="question files; README: the files of each task")
+    add("--annotations", nargs="+", metavar="FILE", help="files or folder with the correct answers")
+    add("--images", type=Path, metavar="DIR", help="folder of the images")
+    add("--upload", type=Path, metavar="FILE", help="write the file for the server of VQAv2 or MMBench")
+    add("--reviews", nargs="+", type=Path, metavar="FILE",
+        help="LLaVA-Bench: reviews to score; with --judge-model one file that is continued")
+    add("--judge-model", metavar="NAME", help="LLaVA-Bench: the model that rates the answers")
+    add("--judge", metavar="URL", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if args.cost is None and not (args.scienceqa and (args.model or args.predictions or args.compare)):
-        parser.error("--scienceqa with --model, --predictions or --compare is needed, or --cost")
+    if mistakes := [complaint for wrong, complaint in find_misuse(args) if wrong]:
+        parser.error(mistakes[0])
+    if args.max_new_tokens is None:
+        args.max_new_tokens = BENCHMARKS[args.task].max_new_tokens if args.task else 512
     return args
 
 
-def main() -> None:
-    args = parse_args()
-    if args.cost is not None:
-        print_costs({args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}
-                    if args.model else PUBLISHED, args.cost)
-        return None if args.model else print_published()
-    problems = read_scienceqa(args.scienceqa, args.split, args.pictures, args.limit)
+def find_misuse(args: Args) -> list[tuple]:
+    """Mistakes in the combination of flags: whether each was made, and what to say of it."""
+    task, annotations, reviews = args.task, len(args.annotations or ()), len(args.reviews or ())
+    answers, bench = args.model or args.predictions, task == "llavabench"
+    if not task:
+        return [(args.scienceqa and not (answers or args.compare),
+                 "--scienceqa needs --model, --predictions or --compare"),
+                (args.questions or args.upload or reviews or args.judge_model, "such flags need --task")]
+    return [(args.compare or args.answer != "generate" or args.wording != "qcm",
+             "--compare, --answer and --wording are for --scienceqa"),
+            ((reviews or args.judge_model) and not bench, "--reviews and --judge-model are for llavabench"),
+            (args.judge_model and reviews != 1, "--judge-model needs one --reviews FILE"),
+            (bench and annotations != 2 and (annotations or args.judge_model),
+             "llavabench needs --annotations CONTEXT REFERENCE"),
+            (not (args.questions and answers) and not (reviews and not args.judge_model),
+             "--task needs --questions, and --model or --predictions"),
+            (args.model and not args.images and task != "mmbench", "--model needs --images"),
+            (args.upload and not BENCHMARKS[task].upload, "--upload is for vqav2 and mmbench"),
+            (args.predictions and not (reviews if bench else annotations or args.upload or task == "mmbench"),
+             f"{task} needs {'--reviews' if bench else '--annotations'} to score answers")]
+
+
+def run_scienceqa(args: Args) -> dict | None:
+    """Print and return ScienceQA's table."""
+    problems = read_scienceqa(args.scienceqa, args.split, args.pictures, args.limit, args.wording)
     if not problems:
         raise UserError(f"{args.scienceqa}: no question of split {args.split!r} is left to ask")
     if args.compare:
         return compare(problems, args.compare)
-    texts = read_answers(args.predictions) if args.predictions else answer_all(args, problems)
-    print_table({args.split: score(problems, texts)})
-    print("Avg {:.2f}, and in 95% of 10,000 resampled tests from {:.2f} to {:.2f}".format(
-        *interval(grade(problems, texts))))
+    if args.predictions:
+        texts = read_answers(args.predictions)
+    else:
+        texts = {by_id(entry): entry["text"] for entry in answer_all(args, problems)}
+    table, correct = score(problems, texts), grade(problems, texts)
+    print_table({args.split: table})
+    print("Avg {:.2f}, and in 95% of 10,000 resampled tests from {:.2f} to {:.2f}".format(*interval(correct)))
+    if args.wording == "letter":
+        seen = [right for p, right in zip(problems, correct) if p["image"]]
+        print(f"with an image, LLaVA-1.5's published figure: {table['IMG']} ({sum(seen)} of {len(seen)})")
+    return table
+
+
+def main() -> None:
+    args = parse_args()
+    if args.cost is None:
+        figures = run_task(args) if args.task else run_scienceqa(args)
+        if args.task:
+            print_figures(figures)
+        if args.json:
+            write_json(args.json, figures)
+    elif args.model:
+        print_costs({args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}, args.cost)
+    else:
+        print_costs(PUBLISHED, args.cost)
+        print_published()
 
 
 if __name__ == "__main__":

@@ -449,11 +449,7 @@ class VisionTower(nn.Module):
 # 4. Weights in 8 and 4 bits of the language model
 
 
-QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
-GROUP, FITS = 32, 2                          # int4: columns that share a scale; rounds of least squares
-
-PACKED_KERNELS = (torch.ops.aten._weight_int8pack_mm, torch.ops.aten._weight_int4pack_mm,
-                  torch.ops.aten._weight_int4pack_mm_for_cpu)
+GROUP, FITS = 32, 5                          # int4: columns that share a scale; rounds of least squares
 
 
 def pack_int4(q: Tensor, half: int) -> Tensor:
@@ -467,11 +463,11 @@ def kernel_half() -> int | None:
     """The h of pack_int4 that torch's CPU kernel reads: 32 (AVX-512) or 16 (AVX2). None: there is no
     such kernel. This layout is internal to torch, so it is compared with torch's own packer."""
     q = (torch.arange(4096) // 7 % 16).view(64, 64)
-    try:
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
-    except (AttributeError, RuntimeError):
-        return None
-    return next((h for h in (32, 16) if torch.equal(pack_int4(q.byte().T, h).flatten(), packed)), None)
+    pack = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)          # not in old torch
+    for half in (32, 16):
+        if pack and torch.equal(pack_int4(q.byte().T, half).flatten(), pack(q.int(), 1).flatten()):
+            return half
+    return None
 
 
 def unpack_tinygemm(packed: Tensor) -> Tensor:
@@ -486,15 +482,17 @@ def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [O, I] -> uint8 [I, O] of 0...15, bf16 scales and middles [I / GROUP, O, 2] of groups:
     first from the range, then FITS times by least squares from what was rounded with the last ones."""
     w = w.T.contiguous().unflatten(0, (-1, GROUP))                        # [I / GROUP, GROUP, O]
-    low, high = w.amin(1), w.amax(1)         # aminmax is 10 times slower
-    scale, middle, mean_w = (high - low) / 15, low + (high - low) * 8 / 15, w.mean(1)
+    low, high, mean_w = w.amin(1), w.amax(1), w.mean(1)                   # aminmax is 10 times slower
+    scale, middle = (high - low) / 15, low + (high - low) * 8 / 15
+    q, product = torch.empty_like(w), torch.empty_like(w)
     for fit in range(1 + FITS):
         if fit > 0:
             mean_q = q.mean(1)
-            scale = ((q * w).mean(1) - mean_q * mean_w) / (q.square().mean(1) - mean_q**2).clamp(min=1e-9)
+            covariance = torch.mul(q, w, out=product).mean(1) - mean_q * mean_w
+            scale = covariance / (torch.mul(q, q, out=product).mean(1) - mean_q**2).clamp(min=1e-9)
             middle = mean_w - scale * mean_q
         scale, middle = scale.clamp(min=1e-9).bfloat16().float(), middle.bfloat16().float()
-        q = (w - middle[:, None]).div_(scale[:, None]).round_().clamp_(-8, 7)
+        torch.sub(w, middle[:, None], out=q).div_(scale[:, None]).round_().clamp_(-8, 7)
     return q.add_(8).byte().flatten(0, 1), torch.stack((scale, middle), -1).bfloat16()
 
 
@@ -509,18 +507,19 @@ class QuantizedLinear(nn.Module):
         if bits == 4 and (self.in_features % GROUP or self.out_features % 64):
             raise UserError(f"{name} is {list(weight.shape)}, but 4 bits need a multiple of 64 rows and "
                             f"of {GROUP} columns: use --quantize int8")
-        self.tinygemm = bits == 4 and device.type == "cuda" and self.in_features % 128 == 0 and (
-            torch.cuda.get_device_capability(device) >= (8, 0))           # never run on a GPU
+        self.tinygemm = (bits == 4 and device.type == "cuda" and torch.version.hip is None
+                         and self.in_features % 128 == 0
+                         and torch.cuda.get_device_capability(device) >= (8, 0))         # never run on a GPU
         kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
-        self.few = 128 if self.tinygemm else 16 if kernel else 0          # with more, blocks are faster
+        self.few = 0                        # tokens for the kernel; with more, blocks are faster
+        if kernel or self.tinygemm:
+            self.few = 128 if self.tinygemm else 32 if bits == 4 else 16
         self.rows = max(1, 2**15 // self.in_features) * 64                # of a block that fits in a cache
-        parts = [self.quantize(rows.to(device).float()) for rows in weight.split(128)]
-        self.register_buffer("q", torch.cat([q for q, _ in parts]), persistent=False)
-        scale = torch.cat([scale for _, scale in parts], dim=0 if bits == 8 else 1)
-        self.register_buffer("scale", scale, persistent=False)
+        q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in weight.split(128)])
+        self.register_buffer("q", torch.cat(q), persistent=False)
+        self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
 
     def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 rows [n, I] -> numbers in the kernel's layout, scales [n] or scales and middles."""
         if self.bits == 8:
             scale = (w.abs().amax(1) / 127).clamp(min=1e-9).bfloat16()
             return (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
@@ -533,8 +532,8 @@ class QuantizedLinear(nn.Module):
     def block(self, start: int, dtype: torch.dtype) -> Tensor:
         """Rows start ... start + rows of W, as columns [I, n]."""
         if self.bits == 8:
-            rows = slice(start, start + self.rows)
-            return (self.q[rows].to(dtype) * self.scale[rows, None].to(dtype)).T
+            q, scale = (t[start:start + self.rows].to(dtype) for t in (self.q, self.scale))
+            return (q * scale[:, None]).T
         height = self.out_features // len(self.q)                         # rows that lie together in q
         q = self.q[start // height:(start + self.rows) // height]
         q = unpack_tinygemm(q) if self.tinygemm else torch.cat((q & 15, q >> 4), 2).transpose(0, 1)
@@ -543,7 +542,7 @@ class QuantizedLinear(nn.Module):
         scale, offset = scale.contiguous(), middle - 8 * scale            # [I / GROUP, 1, n]
         return torch.addcmul(offset, q, scale, out=q).flatten(0, 1)
 
-    def multiply(self, x: Tensor, start: int) -> Tensor:
+    def multiply_block(self, x: Tensor, start: int) -> Tensor:
         return x @ self.block(start, x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -562,9 +561,9 @@ class QuantizedLinear(nn.Module):
         slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
         wide, starts = x.float() if slow else x, range(0, self.out_features, self.rows)
         if learning:                         # backward dequantises each block again
-            parts = [checkpoint(self.multiply, wide, start, use_reentrant=False) for start in starts]
+            parts = [checkpoint(self.multiply_block, wide, start, use_reentrant=False) for start in starts]
         else:
-            parts = [self.multiply(wide, start) for start in starts]
+            parts = [self.multiply_block(wide, start) for start in starts]
         return torch.cat(parts, -1).to(x.dtype)
 
 
@@ -578,13 +577,16 @@ def count_weights(module: nn.Module) -> tuple[int, int]:
     return count, size
 
 
+QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
+
+
 def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, device, dtype) -> None:
     """Put a tensor that was read into `state`, or quantised into a layer of the model."""
     if quantize == "none" or not re.fullmatch(QUANTIZED, name):
         state[name] = tensor.to(device, dtype, copy=quantize != "none")   # copied, so that files are unmapped
         return
     if dtype not in (torch.bfloat16, torch.float32):
-        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not in {dtype}: use --dtype bfloat16")
+        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not {dtype}: change --dtype")
     bits = 4 if quantize == "int4" and "lm_head" not in name else 8
     model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
 
@@ -1713,7 +1715,9 @@ def print_trace(model: Llava, inputs: dict) -> None:
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        **dict.fromkeys(PACKED_KERNELS, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
+        **dict.fromkeys((torch.ops.aten._weight_int8pack_mm, torch.ops.aten._weight_int4pack_mm_for_cpu,
+                         torch.ops.aten._weight_int4pack_mm),
+                        lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
     flops, clock = [0], [0.0]                # totals at the end of each module
 
     def count(*_) -> None:

@@ -480,8 +480,8 @@ def with_quantization(args) -> None:
         for name in list(models)[::(-1) ** turn]:
             more = {} if name == args.dtype else half
             taken[name].append(answer_in_two(models[name], inputs | more, 32))
-    rows = [["", "weights, GB", f"prefill of {args.tokens}, ms", "times", "range", "a token, ms", "times faster",
-             "range"]]
+    rows = [["", "weights, GB", f"prefill of {args.tokens}, ms", "times", "range", "a token, ms",
+             "times as fast", "range"]]
     base = [list(column) for column in zip(*taken[args.dtype][1:])]
     for name, model in models.items():
         prefill, decode = (list(column) for column in zip(*taken[name][1:]))
@@ -491,14 +491,14 @@ def with_quantization(args) -> None:
     table(rows)
 
 
-def open_decoder(folder: Path, quantize: str, dtype: torch.dtype, **shuffle) -> llava.LanguageModel:
-    """The language model of a folder. With shuffle=SEED its int4 weights are explicit: columns are
-    shuffled before they are quantised and put back afterwards, so that weights which were published
-    in groups of 32 do not fall into the same groups again."""
+def open_decoder(folder: Path, quantize: str, dtype: torch.dtype, shuffle=False) -> llava.LanguageModel:
+    """The language model of a folder. With `shuffle` the columns of int4 weights are shuffled before
+    they are quantised and put back afterwards, so that weights that were published in groups of 32
+    do not fall into the same groups again. The layers are then ordinary ones of dequantised weights."""
     (parts, stored, _), state, opened = llava.open_checkpoint(str(folder)), {}, {}
     with torch.device("meta"):
         model = torch.nn.ModuleDict({"language_model": llava.LanguageModel(parts["text"])})
-    noise = torch.Generator().manual_seed(shuffle.get("shuffle", 0))
+    noise = torch.Generator().manual_seed(0)
     for name, ref in tqdm(stored.items(), f"opening in {quantize}", leave=False):
         tensor, how = ref.read(opened), quantize
         if shuffle and re.fullmatch(llava.QUANTIZED, name) and "lm_head" not in name:
@@ -538,7 +538,8 @@ def perplexity(decoder: llava.LanguageModel, ids: Tensor) -> float:
     for row in tqdm(ids, "perplexity", leave=False):
         hidden = decoder(decoder.embed_tokens(row[None, :-1]))[0]
         for states, labels in zip(hidden.split(512), row[1:].split(512)):
-            total += torch.nn.functional.cross_entropy(decoder.lm_head(states).float(), labels, reduction="sum").item()
+            logits = decoder.lm_head(states).float()
+            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
     return math.exp(total / ids[:, 1:].numel())
 
 
@@ -546,14 +547,16 @@ def perplexities(args) -> None:
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     ids = torch.cat([torch.tensor(tokenizer.encode(file.read_text()).ids[:2048 * args.pieces])
                      for file in args.text])
+    if len(ids) < 2048:
+        raise llava.UserError(f"--text has {len(ids)} tokens; a row of them has 2,048")
     ids = ids[:len(ids) // 2048 * 2048].view(-1, 2048)
     print(f"perplexity over {ids.numel():,} tokens, rows of 2,048, computed in {args.dtype}")
-    dtype, exact, rows = getattr(torch, args.dtype), None, []
-    runs = [(args.dtype, "none", {}), ("int8", "int8", {}), ("int4", "int4", {}),
-            *((f"int4, columns shuffled, {n} fits", "int4", {"shuffle": n, "fits": n}) for n in (0, 2, 5))]
-    for name, quantize, how in runs:
-        llava.FITS = how.pop("fits", FITS)
-        found = perplexity(open_decoder(args.model, quantize, dtype, **how), ids)
+    dtype, exact = getattr(torch, args.dtype), None
+    runs = [(args.dtype, "none", FITS, False), ("int8", "int8", FITS, False), ("int4", "int4", FITS, False),
+            *((f"int4, columns shuffled, {fits} fits", "int4", fits, True) for fits in (2, 0, 5))]
+    for name, quantize, fits, shuffle in runs:
+        llava.FITS = fits
+        found = perplexity(open_decoder(args.model, quantize, dtype, shuffle), ids)
         exact = exact or found
         print(f"{name:32}{found:8.3f}   x {found / exact:.4f}", flush=True)
 
@@ -567,8 +570,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
     field = {name.removeprefix("llama."): f.contents() for name, f in reader.fields.items()}
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
              "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-             "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-             "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+             "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
+             "ffn_norm": "post_attention_layernorm", "token_embd": "model.embed_tokens",
+             "output_norm": "model.norm", "output": "lm_head"}
     heads = {"attn_q": field["attention.head_count"], "attn_k": field["attention.head_count_kv"]}
     for tensor in tqdm(reader.tensors, "converting"):
         *block, kind = tensor.name.removesuffix(".weight").split(".")

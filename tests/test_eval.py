@@ -1,15 +1,18 @@
-"""ScienceQA in LLaVA's wording, its official table, answers on disk, and what reading a picture costs."""
+"""ScienceQA: prompts, the official table, answers on disk; the cost of an image."""
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval
-from eval import (answer, generate_answers, cache_bytes, parse_choice, compare, costs, count_parameters, grade, interval,
+from eval import (answer, generate_answers, cache_bytes, parse_choice, compare, costs, count_parameters,
+                  grade, interval,
                   language_flops, print_table, question, read_answers, read_scienceqa, score, to_record,
                   vision_flops)
 from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig, open_image
@@ -35,9 +38,9 @@ def folder(tmp_path_factory):
     (folder / "problems.json").write_text(json.dumps(problems))
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["14", "11", "12", "13"], "train": ["15"]}))
     for i, size in (("11", (40, 30)), ("12", (16, 48))):
-        picture = np.random.default_rng(int(i)).integers(0, 256, (*size, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(int(i)).integers(0, 256, (*size, 3), dtype=np.uint8)
         (folder / "images" / "test" / i).mkdir(parents=True)
-        Image.fromarray(picture).save(folder / "images" / "test" / i / "image.png")
+        Image.fromarray(pixels).save(folder / "images" / "test" / i / "image.png")
     return folder
 
 
@@ -62,7 +65,7 @@ def run(monkeypatch, *words) -> None:
     eval.main()
 
 
-def asked(monkeypatch, folder, model_folder, out, *more) -> list[dict]:
+def ask(monkeypatch, folder, model_folder, out, *more) -> list[dict]:
     run(monkeypatch, "--scienceqa", folder, "--model", model_folder, "--max-new-tokens", 8, "--batch-size", 2,
         "--device", "cpu", "--dtype", "float32", "--out", out, *more)
     return [json.loads(line) for line in out.read_text().splitlines()]
@@ -72,7 +75,7 @@ def asked(monkeypatch, folder, model_folder, out, *more) -> list[dict]:
 # Wording, reading, counting
 
 
-def test_a_problem_is_worded_as_in_llavas_training_data(problems):
+def test_a_prompt_is_that_of_llavas_training_data(problems):
     last, first, second, _ = problems
     assert question(first) == "What is red?\nContext: N/A\nOptions: (A) a rose (B) snow\n<image>"
     assert answer(first) == "Look. Roses are. The answer is A."
@@ -137,7 +140,7 @@ def test_two_files_of_answers_are_compared_question_by_question(problems, tmp_pa
         (tmp_path / name).write_text("\n".join(json.dumps({"question_id": p["id"], "text": letter})
                                                for p, letter in zip(problems, letters)))
     compare(problems, files)
-    ahead = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("ahead")]
+    ahead = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("lead")]
     assert [[float(points) for points in line] for line in ahead] == [[0, 100, 50, 50, 50, 100, 50, 50, 50]]
     (tmp_path / "b").write_text('{"question_id": "99", "text": "A"}\n')
     with pytest.raises(ValueError, match=f"5 are in one of them only, such as 11 in {files[0]}"):
@@ -159,9 +162,10 @@ def test_a_batch_gives_the_answers_of_one_question_at_a_time(opened, problems):
     assert alone == answers(batch_size=4) and len(set(alone.values())) == 4
 
 
-def test_the_option_taken_is_the_likeliest_of_whole_answers(opened, problems):
+def test_the_option_taken_is_the_most_probable_whole_answer(opened, problems):
     model, processor = opened
-    taken = {p["id"]: text for p, _, text in generate_answers(model, processor, problems, batch_size=4, options=True)}
+    taken = {p["id"]: text for p, _, text in generate_answers(model, processor, problems, batch_size=4,
+                                                              options=True)}
     for p in problems:
         images, sums = [open_image(p["file"])] if p["image"] else [], []
         for letter in "ABCDE"[:len(p["choices"])]:
@@ -175,19 +179,19 @@ def test_the_option_taken_is_the_likeliest_of_whole_answers(opened, problems):
         assert parse_choice(taken[p["id"]], len(p["choices"])) == np.argmax(sums)
 
 
-def test_blank_answers_are_those_to_white_pictures(opened, folder, problems, tmp_path):
+def test_blank_answers_equal_those_to_white_images(opened, folder, problems, tmp_path):
     def answers(problems, **how):
         return {p["id"]: text for p, _, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
 
     Image.new("RGB", (30, 40), "white").save(tmp_path / "11.png")         # as large as they were
     Image.new("RGB", (48, 16), "white").save(tmp_path / "12.png")
     white = [p | {"file": tmp_path / f"{p['id']}.png"} for p in problems]
-    blank, seen = answers(problems, blank=True), answers(problems)
-    assert blank == answers(white) and blank["11"] != seen["11"] and blank["13"] == seen["13"]
+    blank, normal = answers(problems, blank=True), answers(problems)
+    assert blank == answers(white) and blank["11"] != normal["11"] and blank["13"] == normal["13"]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, folder, model_folder, tmp_path):
-    whole = asked(monkeypatch, folder, model_folder, tmp_path / "whole.jsonl")
+    whole = ask(monkeypatch, folder, model_folder, tmp_path / "whole.jsonl")
     generate, calls = Llava.generate_batch, []
 
     def stop_at_the_second(self, input_ids, *rest, **more):
@@ -199,44 +203,45 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, folder, model_
     monkeypatch.setattr(Llava, "generate_batch", stop_at_the_second)
     out = tmp_path / "cut.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        asked(monkeypatch, folder, model_folder, out)
+        ask(monkeypatch, folder, model_folder, out)
     assert len(out.read_text().splitlines()) == 2                         # a batch was lost, no more
     with open(out, "a") as file:
         file.write('{"question_id": "13", "prom')                         # as a full disk leaves it
-    assert asked(monkeypatch, folder, model_folder, out) == whole
+    assert ask(monkeypatch, folder, model_folder, out) == whole
     assert calls == [2, 2, 2]
-    assert asked(monkeypatch, folder, model_folder, out) == whole and calls == [2, 2, 2]
+    assert ask(monkeypatch, folder, model_folder, out) == whole and calls == [2, 2, 2]
 
 
 @pytest.mark.parametrize("change, difference", [
     (["--blank"], "blank"), (["--answer", "options"], "answer"), (["--prune", "prumerge"], "prune"),
-    (["--max-new-tokens", 9], "max_new_tokens"), (["--dtype", "bfloat16"], "dtype")])
+    (["--max-new-tokens", 9], "max_new_tokens"), (["--wording", "letter"], "wording"),
+    (["--dtype", "bfloat16"], "dtype")])
 def test_answers_by_other_flags_are_refused(monkeypatch, folder, model_folder, tmp_path, change, difference):
-    asked(monkeypatch, folder, model_folder, tmp_path / "a")
+    ask(monkeypatch, folder, model_folder, tmp_path / "a")
     before = (tmp_path / "a").read_bytes()
     with pytest.raises(ValueError, match=f"another {difference}: name another --out"):
-        asked(monkeypatch, folder, model_folder, tmp_path / "a", *change)
+        ask(monkeypatch, folder, model_folder, tmp_path / "a", *change)
     assert (tmp_path / "a").read_bytes() == before
 
 
 def test_answers_of_another_model_or_prompt_are_refused(monkeypatch, folder, model_folder, opened, tmp_path):
     out, (model, processor) = tmp_path / "a", opened
-    entries = asked(monkeypatch, folder, model_folder, out)
+    entries = ask(monkeypatch, folder, model_folder, out)
     model.projector[0].weight.data += 1e-3
     model.save_pretrained(tmp_path / "trained")
     processor.save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match="another model"):
-        asked(monkeypatch, folder, tmp_path / "trained", out)
+        ask(monkeypatch, folder, tmp_path / "trained", out)
     out.write_text(json.dumps(entries[0] | {"prompt": "Why?"}) + "\n")
     with pytest.raises(ValueError, match="another prompt"):
-        asked(monkeypatch, folder, model_folder, out)
+        ask(monkeypatch, folder, model_folder, out)
 
 
 def test_a_file_that_holds_no_answers_is_left_alone(monkeypatch, folder, model_folder, tmp_path):
-    for content in ('{"1": {"question": "Why?"}}', "words\n", '{"question_id": 1}\n'):
+    for content in ('{"1": {"question": "Why?"}}', "words\n", "words", '{"1": {"que', '{"question_id": 1}\n'):
         (tmp_path / "a").write_text(content)
-        with pytest.raises(ValueError, match="name another --out|line 1: not"):
-            asked(monkeypatch, folder, model_folder, tmp_path / "a")
+        with pytest.raises(ValueError, match="another --out|line 1: not"):
+            ask(monkeypatch, folder, model_folder, tmp_path / "a")
         assert (tmp_path / "a").read_text() == content
 
 
@@ -246,6 +251,44 @@ def test_misuse_exits_with_2(monkeypatch, words):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *words)
     assert stopped.value.code == 2
+
+
+def test_equal_logits_in_bfloat16_are_told_apart_in_float32(model_folder, problems):
+    model = Llava.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+    processor = Processor.from_pretrained(model_folder, model.config)
+    problem = [p for p in problems if p["id"] == "13"]
+    rows = [processor.encode(f"The answer is {letter}")[-1] for letter in "AB"]
+    head, states = model.language_model.lm_head, []
+    handle = model.language_model.norm.register_forward_hook(lambda *a: states.append(a[-1]))
+    list(generate_answers(model, processor, problem, options=True))
+    handle.remove()
+    hidden = states[0].flatten()
+    with torch.no_grad():                    # B's logit is larger by less than bfloat16 shows
+        head.weight[rows] = 10 * hidden / hidden.norm()
+        largest = int(hidden.abs().argmax())
+        head.weight[rows[1], largest] *= 1 + 2**-7
+        a, b = (hidden.to(torch.bfloat16) @ head.weight[rows].T).tolist()
+    assert a == b
+    assert [text for *_, text in generate_answers(model, processor, problem,
+                                                  options=True)] == ["The answer is B."]
+
+
+def test_wording_letter_is_the_prompt_of_llava_1_5(problems):
+    assert question(problems[2], "letter") == (
+        "<image>\nContext: A map.\nWhich way is up?\nA. north\nB. east\nC. west\n"
+        "Answer with the option's letter from the given choices directly.")
+    assert question(problems[3], wording="letter").startswith("Is run a verb?\nA. no\nB. yes\nAnswer")
+
+
+def test_wording_letter_prints_the_accuracy_with_images(monkeypatch, folder, tmp_path, capsys):
+    texts = {"14": "E", "11": "A", "12": "B", "13": "B"}
+    (tmp_path / "a").write_text("".join(json.dumps({"question_id": i, "text": t}) + "\n" for i,
+                                        t in texts.items()))
+    run(monkeypatch, "--scienceqa", folder, "--predictions", tmp_path / "a", "--wording", "letter",
+        "--json", tmp_path / "figures.json")
+    assert "published figure: 50.0 (1 of 2)" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["IMG"], figures["Avg"], figures["missing"], figures["questions"]) == (50, 75, 0, 4)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -261,12 +304,19 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_formulas_give_what_torch_counts(name):
-    cost = costs(CONFIGS[name], words=11)
-    assert cost["TFLOPs"] == pytest.approx(cost["TFLOPs, as torch counts"], rel=1e-12)
+    config, cost = CONFIGS[name], costs(CONFIGS[name], text_tokens=11)
+    tiles, side = 5 if name == "anyres" else 1, config.vision.image_size
+    unlimited = replace(config, text=replace(config.text, sliding_window=None))
+    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model = Llava(unlimited)
+        model.projector(model.vision_tower(torch.empty(1, 3, side, side), config.vision_feature_layer)[:, 1:])
+        tile = counter.get_total_flops()
+        hidden = model.language_model(torch.empty(1, cost["tokens, image and text"], config.text.hidden_size))
+        model.language_model.lm_head(hidden[:, -1:])
+    assert cost["TFLOPs"] == pytest.approx((tile * (tiles - 1) + counter.get_total_flops()) / 1e12, rel=1e-12)
     assert cost["parameters"] == sum(p.numel() for p in Llava(CONFIGS[name]).parameters())
-    tiles = 5 if name == "anyres" else 1
     assert cost["TFLOPs, vision_tower"] == pytest.approx(tiles * vision_flops(CONFIGS[name].vision, 2) / 1e12)
-    assert cost["tokens, picture and text"] == 11 + CONFIGS[name].vision.side**2 * tiles + 8 * (tiles == 5)
+    assert cost["tokens, image and text"] == 11 + CONFIGS[name].vision.side**2 * tiles + 8 * (tiles == 5)
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 30])
@@ -286,7 +336,7 @@ def test_published_sizes_are_those_of_the_published_files():
     assert [p["vision_tower"] for p in parts[2:]] == [303507456, 303179776]
 
 
-def test_cost_prints_prumerges_table_with_its_one_odd_entry(monkeypatch, capsys):
+def test_cost_prints_prumerges_table_and_marks_its_one_wrong_entry(monkeypatch, capsys):
     run(monkeypatch, "--cost")
     out = capsys.readouterr().out
     assert "9.3 (9.32)  0.91 (0.909)   2.3 (2.33)  0.28 (0.227) <- looks wrong" in out
@@ -298,5 +348,5 @@ def test_cost_needs_no_more_of_a_model_than_its_config(monkeypatch, capsys, mode
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     run(monkeypatch, "--cost", 5, "--model", tmp_path)
     lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[1:])
-    assert lines["tokens, picture and text"] == "21"
+    assert lines["tokens, image and text"] == "21"
     assert lines["parameters"] == f"{sum(p.numel() for p in opened[0].parameters()):,}"

@@ -8,6 +8,7 @@ makes from a seed, in a minute or two on two cores:
     pretrain.json     captions for stage 1, their images in pretrain/
     coco/             captions_train2014.json and instances_train2014.json, their images in train2014/
     clip/             a vision tower, pretrained to tell which caption belongs to which image
+    benchmarks/       VQAv2, TextVQA, POPE, MME, MMBench and LLaVA-Bench in their published formats
     mistral/ llama/   two language models of equal depth, pretrained on text alone
 
 An image shows one to three shapes of one color on one side of a map. The language models can answer
@@ -19,6 +20,8 @@ the real image show that the model uses it.
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
 import json
 import math
 import random
@@ -43,7 +46,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import answer, generate_answers, print_table, question, read_scienceqa, score, to_record
+from eval import (SHORT_SUFFIX, answer, generate_answers, print_table, question, read_scienceqa, score,
+                  to_record)
 from llava import (TO_HF, IGNORE, SYSTEM, TEMPLATES, LanguageModel, Llava, LlavaConfig, Processor,
                    TextConfig, VisionConfig, VisionTower, normalize, read_json, rename_key, write_json)
 
@@ -257,6 +261,108 @@ def teach(system: str, symbolic: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
+# The other benchmarks, each in its published file formats
+
+
+def write_lines(file: Path, entries: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+
+def write_benchmarks(folder: Path, size: int = 12) -> None:
+    """Question files, annotations and images of VQAv2, TextVQA, POPE, MME, MMBench and LLaVA-Bench."""
+    rng, scenes = random.Random(6), {}
+    for i in range(1, size + 1):
+        scenes[f"COCO_val2014_{i:012}.jpg"] = make_scene(rng)
+    (folder / "val2014").mkdir(parents=True)
+    for name, scene in scenes.items():
+        draw(scene, rng).save(folder / "val2014" / name, quality=95)
+    write_short_answers(folder, scenes)
+    write_yes_no(folder, scenes, rng)
+    write_mmbench(folder, scenes, rng)
+    questions, references = [], []
+    for i, (name, scene) in enumerate(scenes.items()):
+        kind, text, reference = (("conv", "What color do you see?", scene["color"]),
+                                 ("detail", "Describe this image.", caption(scene)),
+                                 ("complex", "Why a map?", f"It shows the {scene['place']}."))[i % 3]
+        questions.append({"question_id": i, "image": name, "text": text, "category": kind})
+        references.append({"question_id": i, "prompt": text, "answer_id": f"r{i}", "text": reference})
+    write_lines(folder / "llavabench/questions.jsonl", questions)
+    write_lines(folder / "llavabench/answers_gpt4.jsonl", references)
+    write_lines(folder / "llavabench/context.jsonl", [
+        {"id": name[:-4], "image": name, "caption": caption(scene)} for name, scene in scenes.items()])
+
+
+def write_short_answers(folder: Path, scenes: dict[str, dict]) -> None:
+    """VQAv2 and TextVQA: ten human answers to each question."""
+    asked, annotations, texts, data = [], [], [], []
+    for i, (name, scene) in enumerate(scenes.items(), 1):
+        kind, text, right = (("other", "What color is it?", scene["color"]),
+                             ("number", "How many?", scene["count"]),
+                             ("yes/no", "Is it red?", "yes" if scene["color"] == "red" else "no"))[i % 3]
+        humans = [right] * 7 + ["none", f"a {right}", f"{right}."]
+        asked.append({"image_id": i, "question": text, "question_id": 1000 * i})
+        annotations.append({"question_id": 1000 * i, "image_id": i, "answer_type": kind,
+                            "question_type": text, "multiple_choice_answer": right, "answers": [
+                                {"answer": human, "answer_confidence": "yes", "answer_id": n}
+                                for n, human in enumerate(humans, 1)]})
+        texts.append({"question_id": name[:-4], "image": name, "category": "default",
+                      "text": f"{text}\nReference OCR token: {scene['shape']}{SHORT_SUFFIX}"})
+        data.append({"question": text.lower(), "image_id": name[:-4], "question_id": i, "answers": humans})
+    head = {"data_type": "mscoco", "data_subtype": "val2014", "task_type": "Open-Ended"}
+    write_json(folder / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", head | {"questions": asked})
+    write_json(folder / "vqav2/v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
+    write_lines(folder / "textvqa/llava_textvqa_val_v051_ocr.jsonl", texts)
+    write_json(folder / "textvqa/TextVQA_0.5.1_val.json", {"dataset_name": "textvqa", "data": data})
+
+
+def write_yes_no(folder: Path, scenes: dict[str, dict], rng: random.Random) -> None:
+    """POPE and MME: for each image one question with the answer yes and one with the answer no."""
+    asked, labels = [], {}
+    for n, kind in enumerate(("adversarial", "random", "popular")):
+        labels[kind] = []
+        for name, scene in scenes.items():
+            wrong = rng.choice([shape for shape in SHAPES if shape != scene["shape"]])
+            for shape, label in ((scene["shape"], "yes"), (wrong, "no")):
+                labels[kind].append({"question_id": len(labels[kind]) + 1, "image": name, "label": label,
+                                     "text": f"Is there a {shape} in the image?"})
+        asked += [{"question_id": 10**7 * n + i, "image": line["image"], "category": kind,
+                   "text": line["text"] + SHORT_SUFFIX} for i, line in enumerate(labels[kind], 1)]
+        write_lines(folder / f"pope/coco_pope_{kind}.json", labels[kind])
+    write_lines(folder / "pope/llava_pope_test.jsonl", asked)
+    questions = []
+    for task, line in [(task, line) for task in ("color", "code_reasoning") for line in labels["random"]]:
+        image = f"{task}/{line['image']}"
+        questions.append({"question_id": image, "image": image, "category": task,
+                          "text": line["text"] + SHORT_SUFFIX})
+        (folder / "mme" / image).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "val2014" / line["image"], folder / "mme" / image)
+        with open((folder / "mme" / image).with_suffix(".txt"), "a", encoding="utf-8") as truth:
+            truth.write(f"{line['text']} Please answer yes or no.\t{line['label'].capitalize()}\n")
+    write_lines(folder / "mme/llava_mme.jsonl", questions)
+
+
+def write_mmbench(folder: Path, scenes: dict[str, dict], rng: random.Random) -> None:
+    """A tsv with each question twice, its options in another order the second time."""
+    rows = []
+    for i, (name, scene) in enumerate(scenes.items(), 1):
+        image = base64.b64encode((folder / "val2014" / name).read_bytes()).decode()
+        for index in (i, 10**6 + i):
+            options = rng.sample(SHAPES, len(SHAPES))
+            rows.append({"index": index, "question": "Which shape do you see?",
+                         "hint": "Look." if i % 2 else "", **dict(zip("ABCD", options)),
+                         "answer": "ABCD"[options.index(scene["shape"])],
+                         "category": "shape", "image": image, "source": "toy",
+                         "l2-category": "coarse" if i % 2 else "fine", "comment": "", "split": "dev"})
+    file = folder / "mmbench/mmbench_dev_20230712.tsv"
+    file.parent.mkdir(parents=True)
+    with open(file, "w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, rows[0], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------
 # Pretrained models, in the layouts of openai/clip-vit-large-patch14-336 and mistralai/Mistral-7B
 
 
@@ -386,14 +492,15 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
     return tokenizer
 
 
-def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama"),
+def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama", "benchmarks"),
           seed: int = 0) -> None:
     """Build the parts that are missing; each appears complete or not at all. `seed` is for the models."""
     torch.set_num_threads(1)                 # the matrices are too small for a second thread
     tokenizer = make_tokenizer()
     write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco, "clip": write_clip,
              "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer),
-             "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer)}
+             "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer),
+             "benchmarks": write_benchmarks}
     for part in parts:
         unfinished = folder / f"unfinished-{part}"
         shutil.rmtree(unfinished, ignore_errors=True)
