@@ -521,7 +521,8 @@ def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None
 
 
 def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
-    """Train both stages, then answer the test questions, with each image and with it replaced by white."""
+    """Train both stages, then answer the test questions, with each image and with it replaced by white.
+    `seed` pretrains other toy models; the records and their order stay the same."""
     began = time.perf_counter()
     build(data, ("scienceqa", "pretrain", "clip", "mistral"), seed)
     shutil.rmtree(runs, ignore_errors=True)
@@ -533,7 +534,7 @@ def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
                   f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2 "
                   f"--val {runs}/val.json --val-images {data}/scienceqa/images/val --dtype float32"):
         print(f"\n$ python train.py {flags}")
-        run_stage(parse([*flags.split(), "--seed", str(seed)]))
+        run_stage(parse(flags.split()))
     draw_losses([runs / "stage1", runs / "stage2"], runs / "loss.png")
     model = Llava.from_pretrained(runs / "stage2", dtype=torch.float32).eval()
     processor = Processor.from_pretrained(runs / "stage2", model.config)
@@ -589,13 +590,13 @@ def read_run(runs: Path) -> dict[str, list[float]]:
 
 def make_reference(runs: list[dict[str, list[float]]]) -> dict:
     """The values of the first run, and as tolerance twice the largest distance of any other run from it;
-    for losses the largest within three steps before and after, for accuracies at least 2 points."""
+    for losses the largest within three steps before and after, for accuracies at least 5 points."""
     reference = {}
     for name, values in runs[0].items():
         distances = [max(abs(run[name][i] - value) for run in runs[1:]) for i, value in enumerate(values)]
         tolerance = [2 * max(distances[max(0, i - 3):i + 4]) for i in range(len(values))]
         if not name.endswith("loss"):
-            tolerance = [max(2.0, tolerance[0])]
+            tolerance = [max(5.0, tolerance[0])]
         reference[name] = {"values": [round(value, 4) for value in values],
                            "tolerance": [round(value, 4) for value in tolerance]}
     return reference
@@ -626,8 +627,8 @@ def check_run(runs: Path, file: Path = REFERENCE) -> tuple[bool, str]:
 
 
 def record_reference(seeds: int) -> None:
-    """Run `python train.py` once for each seed, which also pretrains other toy models, and write
-    reference.json. Finished runs in runs/reference are not repeated."""
+    """Run `python train.py` once for each seed of the pretrained toy models, which on another machine are
+    different, too, and write reference.json. Finished runs in runs/reference are not repeated."""
     from train import parse, run_stage
     folders = [Path("runs/reference", str(seed)) for seed in range(seeds)]
     for seed, runs in enumerate(folders):
