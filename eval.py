@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from llava import (Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, add_model_flags,
                    atomic_write, choose_grid, command_line, count_image_tokens, load_model, number,
-                   open_checkpoint, open_image, read_object, write_json)
+                   open_checkpoint, open_image, read_json, require, write_json)
 
 Args = argparse.Namespace
 LETTERS = "ABCDE"
@@ -70,7 +70,8 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
     """The problems of a split in published order, each with its "id", its "prompt" and, in "file", the path
     of its image or None."""
     folder, selected = Path(folder), []
-    problems, splits = read_object(folder / "problems.json"), read_object(folder / "pid_splits.json")
+    files = folder / "problems.json", folder / "pid_splits.json"
+    problems, splits = (require(read_json(file), file) for file in files)
     if not isinstance(splits.get(split, []), list):
         raise UserError(f"{folder / 'pid_splits.json'}: split {split!r} is not a list of question ids")
     if split not in splits:
@@ -504,7 +505,7 @@ def read_humans(args: Args, questions: list[dict]) -> dict:
     """Ten human answers and their type, by VQAv2's question id, or by TextVQA's image id and question."""
     file, truth = args.annotations[0], {}
     try:
-        for a in read_object(file)["data" if args.task == "textvqa" else "annotations"]:
+        for a in require(read_json(file), file)["data" if args.task == "textvqa" else "annotations"]:
             key, records = a["question_id"], a["answers"]
             if args.task == "textvqa":
                 key = a["image_id"], a["question"].lower()

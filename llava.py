@@ -121,7 +121,6 @@ class LlavaConfig:
 # ---------------------------------------------------------------------------------------------
 # 2. The language model
 
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -152,24 +151,17 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D].
-
+    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> like q.
     Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
-    with T² up to the window and with T beyond it. The choice of the kernel is made here alone.
-    """
-    if window is None or q.shape[2] <= window:
+    with T² up to the window and with T beyond it. The choice of the kernel is made here alone."""
+    T, device = q.shape[2], q.device.type
+    if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
-    if q.device.type == "cpu" or (q.device.type in ("cuda", "meta") and half):
+    if device == "cpu" or (device in ("cuda", "meta") and half):
         return SlidingWindow.apply(q, k, v, window)
-    return masked_attention(q, k, v, window)              # no flash kernel: MPS; float32 on CUDA
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """The same by the definition: a mask [T, T], and each key head repeated for its H/K query heads."""
-    T, repeats = q.shape[2], q.shape[1] // k.shape[1]
-    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)   # no flash kernel
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))            # [B, H, T, D]
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
@@ -190,120 +182,98 @@ class SlidingWindow(torch.autograd.Function):
         query 9              . . b b    a a . .            query 4    b b b
 
     All blocks of all rows are one batch, so there are two calls of the kernel for any T. A call gives
-    a softmax over its own keys and the logarithm of the softmax's denominator (log-sum-exp, lse). With
-    both, the two outputs are averaged by their shares of the common denominator.
-    Backward calls the kernel's backward once a triangle, with the merged output and the merged lse:
+    a softmax over its own keys and the log-sum-exp (lse) of its scores, which is the logarithm of the
+    denominator. With both, the two outputs are averaged by their shares of the common denominator.
+    Backward calls the kernel's backward once per triangle, with the merged output and the merged lse:
     then its exp(qk - lse) are the probabilities of the common softmax, and the gradients add up.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
         blocks = [cut_blocks(x, W) for x in (q, k, v)]                    # [B, n, heads, W, D]
-        out, lse, *rest = flash(*blocks)
+        out, lse, *random_state = flash(*blocks)
         if W > 1:                            # a window of 1 has no `b`, and the kernel no length 0
-            out_b, lse_b, *_ = flash(*turn_before(*blocks))
+            out_b, lse_b, *_ = flash(*(x.flip(3) for x in triangle_b(*blocks)))
             out_a, lse_a = out[:, 1:, :, :-1], lse[:, 1:, :, :-1]         # the queries that have a `b`
             lse_b = lse_b.flip(3)
             share = (lse_b - lse_a).sigmoid()                             # of `b` in the denominator
             out_a.lerp_(out_b.flip(3), share[..., None].to(out.dtype))
             lse_a.copy_(torch.logaddexp(lse_a, lse_b))
-        out = join_blocks(out, q.shape[2])
-        ctx.save_for_backward(q, k, v, out, lse, *rest)
+        out = out.transpose(1, 2).flatten(2, 3)[:, :, :q.shape[2]]        # [B, H, T, D]
+        ctx.save_for_backward(q, k, v, out, lse, *random_state)
         ctx.window = W
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        q, k, v, out, lse, *rest = ctx.saved_tensors
+        q, k, v, out, lse, *random_state = ctx.saved_tensors
         W, T = ctx.window, q.shape[2]
         q, k, v, out, grad = (cut_blocks(x, W) for x in (q, k, v, out, grad))
-        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *rest)
+        grads = flash_backward(grad, q, k, v, out, lse, *random_state)
         if W > 1:
-            grad, out, lse = (x[:, 1:, :, :-1].flip(3) for x in (grad, out, lse))
-            dq_b, dk_b, dv_b = flash_backward(grad, *turn_before(q, k, v), out, lse, *rest)
-            dq[:, 1:, :, :-1] += dq_b.flip(3)
-            dk[:, :-1, :, 1:] += dk_b.flip(3)
-            dv[:, :-1, :, 1:] += dv_b.flip(3)
-        return *(join_blocks(x, T) for x in (dq, dk, dv)), None
+            args_b = (grad[:, 1:, :, :-1], *triangle_b(q, k, v), out[:, 1:, :, :-1], lse[:, 1:, :, :-1])
+            grads_b = flash_backward(*(x.flip(3) for x in args_b), *random_state)
+            for whole, part in zip(triangle_b(*grads), grads_b):
+                whole += part.flip(3)
+        return *(x.transpose(1, 2).flatten(2, 3)[:, :, :T] for x in grads), None
 
 
 def cut_blocks(x: Tensor, W: int) -> Tensor:
     """[B, heads, T, D] -> [B, n, heads, W, D]; the last block is filled with zeros at its end."""
-    if x.shape[2] % W:
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % W))
-    return x.unflatten(2, (-1, W)).transpose(1, 2)
+    return F.pad(x, (0, 0, 0, -x.shape[2] % W)).unflatten(2, (-1, W)).transpose(1, 2)
 
 
-def join_blocks(x: Tensor, T: int) -> Tensor:
-    return x.transpose(1, 2).flatten(2, 3)[:, :, :T]                      # [B, heads, T, D]
-
-
-def turn_before(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The triangle `b` of blocks [B, n, heads, W, D], time reversed: [B, n - 1, heads, W - 1, D]."""
-    return q[:, 1:, :, :-1].flip(3), k[:, :-1, :, 1:].flip(3), v[:, :-1, :, 1:].flip(3)
+def triangle_b(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What triangle `b` reads of blocks [B, n, heads, W, D], as views [B, n - 1, heads, W - 1, D]."""
+    return q[:, 1:, :, :-1], k[:, :-1, :, 1:], v[:, :-1, :, 1:]
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Causal attention in every block [B, n, heads, W, D] by the device's flash kernel: output, lse
-    [B, n, H, W] and, on CUDA, the two tensors of random state that backward takes without using."""
-    ops, size = torch.ops.aten, q.shape[:2]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    """Causal attention in each block [B, n, heads, W, D] by the device's flash kernel: output, lse
+    [B, n, H, W] and, on CUDA, two tensors of random state, which only dropout would use."""
+    ops, args, random_state = torch.ops.aten, [x.flatten(0, 1) for x in (q, k, v)], []
     if q.device.type == "cpu":
-        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        rest = []
+        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, True)
     else:
-        out, lse, _, _, _, _, *rest, _ = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-    return [out.unflatten(0, size), lse.unflatten(0, size), *rest]
+        out, lse, _, _, _, _, *random_state, _ = ops._scaled_dot_product_flash_attention(*args, 0.0, True)
+    return [out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2]), *random_state]
 
 
-def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                   *rest: Tensor) -> list[Tensor]:
+def flash_backward(grad, q, k, v, out, lse, *random_state: Tensor) -> list[Tensor]:
     """The gradients of q, k and v, in their shapes, by the backward of the kernel that `flash` calls."""
-    ops, size, W = torch.ops.aten, q.shape[:2], q.shape[3]
+    ops, W = torch.ops.aten, q.shape[3]
     args = [x.flatten(0, 1) for x in (grad, q, k, v, out, lse.contiguous())]
     if q.device.type == "cpu":
         grads = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args, 0.0, True)
     else:                                    # no cumulative lengths: all rows have the same length W
-        grads = ops._scaled_dot_product_flash_attention_backward(*args, None, None, W, W, 0.0, True, *rest)
-    return [x.unflatten(0, size) for x in grads]
+        args += [None, None, W, W, 0.0, True, *random_state]
+        grads = ops._scaled_dot_product_flash_attention_backward(*args)
+    return [x.unflatten(0, q.shape[:2]) for x in grads]
 
 
 class KVCache:
-    """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S.
-
-    Without a sliding window S is the final length. With a window S = W, and a new token overwrites
-    the token that has just left the window. Keys are stored after rotation, so attention does not
-    depend on the order of the slots.
-    """
+    """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S. Without a
+    sliding window S is the final length. With a window S = W, and a new token overwrites the one that has
+    just left the window. Keys are stored rotated, so the order of the slots has no effect."""
 
     def __init__(self, slots: int, lengths: Tensor, window: int | None):
         self.slots, self.lengths, self.window = slots, lengths, window
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention over the right-padded prompts; keeps their keys and values."""
-        self.fill(k, v)
-        return causal_attention(q, k, v, self.window)
-
-    def fill(self, k: Tensor, v: Tensor) -> None:
-        """Store k, v [B, K, T, D] of right-padded prompts with `lengths` [B] tokens.
-
-        Each slot gets the newest position that belongs to it. Example with S = 4 and a prompt of 6
-        tokens: slots 0, 1, 2, 3 hold positions 4, 5, 2, 3. A slot that no token has reached gets
-        position 0, which decoding masks.
-        """
+        """Causal attention over right-padded prompts of `lengths` [B] tokens; stores k, v [B, K, T, D].
+        Each slot gets the newest position that belongs to it. With S = 4 and a prompt of 6 tokens, the
+        slots hold positions 4, 5, 2, 3. A slot without a token gets position 0, which decoding masks."""
         last, slot = self.lengths[:, None] - 1, torch.arange(self.slots, device=k.device)
         newest = (last - (last - slot) % self.slots).clamp(min=0)         # [B, S]
         index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         self.k, self.v = k.gather(2, index), v.gather(2, index)           # [B, K, S, D]
+        return causal_attention(q, k, v, self.window)
 
-    def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, slot: Tensor,
-                    filled: Tensor) -> Tensor:
-        """Attention of one new token per row, q [B, H, 1, D], over the cache and itself.
-
-        Its k, v [B, K, 1, D] are stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots
-        in use. The H / K query heads that share a key head are the rows of one product.
-        """
+    def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows, slot, filled) -> Tensor:
+        """Attention of one new token per row, q [B, H, 1, D], to itself and the cache. k, v [B, K, 1, D] are
+        stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots in use. The H / K query heads
+        that share a key head are the rows of one product."""
         self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
         groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
         return F.scaled_dot_product_attention(groups, self.k, self.v, filled).view_as(q)
@@ -366,13 +336,13 @@ class LanguageModel(nn.Module):
         """Embeddings x [B, T, C] -> hidden states [B, T, C] after the final norm; with `select`, an
         index (rows [n], columns [n]), only those of these positions, [n, C]."""
         attend = partial(causal_attention, window=self.config.sliding_window)
-        return self.run_layers(x, torch.arange(x.shape[1], device=x.device),
-                               [attend] * len(self.layers), select)
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self.run_layers(x, positions, [attend] * len(self.layers), select)
 
     def prefill(self, x: Tensor, caches: list[KVCache], select) -> Tensor:
         """Like forward; also stores the keys and values of each layer in its cache."""
-        attends = [cache.prefill for cache in caches]
-        return self.run_layers(x, torch.arange(x.shape[1], device=x.device), attends, select)
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self.run_layers(x, positions, [cache.prefill for cache in caches], select)
 
     def decode_step(self, x: Tensor, caches: list[KVCache], positions: Tensor) -> Tensor:
         """One new token of each row, x [B, 1, C] at `positions` [B] -> hidden states [B, 1, C]."""
@@ -391,7 +361,6 @@ class LanguageModel(nn.Module):
 
 # ---------------------------------------------------------------------------------------------
 # 3. The vision tower
-
 
 def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's activation function; it differs from GELU by up to 0.02."""
@@ -594,7 +563,6 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
 # ---------------------------------------------------------------------------------------------
 # 5. AnyRes tiling and token reduction
 
-
 def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
     """The (width, height) of `grids` that preserves most pixels of a (height, width) image, and of
     those the one that wastes least. The first of equals wins: LLaVA lists (width, height) and
@@ -618,15 +586,21 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
     return slice(y, rows - y), slice(x, columns - x)
 
 
+def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
+    """How many tiles a (height, width) image is cut into."""
+    if config.image_mode != "anyres":
+        return 1
+    return 1 + math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
+
+
 def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
     """How many tokens replace a (height, width) image; with PruMerge, which adapts, at most."""
-    tile = max_tile_tokens(config)
-    if config.image_mode != "anyres":
-        return tile
     if config.prune != "none":
-        return tile + tile * math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
+        return count_tiles(config, size) * max_tile_tokens(config)
+    if config.image_mode != "anyres":
+        return config.vision.side**2
     rows, columns = (window.stop - window.start for window in anyres_window(config, size))
-    return tile + rows * (columns + 1)
+    return config.vision.side**2 + rows * (columns + 1)
 
 
 PRUMERGE = {                                 # arguments of prumerge
@@ -642,7 +616,7 @@ BUDGETED = ("prumerge", "prumerge+", "random", "pool", "divprune")        # thos
 
 def check_token_budget(config: LlavaConfig) -> None:
     """Raise UserError where `prune` and `keep_tokens` do not fit together."""
-    name, N, most = config.prune, config.keep_tokens, config.vision.side**2
+    name, N, side = config.prune, config.keep_tokens, config.vision.side
     least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name not in ("none", *PRUNING):
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
@@ -650,19 +624,19 @@ def check_token_budget(config: LlavaConfig) -> None:
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
     if N is not None and name not in BUDGETED:
         raise UserError(f"--keep-tokens works with --prune {', '.join(BUDGETED)}, not with {name}")
-    if N is not None and not least <= N <= most:
-        raise UserError(f"--keep-tokens {N} is not between {least} and the {most} patches of a tile")
-    if name == "pool" and max(pooled_size(N)) > config.vision.side:
-        raise UserError(f"--keep-tokens {N} is not a product of two numbers up to {config.vision.side}, "
-                        f"as --prune pool needs it; {math.isqrt(N)**2} is")
+    if N is not None and not least <= N <= side**2:
+        raise UserError(f"--keep-tokens {N} is not between {least} and the {side**2} patches of a tile")
+    if name == "pool" and max(pooled_size(N)) > side:
+        raise UserError(f"--prune pool needs --keep-tokens that is a product of two numbers up to {side}, "
+                        f"such as {math.isqrt(N)**2} instead of {N}")
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
     """The most tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
     which are at most a quarter of the patches, and adds one token for the others."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
-    if config.prune == "none" or config.keep_tokens is not None:
-        return config.keep_tokens or patches
+    if config.keep_tokens is not None:
+        return config.keep_tokens
     if "ratio" in variant:
         return len(choose_patches(torch.zeros(patches), **variant)) + 1
     return patches + 1 if "plus" in variant else max(1, patches // 4) + 1
@@ -673,47 +647,41 @@ def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = 
     """PruMerge's choice: indices [m] of patches by attention [P], strongest first: the outliers, the
     share `ratio`, or exactly `budget`. With `plus` an even sample of the others follows, which with
     `budget` is half of it. The paper keeps the order of the image."""
-    P = len(attention)
-    order = attention.argsort(descending=True, stable=True)
+    P, order = len(attention), attention.argsort(descending=True, stable=True)
     if budget is not None:
-        count = (budget + 1) // 2 if plus else budget
-        rest = order[count:].sort().values                                # in the order of the image
-        spaced = torch.arange(budget - count, device=rest.device) * len(rest) // max(1, budget - count)
-        return torch.cat((order[:count], rest[spaced]))
+        sampled = budget // 2 if plus else 0
+        strongest, rest = order[:budget - sampled], order[budget - sampled:].sort().values
+        spaced = torch.arange(sampled, device=rest.device) * len(rest) // max(1, sampled)
+        return torch.cat((strongest, rest[spaced]))
     q1, q3 = attention.float().quantile(torch.tensor([0.25, 0.75], device=attention.device))
-    count = int((attention > q3 + 1.5 * (q3 - q1)).sum()) if ratio is None else int(P * ratio)
-    count = max(1, count)                    # without an outlier the released code crashes
+    outliers = int((attention > q3 + 1.5 * (q3 - q1)).sum())
+    count = max(1, outliers if ratio is None else int(P * ratio))         # for 0 the released code crashes
     kept = order[:count]
     if plus and ratio is None:
         even = torch.arange(0, P - 1, max(1, P // count // 3), device=kept.device)
         kept = torch.cat((kept, even[~torch.isin(even, kept)]))
     elif plus:                               # as released: some are there twice
-        even = torch.arange(P // count // 2, P - 1, P // count, device=kept.device)
-        kept = torch.cat((kept, even))
+        kept = torch.cat((kept, torch.arange(P // count // 2, P - 1, P // count, device=kept.device)))
     return kept.sort().values if paper else kept
 
 
 def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float | None = None,
-             paper: bool = False, budget: int | None = None, neighbours: int = 32) -> Tensor:
+             paper: bool = False, budget: int | None = None) -> Tensor:
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
-
     attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
-    chosen patch gets the attention-weighted sum of its `neighbours` most similar patches added; the
-    last token is that sum over all patches not chosen. So the released code; the `paper` does not
-    normalise keys, weights a chosen patch like its neighbours and has no last token.
-    """
-    kept = choose_patches(attention, plus, ratio, paper, budget and budget - 1)
-    weight_of_kept = torch.ones_like(attention)
+    chosen patch gets the attention-weighted sum of its 32 most similar patches added; the last token is
+    that sum over all patches not chosen. This is the released code; the `paper` does not normalise keys,
+    weights a chosen patch like its neighbours and has no last token."""
+    kept = choose_patches(attention, plus, ratio, paper, None if budget is None else budget - 1)
+    weight_of_kept, directions = torch.ones_like(attention), F.normalize(keys, dim=-1)
     if paper:
         weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
-    directions = keys if paper else F.normalize(keys, dim=-1)
+        directions = keys
     similarity = (directions[kept] @ directions.T).scatter(1, kept[:, None], -torch.inf)
-    near = similarity.topk(min(neighbours, len(keys) - 1)).indices        # [m, 32]
+    near = similarity.topk(min(32, len(keys) - 1)).indices                # [m, 32]
     mix = torch.zeros_like(similarity).scatter(1, near, attention[near])
     mix = mix.scatter(1, kept[:, None], weight_of_kept[kept, None])       # [m, P]
-    if paper:
-        return mix
-    return torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
+    return mix if paper else torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
 
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
@@ -742,19 +710,16 @@ def diverse_patches(features: Tensor, keep: int) -> Tensor:
     """DivPrune: the `keep` of features [P, C] whose smallest cosine distance is greedily maximised,
     in the image's order. It starts with the feature whose nearest neighbour is farthest."""
     x = F.normalize(features.float(), dim=-1)
-    similarity = (x @ x.T).fill_diagonal_(-torch.inf)
-    start = int(similarity.amax(1).argmin())
+    start = int((x @ x.T).fill_diagonal_(-torch.inf).amax(1).argmin())
     return farthest_points(x, keep, start).sort().values.to(features.device)
 
 
 def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
-    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each
-    the point farthest from its nearest selected point, the lowest index of equals; start None is the
-    point nearest the mean. Raises UserError for points that are not finite.
-
-    One matrix-vector product a selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the
-    point nearest the mean becomes the origin; unlike the mean it leaves equal distances equal.
-    """
+    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each the
+    point farthest from its nearest selected point, the lowest index of equals; start None is the point
+    nearest the mean. Raises UserError for points that are not finite. One matrix-vector product per
+    selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the point nearest the mean becomes the
+    origin; unlike the mean it leaves equal distances equal."""
     if not 0 < k <= len(x):
         raise UserError(f"{k} of {len(x)} points cannot be selected")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -779,7 +744,6 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # 6. LLaVA
 
-
 class Llava(nn.Module):
     """A language model that reads the projected patches of a vision tower in place of image tokens."""
 
@@ -796,11 +760,9 @@ class Llava(nn.Module):
         self.bases: list[str] = []           # folders or id@revision that the weights came from
 
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
-        """One [n, C] per image: the features that replace its id among the token embeddings.
-
-        images: the tiles [tiles, 3, S, S] of each image, normalised or in uint8; image_sizes: its
-        original (height, width); prune: a name in PRUNING or "none", None: the config's.
-        """
+        """One [n, C] per image: the features that replace its id among the token embeddings. images: the
+        tiles [tiles, 3, S, S] of each image, normalised or in uint8; image_sizes: its original (height,
+        width); prune: a name in PRUNING or "none", None: the config's."""
         prune = self.config.prune if prune is None else prune
         weight = self.vision_tower.class_embedding
         pixels = torch.cat(list(images)).to(weight.device, non_blocking=True)            # [N, 3, S, S]
@@ -813,12 +775,12 @@ class Llava(nn.Module):
             tiles = self.reduce_tiles(pixels, states, prune)              # N times [n, C]
         features, start = [], 0
         for i, image in enumerate(images):
-            stop = start + len(image)
+            image_tiles = tiles[start:start + len(image)]
             if self.config.image_mode == "anyres" and prune == "none":
-                features.append(self.arrange_tiles(tiles[start:stop], image_sizes[i]))
+                features.append(self.arrange_tiles(image_tiles, image_sizes[i]))
             else:
-                features.append(torch.cat(list(tiles[start:stop])))
-            start = stop
+                features.append(torch.cat(list(image_tiles)))
+            start += len(image)
         return features
 
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
@@ -849,9 +811,8 @@ class Llava(nn.Module):
         return attention[:, 0, 1:], k[:, 1:]
 
     def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """AnyRes: tiles [1 + rows * columns, P, C] -> the tokens of the first tile, which is the whole
-        image, then those of the others as one map, row by row, without the black padding and with a
-        newline after each row."""
+        """AnyRes: tiles [1 + rows * columns, P, C] -> the tokens of the first tile, the whole image; then
+        of the others as one map, row by row, without padding and with a newline after each row."""
         side, columns = self.config.vision.side, choose_grid(size, self.config.grids)[0]
         x = tiles[1:].unflatten(0, (-1, columns // self.config.vision.image_size))
         x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
@@ -860,51 +821,45 @@ class Llava(nn.Module):
         return torch.cat((tiles[0], x.flatten(0, 1)))
 
     def splice(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
-        """Replace each image id by the features of its image.
-
-        input_ids [B, T] -> embeddings [B, T', C], right-padded with zeros; the rows' lengths [B];
-        and the labels [B, T'], IGNORE at image tokens and padding, or None. Ids, mask and labels may
-        stay on the CPU, where their lengths and positions are read without waiting for a GPU.
-        """
-        embed, image_id = self.language_model.embed_tokens, self.config.image_token_id
+        """Replace each image id by the features of its image. input_ids [B, T] -> embeddings [B, T', C],
+        right-padded with zeros; the rows' lengths [B]; and the labels [B, T'], IGNORE at image tokens, at
+        padding, and everywhere if none are given. Ids, mask and labels may stay on the CPU, where they are
+        read without waiting for a GPU."""
+        embed = self.language_model.embed_tokens
         features = self.encode_images(images, image_sizes) if images else []
-        is_image = input_ids == image_id
+        is_image = input_ids == self.config.image_token_id
         if (marks := int(is_image.sum())) != len(features):
             raise UserError(f"the text has {marks} <image>, but {len(features)} images are given")
         text = embed(input_ids.masked_fill(is_image, 0).to(embed.weight.device))         # [B, T, C]
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE)
         rows, label_rows, used = [], [], 0
         for b, row in enumerate(text.unbind()):
             length = len(row) if attention_mask is None else int(attention_mask[b].sum())
             parts, label_parts, start = [], [], 0
             for position in is_image[b].nonzero()[:, 0].tolist():
                 parts += [row[start:position], features[used].to(row.dtype)]
-                if labels is not None:
-                    ignored = labels.new_full((len(features[used]),), IGNORE)
-                    label_parts += [labels[b, start:position], ignored]
+                label_parts += [labels[b, start:position], labels.new_full((len(features[used]),), IGNORE)]
                 start, used = position + 1, used + 1
             rows.append(torch.cat([*parts, row[start:length]]))
-            if labels is not None:
-                label_rows.append(torch.cat([*label_parts, labels[b, start:length]]))
+            label_rows.append(torch.cat([*label_parts, labels[b, start:length]]))
         lengths = torch.tensor([len(row) for row in rows], device=text.device)
-        if labels is not None:
-            labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE)
+        labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE)
         return pad_sequence(rows, batch_first=True), lengths, labels
 
     def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
-        """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss.
-
-        input_ids [B, T] has one image_token_id per image, in reading order; attention_mask [B, T] is
-        False at padding, which is on the right; labels [B, T] are shifted here. With labels, logits
-        are computed only at positions whose next token is supervised: each costs V numbers.
-        """
-        x, _, labels = self.splice(input_ids, images, image_sizes, attention_mask, labels)
+        """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss. input_ids
+        [B, T] has one image_token_id per image, in reading order; attention_mask [B, T] is False at
+        padding, which is on the right; labels [B, T] are shifted here. With labels, logits are computed
+        only at positions whose next token is supervised: each costs V numbers."""
+        x, _, spliced = self.splice(input_ids, images, image_sizes, attention_mask, labels)
         if labels is None:
             return self.language_model.lm_head(self.language_model(x))
-        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        rows, columns = (spliced[:, 1:] != IGNORE).nonzero(as_tuple=True)
         if len(rows) == 0:
-            raise UserError(f"all labels are {IGNORE}, so there is nothing to learn; a record needs an answer "
-                            "within --max-length")
-        targets = labels[rows, columns + 1].to(x.device)
+            raise UserError(f"all labels are {IGNORE}, so there is nothing to learn: a record needs an "
+                            "answer within --max-length")
+        targets = spliced[rows, columns + 1].to(x.device)
         select = rows.to(x.device), columns.to(x.device)
         logits = self.language_model.lm_head(self.language_model(x, select=select))      # [n, V]
         return F.cross_entropy(logits.float(), targets)
@@ -912,12 +867,9 @@ class Llava(nn.Module):
     @torch.inference_mode()
     def generate_tokens(self, input_ids, images=None, image_sizes=None, attention_mask=None,
                         max_new_tokens=256, temperature=0.0, top_p=1.0) -> Iterator[Tensor]:
-        """Yield the next token [B] of every row, max_new_tokens times.
-
-        The rows are right-padded and may differ in length and images; each continues at its own
-        position. Temperature 0 is greedy; otherwise tokens are sampled from the most probable ones
-        that together have the probability top_p.
-        """
+        """Yield the next token [B] of every row, max_new_tokens times. The rows are right-padded; each
+        continues at its own position. Temperature 0 is greedy; otherwise tokens are sampled from the
+        most probable ones that together have the probability top_p."""
         x, lengths, _ = self.splice(input_ids, images, image_sizes, attention_mask)
         window = self.config.text.sliding_window
         slots = min(x.shape[1] + max_new_tokens, window or sys.maxsize)
@@ -935,8 +887,8 @@ class Llava(nn.Module):
                  **sampling) -> Iterator[int]:
         """Yield the answer to one row token by token, up to eos_token_id (excluded; None: no end).
         `sampling`: max_new_tokens, temperature, top_p."""
-        for token in self.generate_tokens(input_ids, images, image_sizes, **sampling):
-            token = token.item()
+        for tokens in self.generate_tokens(input_ids, images, image_sizes, **sampling):
+            token = tokens.item()
             if token == eos_token_id:
                 return
             yield token
@@ -944,14 +896,13 @@ class Llava(nn.Module):
     def generate_batch(self, input_ids, images=None, image_sizes=None, attention_mask=None,
                        eos_token_id: int | None = 2, **sampling) -> list[list[int]]:
         """What `generate` yields for each row, computed for all rows at once."""
-        answers, ended = [[] for _ in input_ids], [False] * len(input_ids)
+        answers, active = [[] for _ in input_ids], set(range(len(input_ids)))
         for tokens in self.generate_tokens(input_ids, images, image_sizes, attention_mask, **sampling):
-            for row, token in enumerate(tokens.tolist()):
-                if token == eos_token_id:
-                    ended[row] = True
-                if not ended[row]:
-                    answers[row].append(token)
-            if all(ended):
+            tokens = tokens.tolist()
+            active -= {row for row in active if tokens[row] == eos_token_id}
+            for row in active:
+                answers[row].append(tokens[row])
+            if not active:
                 break
         return answers
 
@@ -959,15 +910,11 @@ class Llava(nn.Module):
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
         """Open a LLaVA of any publisher or a run folder; or a CLIP and a language model, with a freshly
-        initialised projector between them. Each is a folder, a hub id or id@revision.
-
-        dtype None keeps the dtype of the files. quantize "int8" or "int4" stores the linear layers of
-        the language model in few bits. `base`: new places of the bases that a run folder names, in its
-        order. `overrides` replace fields of LlavaConfig. Files are memory-mapped, each once; tensors
-        are cast, moved or quantised one at a time, so there is never a second copy in memory.
-        """
-        if quantize not in ("none", "int8", "int4"):
-            raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
+        initialised projector between them. Each is a folder, a hub id or id@revision. dtype None keeps the
+        dtype of the files. quantize "int8" or "int4" stores the linear layers of the language model in few
+        bits. `base`: new places of the bases that a run folder names, in its order. `overrides` replace
+        fields of LlavaConfig. Files are memory-mapped and tensors cast, moved or quantised one at a time,
+        so there is never a second copy in memory."""
         if quantize not in ("none", "int8", "int4"):
             raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
         if (path_or_repo_id is None) == (vision is None or language is None):
@@ -977,12 +924,11 @@ class Llava(nn.Module):
             more, tensors, name = open_checkpoint(str(source), bases=base)
             parts, stored, bases = parts | more, stored | tensors, [*bases, name]
         if missing := {"vision", "text"} - parts.keys():
-            raise UserError(f"{bases[0]} has no {' or '.join(missing)} model: name both, a vision tower and a "
-                            "language model")
-        config = LlavaConfig(**parts | overrides)
+            raise UserError(f"{bases[0]} has no {' or '.join(missing)} model: name both, a vision tower and "
+                            "a language model")
+        config, state = LlavaConfig(**parts | overrides), {}
         with torch.device("meta"):
             model = cls(config)
-        state = {}
         if vision:
             state = fresh_connector(config)
         elif config.image_mode == "anyres" and parts.get("image_mode") != "anyres":      # to be trained
@@ -999,31 +945,31 @@ class Llava(nn.Module):
         return model
 
     def save_pretrained(self, folder, trained_only: bool = False, shard_bytes: int = 5 * 10**9) -> None:
-        """Write the layout of llava-hf (llava, or with AnyRes llava_next), which transformers opens;
-        in shards with an index if it is larger than shard_bytes.
-
-        trained_only: only the trainable parameters, and in config.json the bases that hold the others:
-        a run folder, which from_pretrained opens like any checkpoint.
-        """
+        """Write the layout of llava-hf (llava, or with AnyRes llava_next), which transformers opens; in
+        shards with an index if it is larger than shard_bytes. trained_only: only the trainable parameters,
+        and in config.json the bases that hold the others: a run folder, which from_pretrained opens like
+        any checkpoint."""
         if not trained_only and any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise UserError("weights in 8 or 4 bits are not saved: open the model without quantize first")
         folder, config = Path(folder), hf_config(self.config, whole=not trained_only)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_sharded(folder / "model.safetensors", self.hf_tensors(whole=not trained_only), shard_bytes)
         if trained_only:
             config["bases"] = self.bases
+        folder.mkdir(parents=True, exist_ok=True)
+        save_sharded(folder / "model.safetensors", self.hf_tensors(whole=not trained_only), shard_bytes)
         write_json(folder / "config.json", config)
 
     def hf_tensors(self, whole: bool) -> Iterator[tuple[str, Tensor]]:
         """Names of llava-hf and tensors on the CPU, one at a time; all, or the trainable parameters.
         Tensors that FSDP has sharded are gathered: then every process must iterate."""
+        rows = hf_config(self.config, whole)["text_config"]["vocab_size"]
         for name, p in self.named_parameters():
             if not whole and not p.requires_grad:
                 continue
             tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
             tensor = tensor.detach().cpu().contiguous()
             if whole and name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
-                tensor = add_token_rows(tensor, hf_vocab_size(self.config))
+                mean = tensor.float().mean(0).to(tensor.dtype)            # of <image> and padding: never the
+                tensor = torch.cat((tensor, mean.expand(rows - len(tensor), -1)))        # most probable token
             yield rename_key(name, TO_HF), tensor
         if whole and self.config.projector == "linear":      # llava-hf always has a second layer
             bias = self.projector[0].bias.detach().cpu()
@@ -1046,12 +992,6 @@ def fresh_connector(config: LlavaConfig) -> dict[str, Tensor]:
                           text=replace(config.text, num_hidden_layers=0, vocab_size=1)))
     return {name: tensor for name, tensor in small.state_dict().items()
             if name.startswith(("projector.", "image_newline"))}
-
-
-def add_token_rows(embedding: Tensor, rows: int) -> Tensor:
-    """Rows for <image> and padding, [V, C] -> [rows, C]: the mean row, which is never the most probable."""
-    mean = embedding.float().mean(0).to(embedding.dtype)
-    return torch.cat((embedding, mean.expand(rows - len(embedding), -1)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1106,15 +1046,12 @@ def fetch(source: str, weights: bool = True) -> Path:
     if Path(source).is_dir():
         return Path(source)
     repo, _, revision = source.partition("@")
-    patterns = ["*.json"]
-    if weights:
-        patterns += ["model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin"]
+    download = partial(snapshot_download, repo, revision=revision or None, ignore_patterns="*/*")
+    patterns = ["model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin"]
     try:
-        for patterns in (patterns, ["pytorch_model*.bin"]):
-            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns,
-                                            ignore_patterns="*/*"))
-            if not weights or list(folder.glob("model*.safetensors")):
-                break
+        folder = Path(download(allow_patterns=["*.json", *patterns] if weights else "*.json"))
+        if weights and not list(folder.glob("model*.safetensors")):
+            download(allow_patterns="pytorch_model*.bin")
         return folder
     except (OSError, ValueError) as error:
         raise OSError(f"{source} is not a local folder and could not be downloaded: "
@@ -1134,14 +1071,18 @@ def read_json(file: Path):
         raise UserError(f"{file} is not valid JSON, or is cut off: {first_line(error)}") from None
 
 
-def read_object(file: Path, *needed: str) -> dict:
-    """A JSON object with the keys `needed`."""
-    content = read_json(file)
-    if not isinstance(content, dict):
+def require(raw: dict, file: Path, *keys: str, **supported) -> dict:
+    """Return `raw`; raise UserError unless it is a JSON object with these keys and, where it has a key
+    of `supported`, with one of the supported values."""
+    if not isinstance(raw, dict):
         raise UserError(f"{file} is not a JSON object")
-    if missing := [key for key in needed if key not in content]:
+    if missing := [key for key in keys if key not in raw]:
         raise UserError(f"{file} has no {', '.join(missing)}")
-    return content
+    for key, values in supported.items():
+        if raw.get(key, values[0]) not in values:
+            wanted = " or ".join(map(repr, values))
+            raise UserError(f"{file}: {key} is {raw[key]!r}; only {wanted} is supported")
+    return raw
 
 
 def write_json(file: Path, content) -> None:
@@ -1199,40 +1140,40 @@ def weight_files(folder: Path) -> list[Path]:
                                "non_lora_trainables.bin") if (folder / name).exists()]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{whole}.index.json").exists():
-            shards = sorted(set(read_object(index, "weight_map")["weight_map"].values()))
-            if outside := [shard for shard in shards if Path(shard).name != shard]:
-                raise UserError(f"{index} names {outside[0]}, which is not a file of the same folder")
-            return [folder / name for name in (*names, *shards)]
+            require(content := read_json(index), index, "weight_map")
+            names += sorted(set(content["weight_map"].values()))
+            break
         if (folder / whole).exists():
-            return [folder / name for name in (*names, whole)]
+            names.append(whole)
+            break
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{folder}: its index names {outside[0]}, which is not a file of the same folder")
     return [folder / name for name in names]
 
 
-def open_checkpoint(source: str, weights: bool = True, bases=()
-                    ) -> tuple[dict, dict[str, StoredTensor], str]:
-    """A folder or hub id as fields of LlavaConfig, tensors by the names here, and its exact name.
-
-    A checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names
-    its bases in its configs: they are opened first, and it is laid over them. `bases` replaces the
-    bases that a run folder names, for when they have moved.
-    """
+def open_checkpoint(source: str, weights: bool = True, bases=()) -> tuple[dict, dict[str, StoredTensor], str]:
+    """A folder or hub id as fields of LlavaConfig, tensors by the names here, and its exact name. A
+    checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
+    bases in its configs: they are opened first, and it is laid over them. `bases` replaces the bases that
+    a run folder names, for when they have moved."""
     folder = fetch(source, weights)
     name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
-    raw, adapter, own = read_object(folder / "config.json"), {}, {}
+    own, adapter, file = {}, {}, folder / "adapter_config.json"
+    require(raw := read_json(folder / "config.json"), folder / "config.json")
     if list(folder.glob("adapter_*")):
-        adapter = read_object(folder / "adapter_config.json", "r", "lora_alpha", "base_model_name_or_path")
-        require(adapter, folder / "adapter_config.json", use_rslora=(False,), use_dora=(False,))
+        require(adapter := read_json(file), file, "r", "lora_alpha", "base_model_name_or_path",
+                use_rslora=(False,), use_dora=(False,))
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
             own[rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)] = tensor
-    own.pop(None, None)
+    own.pop(None, None)                      # tensors that LLaVA does not need
     parts, stored = {}, {}
     for base, needed in name_bases(folder, raw, adapter, own, weights, list(bases)).items():
         try:
             more, tensors, _ = open_checkpoint(base, needed)
         except OSError as error:
-            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
-                          "its new place with --base, once for each base in config.json") from None
+            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): "
+                          "give the new place of every base in config.json with --base") from None
         parts, stored = parts | more, stored | tensors
     parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
@@ -1249,7 +1190,7 @@ def open_checkpoint(source: str, weights: bool = True, bases=()
     if embedding and raw.get("text_config", raw).get("tie_word_embeddings", False):
         stored.setdefault("language_model.lm_head.weight", StoredTensor(embedding.tensor.clone()))
     if parts.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
-        stored = {n: t for n, t in stored.items() if not n.startswith("projector.2.")}
+        stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return parts, stored, name
 
 
@@ -1262,22 +1203,24 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
                         f"{len(moved)}: name each once, in this order")
     bases = dict.fromkeys(moved or named, weights)
     if "mm_vision_tower" in raw:             # liuhaotian: 1.6 contains its tower, 1.5 does not
-        stems = {".".join(n.split(".")[:2]) for n in own if "lora_" not in n}
-        bases[raw["mm_vision_tower"]] = weights and "vision_tower.layers" not in stems
-        if weights and "language_model.layers" not in stems:
-            language = adapter.get("base_model_name_or_path") or raw.get("_name_or_path")
-            if language is None:
-                raise UserError(f"{folder} has no language model, and its config.json has no _name_or_path")
-            bases[language] = True
+        complete = [part for part in ("vision_tower", "language_model")
+                    if any(key.startswith(f"{part}.layers") and "lora_" not in key for key in own)]
+        bases[raw["mm_vision_tower"]] = weights and "vision_tower" not in complete
+        if weights and "language_model" not in complete:
+            if not adapter:
+                require(raw, folder / "config.json", "_name_or_path")
+            bases[adapter.get("base_model_name_or_path") or raw["_name_or_path"]] = True
     return bases
 
 
 def check_tensors(expected, fresh, stored: dict[str, StoredTensor], where: str) -> None:
     """Raise one UserError that lists all tensors that are missing, unexpected or of the wrong shape."""
     wrong = [f"{n} is missing" for n in expected if n not in stored and n not in fresh]
-    wrong += [f"{n} is not part of the model" for n in stored if n not in expected]
-    wrong += [f"{n} is {list(t.tensor.shape)} instead of {list(expected[n].shape)}"
-              for n, t in stored.items() if n in expected and t.tensor.shape != expected[n].shape]
+    for n, t in stored.items():
+        if n not in expected:
+            wrong.append(f"{n} is not part of the model")
+        elif t.tensor.shape != expected[n].shape:
+            wrong.append(f"{n} is {list(t.tensor.shape)} instead of {list(expected[n].shape)}")
     if wrong:
         raise UserError(f"{where} does not contain the model that its config describes: {'; '.join(wrong)}")
 
@@ -1285,6 +1228,8 @@ def check_tensors(expected, fresh, stored: dict[str, StoredTensor], where: str) 
 def read_config(raw: dict, file: Path) -> dict:
     """The fields of LlavaConfig that a publisher's config.json determines."""
     kind = raw.get("model_type", "")
+    if kind in ("clip", "clip_vision_model"):
+        return {"vision": parse_config("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     if "text_config" in raw and kind in ("llava", "llava_next"):
         found = read_hf_config(raw, file)
     elif "mm_vision_tower" in raw:
@@ -1292,26 +1237,22 @@ def read_config(raw: dict, file: Path) -> dict:
     elif kind in TEMPLATES:
         text = parse_config(kind, raw, file, nested=False)
         found = {"text": text, "image_token_id": text.vocab_size}
-    elif kind in ("clip", "clip_vision_model"):
-        return {"vision": parse_config("clip", raw.get("vision_config", raw), file, nested=kind == "clip")}
     else:
         raise UserError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
-    found = {"template": TEMPLATES[found["text"].model_type]} | found | raw.get("llava.py", {})
-    return found | {"grids": tuple(map(tuple, found.get("grids", ())))}
+    found = {"template": TEMPLATES[found["text"].model_type], "grids": ()} | found | raw.get("llava.py", {})
+    return found | {"grids": tuple(map(tuple, found["grids"]))}
 
 
 def read_hf_config(raw: dict, file: Path) -> dict:
-    ours = "llava.py" in raw
-    require(raw, file, vision_feature_select_strategy=("default",), vision_feature_layer=(-2, -1),
-            projector_hidden_act=("gelu", "linear") if ours else ("gelu",))
-    if "vision_config" not in raw:
-        raise UserError(f"{file} has no vision_config")
-    anyres, text = raw["model_type"] == "llava_next", raw["text_config"]
+    require(raw, file, "vision_config", vision_feature_select_strategy=("default",),
+            vision_feature_layer=(-2, -1),
+            projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
+    text = raw["text_config"]
     return {"text": parse_config(text.get("model_type", "llama"), text, file, nested=True),
             "vision": parse_config("clip", raw["vision_config"], file, nested=True),
             "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
-            "vision_feature_layer": raw.get("vision_feature_layer", -2),
-            "image_mode": "anyres" if anyres else "crop", "hf_preprocessing": True,
+            "vision_feature_layer": raw.get("vision_feature_layer", -2), "hf_preprocessing": True,
+            "image_mode": "anyres" if raw["model_type"] == "llava_next" else "crop",
             "grids": [(w, h) for h, w in raw.get("image_grid_pinpoints") or ()]}
 
 
@@ -1330,69 +1271,42 @@ def read_liuhaotian_config(raw: dict, file: Path) -> dict:
             "grids": json.loads(str(raw.get("image_grid_pinpoints") or []))}
 
 
-def require(raw: dict, file: Path, **supported) -> None:
-    """Raise UserError unless each key, if present, has one of the supported values."""
-    for key, values in supported.items():
-        if raw.get(key, values[0]) not in values:
-            wanted = " or ".join(map(repr, values))
-            raise UserError(f"{file}: {key} is {raw[key]!r}; only {wanted} is supported")
-
-
 def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
     """The dataclass of a config.json; only a nested config may leave out sizes, as in transformers."""
     if kind not in HF_DEFAULTS:
         raise UserError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    raw = raw | scaling
+    raw, default = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {}), HF_DEFAULTS[kind]
     require(raw, file, rope_type=("default",), type=("default",),
             hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
-    default = HF_DEFAULTS[kind]
-    found = {k: v for k, v in raw.items() if v is not None or k == "sliding_window"}
+    found = {f.name: raw[f.name] for f in fields(default) if f.name in raw and f.name != "model_type"
+             and (raw[f.name] is not None or f.name == "sliding_window")}
     if not nested:
-        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [name for name in needed if name not in found]:
-            raise UserError(f"{file} has no {', '.join(missing)}")
-    if kind == "llama" and "num_attention_heads" in found:
-        found = {"num_key_value_heads": found["num_attention_heads"]} | found
-    found = {f.name: found[f.name] for f in fields(default) if f.name in found and f.name != "model_type"}
-    check_numbers(default, found, file)
-    config = replace(default, **found)
-    heads = config.num_attention_heads
-    if kind != "clip" and "head_dim" not in found:
-        config = replace(config, head_dim=config.hidden_size // heads)
-    whole, part = (("hidden_size", "num_attention_heads") if kind == "clip" else
-                   ("num_attention_heads", "num_key_value_heads"))
-    if getattr(config, whole) % getattr(config, part):
-        raise UserError(f"{file}: {whole} {getattr(config, whole)} is not a multiple of {part} "
-                        f"{getattr(config, part)}")
-    return config
-
-
-def check_numbers(default: TextConfig | VisionConfig, found: dict, file: Path) -> None:
-    """Raise UserError for a field of another type than its default, or a size that is not positive."""
+        require(found, file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, value in found.items():
         usual = getattr(default, name)
-        if name == "sliding_window" and value is None:
+        if value is None:
             continue
-        kinds = (int, float) if isinstance(usual, float) else int
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-            what = "a positive number" if isinstance(usual, float) else "a positive whole number"
-            raise UserError(f"{file}: {name} is {value!r}; it must be {what}")
-
-
-def hf_vocab_size(config: LlavaConfig) -> int:
-    """llava-hf's vocabulary, which has rows for <image> and padding, in multiples of 64."""
-    if config.image_token_id < config.text.vocab_size:
-        return config.text.vocab_size
-    return math.ceil((config.image_token_id + 2) / 64) * 64
+        kinds, what = ((int, float), "number") if isinstance(usual, float) else ((int,), "whole number")
+        if type(value) not in kinds or not 0 < value < math.inf:
+            raise UserError(f"{file}: {name} is {value!r}; it must be a positive {what}")
+    heads = found.get("num_attention_heads", default.num_attention_heads)
+    whole, part = "hidden_size", "num_attention_heads"
+    if kind != "clip":
+        found.setdefault("head_dim", found.get("hidden_size", default.hidden_size) // heads)
+        whole, part = "num_attention_heads", "num_key_value_heads"
+    if kind == "llama":
+        found.setdefault("num_key_value_heads", heads)
+    config = replace(default, **found)
+    if getattr(config, whole) % getattr(config, part):
+        raise UserError(f"{file}: {whole} is not a multiple of {part}")
+    return config
 
 
 def hf_config(config: LlavaConfig, whole: bool) -> dict:
     """config.json as llava-hf writes it, for transformers 4 and 5, and the EXTRA_FIELDS."""
-    anyres = config.image_mode == "anyres"
-    text = asdict(config.text)
-    if whole:
-        text["vocab_size"] = hf_vocab_size(config)
+    anyres, text = config.image_mode == "anyres", asdict(config.text)
+    if whole and config.image_token_id >= config.text.vocab_size:         # rows for <image> and padding
+        text["vocab_size"] = math.ceil((config.image_token_id + 2) / 64) * 64
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
              "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
     return {
@@ -1411,16 +1325,15 @@ def hf_config(config: LlavaConfig, whole: bool) -> dict:
 def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write named tensors to model.safetensors; if they exceed shard_bytes, to
     model-00001-of-0000N.safetensors and so on, with model.safetensors.index.json, as the hub does.
-
-    Tensors are taken one at a time, so host memory holds one shard more than the model itself. All
-    files get their names only when the last shard is written.
-    """
+    Tensors are taken one at a time, so host memory holds one shard more than the model itself. All files
+    get their names only when the last shard is written."""
     parts, shard, size, weight_map, total = [], {}, 0, {}, 0
+    index = file.with_name(f"{file.name}.index.json")
 
     def write_part() -> None:
         parts.append(file.with_name(f".{file.stem}.{len(parts) + 1}.part"))
         save_file(shard, parts[-1], metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, len(parts)))
+        weight_map.update(dict.fromkeys(shard, len(parts) - 1))
         shard.clear()
 
     try:
@@ -1432,13 +1345,13 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
         write_part()
         if len(parts) == 1:
             os.replace(parts[0], file)
-            file.with_name(f"{file.name}.index.json").unlink(missing_ok=True)            # of earlier shards
+            index.unlink(missing_ok=True)    # of earlier shards
             return
-        names = [f"{file.stem}-{i:05}-of-{len(parts):05}{file.suffix}" for i in range(1, len(parts) + 1)]
+        names = [f"{file.stem}-{i + 1:05}-of-{len(parts):05}{file.suffix}" for i in range(len(parts))]
         for part, name in zip(parts, names):
             os.replace(part, file.with_name(name))
-        write_json(file.with_name(f"{file.name}.index.json"), {
-            "metadata": {"total_size": total}, "weight_map": {k: names[i - 1] for k, i in weight_map.items()}})
+        weight_map = {key: names[i] for key, i in weight_map.items()}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -1504,27 +1417,25 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
     pieces of their own. As in LLaVA, a single <image> moves to the front of its message."""
     pieces = []
     for i, message in enumerate(messages):
-        text, answers = message["content"], i % 2 == 1
-        if message["role"] != ("assistant" if answers else "user"):
-            raise UserError(f"message {i + 1} has the role {message['role']}: user and assistant must alternate")
-        if not answers and text.count("<image>") == 1:
+        text, role = message["content"], ("user", "assistant")[i % 2]
+        if message["role"] != role:
+            raise UserError(f"message {i + 1} must be of the {role}: user and assistant alternate")
+        if role == "assistant":
+            pieces.append((text + {"plain": "\n", "mistral_instruct": " ", "v1": ""}[template], True))
+            if template != "plain":
+                pieces.append(("</s>", True))
+            continue
+        if text.count("<image>") == 1:
             text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-        if template == "plain" and answers:  # stage 1: the image and its caption, no question
-            pieces.append((text + "\n", True))
-        elif template == "plain":
-            pieces += [("<image>", False)] * text.count("<image>")
-        elif answers:
-            pieces += [(text + " " if template == "mistral_instruct" else text, True), ("</s>", True)]
+        if template == "plain":              # stage 1: the image and its caption, no question
+            text = "<image>" * text.count("<image>")
         elif template == "mistral_instruct":
-            pieces += split_images(f"[INST] {text} [/INST]")
+            text = f"[INST] {text} [/INST]"
         else:
             system = f"{SYSTEM} " if i == 0 else ""
-            pieces += split_images(f"{system}USER: {text} ASSISTANT:")
+            text = f"{system}USER: {text} ASSISTANT:"
+        pieces += [(piece, False) for piece in re.split("(<image>)", text)]
     return pieces
-
-
-def split_images(text: str) -> list[tuple[str, bool]]:
-    return [(piece, False) for piece in re.split("(<image>)", text)]
 
 
 class Processor:
@@ -1542,17 +1453,19 @@ class Processor:
     @classmethod
     def from_pretrained(cls, path_or_repo_id, config: LlavaConfig | None = None) -> Processor:
         """The tokenizer of a folder or hub id; `config` is that of the model that it serves."""
-        folder = fetch(str(path_or_repo_id), weights=False)
-        config = config or LlavaConfig(**open_checkpoint(str(path_or_repo_id), weights=False)[0])
-        if not (folder / "tokenizer.json").exists():
+        folder, settings = fetch(str(path_or_repo_id), weights=False), {}
+        file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        if config is None:
+            config = LlavaConfig(**open_checkpoint(str(path_or_repo_id), weights=False)[0])
+        if not file.exists():
             raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has one, such as "
                           "--tokenizer llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
-        settings = folder / "tokenizer_config.json"
-        legacy = read_json(settings).get("legacy") is not False if settings.exists() else True
+        if settings_file.exists():
+            settings = read_json(settings_file)
         try:
-            return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), config, legacy)
+            return cls(file.read_text(encoding="utf-8"), config, settings.get("legacy") is not False)
         except Exception as error:           # tokenizers raises nothing more specific
-            raise UserError(f"{folder / 'tokenizer.json'} does not work: {first_line(error)}") from None
+            raise UserError(f"{file} does not work: {first_line(error)}") from None
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Token ids of a text; SentencePiece puts a space before the first word."""
@@ -1599,31 +1512,25 @@ class Processor:
 
     def save_pretrained(self, folder) -> None:
         """The tokenizer, with <image> and <pad>, and the files that transformers' processors need."""
-        S, kind = self.config.vision.image_size, "Llava"
-        if self.config.image_mode == "anyres":
-            kind = "LlavaNext"
+        S, mode = self.config.vision.image_size, self.config.image_mode
+        kind = "LlavaNext" if mode == "anyres" else "Llava"
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.add_special_tokens(["<image>", "<pad>"])
-        files = {
-            "tokenizer.json": json.loads(tokenizer.to_str()),
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>",
-                "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-            "preprocessor_config.json": {
-                "image_processor_type": f"{kind}ImageProcessor", "size": {"shortest_edge": S},
-                "crop_size": {"height": S, "width": S}, "do_pad": self.config.image_mode != "crop",
-                "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
-                "image_grid_pinpoints": [(h, w) for w, h in self.config.grids]},
-            "processor_config.json": {
-                "processor_class": f"{kind}Processor", "patch_size": self.config.vision.patch_size,
-                "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}}
-        for name, content in files.items():
-            write_json(Path(folder) / name, content)
+        write_json(Path(folder) / "tokenizer.json", json.loads(tokenizer.to_str()))
+        write_json(Path(folder) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>",
+            "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"})
+        write_json(Path(folder) / "preprocessor_config.json", {
+            "image_processor_type": f"{kind}ImageProcessor", "size": {"shortest_edge": S},
+            "crop_size": {"height": S, "width": S}, "do_pad": mode != "crop", "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD, "image_grid_pinpoints": [(h, w) for w, h in self.config.grids]})
+        write_json(Path(folder) / "processor_config.json", {
+            "processor_class": f"{kind}Processor", "patch_size": self.config.vision.patch_size,
+            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"})
 
 
 # ---------------------------------------------------------------------------------------------
 # 9. The command line
-
 
 def command_line(main) -> None:
     """Run a program; a mistake of its user ends with one sentence and exit code 1."""
@@ -1638,11 +1545,9 @@ def command_line(main) -> None:
 def number(kind: type, least: float, most: float = math.inf):
     """An argparse type: an int or float from `least` to `most`."""
     def parse(text: str) -> int | float:
-        value = kind(text)                   # argparse reports the ValueError
-        if not least <= value <= most:
-            limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text} must be {limit}")
-        return value
+        if not least <= kind(text) <= most:  # argparse reports the ValueError of kind
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return kind(text)
 
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
@@ -1650,7 +1555,7 @@ def number(kind: type, least: float, most: float = math.inf):
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every program that opens a model."""
-    add = parser.add_argument
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     add("--tokenizer", metavar="ID", help="folder or hub id with the tokenizer.json, if the model has none")
     add("--base", action="append", default=[], metavar="ID",
         help="new place of a base that a run folder names; once for each, in the order of its config.json")
@@ -1661,23 +1566,24 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help=f"tokens to keep of each tile, with --prune {', '.join(BUDGETED)}")
     add("--quantize", default="none", choices=("none", "int8", "int4"),
         help="store the linear layers of the language model in 8 or 4 bits (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--device", default=device, help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="default: bfloat16 on a GPU that supports it or with --quantize, float32 on a CPU")
 
 
-def default_dtype(device: str, quantize: str) -> str:
-    """bfloat16 with few bits and on a GPU that computes in it, float16 on older GPUs, float32 on a CPU."""
-    if quantize != "none" or device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
+def default_dtype(device: str, quantize: str = "none") -> str:
+    """bfloat16 with few bits and on a GPU that computes in it, float16 on other GPUs, float32 on a CPU."""
+    if quantize != "none":
+        return "bfloat16"
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
     return "float32" if device == "cpu" else "float16"
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
     """The model and the processor that the flags of add_model_flags name; sets args.dtype."""
-    overrides = {name: getattr(args, name) for name in ("image_mode", "prune", "template", "keep_tokens")}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
+    overrides = {name: getattr(args, name) for name in ("image_mode", "prune", "template", "keep_tokens")
+                 if getattr(args, name) is not None}
     args.dtype = args.dtype or default_dtype(args.device, args.quantize)
     model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device,
                                   quantize=args.quantize, base=args.base, **overrides)
@@ -1708,45 +1614,43 @@ def read_question() -> str:
 def print_trace(model: Llava, inputs: dict) -> None:
     """Print shape, dtype, parameters, FLOPs and time of every module, for the prompt and one decode step,
     and the attention kernels. FLOPs come from a separate pass, because counting slows the timed one."""
-    tower, decoder = model.vision_tower, model.language_model
-    parts = [tower.patch_embedding, tower.pre_layrnorm, *tower.layers, model.projector,
-             decoder.embed_tokens, *decoder.layers, decoder.norm, decoder.lm_head]
-    names = {module: name for name, module in model.named_modules() if module in parts}
+    pattern = r"projector|\w+\.(patch_embedding|pre_layrnorm|embed_tokens|layers\.\d+|norm|lm_head)"
+    names = {module: name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+    ops = torch.ops.aten
+    cpu_attention = ops._scaled_dot_product_flash_attention_for_cpu
+    packed = ops._weight_int8pack_mm, ops._weight_int4pack_mm_for_cpu, ops._weight_int4pack_mm
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        **dict.fromkeys((torch.ops.aten._weight_int8pack_mm, torch.ops.aten._weight_int4pack_mm_for_cpu,
-                         torch.ops.aten._weight_int4pack_mm),
-                        lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
-    flops, clock = [0], [0.0]                # totals at the end of each module
+        cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        **dict.fromkeys(packed, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
+    ends = []                                # when each module ends: itself, its output, total FLOPs, time
 
-    def count(*_) -> None:
-        flops.append(counter.get_total_flops())
-
-    def show(module: nn.Module, _, y: Tensor) -> None:
+    def record(module: nn.Module, _, y: Tensor) -> None:
         if y.is_cuda:
             torch.cuda.synchronize()
-        clock.append(time.perf_counter())
-        gflop, ms = (flops[len(clock) - 1] - flops[len(clock) - 2]) / 1e9, 1e3 * (clock[-1] - clock[-2])
-        count, size = count_weights(module)
-        print_row(names[module], y.shape, y.dtype, f"{count:,}", f"{gflop:.3f}", f"{ms:.2f}",
-                  f"{8 * size / max(1, count):.1f}", f"{size / 1e6:,.1f}")
+        ends.append((module, list(y.shape), y.dtype, counter.get_total_flops(), time.perf_counter()))
 
-    def print_row(module: str, shape, *cells) -> None:
+    def print_row(name: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
-        print(f"{module:33}{str(list(shape)):>20}", *cells, sep="")
+        print(f"{name:33}{str(shape):>20}", *cells, sep="")
 
-    columns = "".join(f"{name:>14}" for name in ("dtype", "parameters", "GFLOP", "ms", "bits of each", "MB"))
-    print(f"{'module':33}{'shape':>20}{columns}")
-    for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
-        print_row(f"image {width} x {height}", tiles.shape, tiles.dtype)
-    print_row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)
-    for hook, context in ((count, counter), (show, nullcontext())):
-        handles, clock[0] = [module.register_forward_hook(hook) for module in parts], time.perf_counter()
+    handles = [module.register_forward_hook(record) for module in names]
+    for context in (counter, nullcontext()):
+        ends.append((None, None, None, 0, time.perf_counter()))
         with context:
             list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
-        for handle in handles:
-            handle.remove()
+    for handle in handles:
+        handle.remove()
+    print_row("module", "shape", "dtype", "parameters", "GFLOP", "ms", "bits of each", "MB")
+    for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
+        print_row(f"image {width} x {height}", list(tiles.shape), tiles.dtype)
+    print_row("input_ids", list(inputs["input_ids"].shape), inputs["input_ids"].dtype)
+    counted, timed = ends[:len(ends) // 2], ends[len(ends) // 2:]
+    for i in range(1, len(counted)):
+        module, shape, dtype, flops, _ = counted[i]
+        gflop, ms = (flops - counted[i - 1][3]) / 1e9, 1e3 * (timed[i][4] - timed[i - 1][4])
+        weights, size = count_weights(module)
+        print_row(names[module], shape, dtype, f"{weights:,}", f"{gflop:.3f}", f"{ms:.2f}",
+                  f"{8 * size / max(1, weights):.1f}", f"{size / 1e6:,.1f}")
     kernels = {str(op) for op in counter.get_flop_counts()["Global"] if "attention" in str(op)}
     print(f"attention kernels: {', '.join(sorted(kernels)) or 'none'}\n")
 
@@ -1773,7 +1677,7 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
             kept = diverse_patches(model.projector(states[i, 1:]), N)
         else:
             variant = PRUMERGE[config.prune]
-            kept = choose_patches(attention, budget=N and N - 1, **variant)
+            kept = choose_patches(attention, budget=None if N is None else N - 1, **variant)
             merged = prumerge(attention, keys, budget=N, **variant)[:len(kept)].cpu() > 0     # [m, P]
             hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
             tint = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], tint)
@@ -1787,8 +1691,7 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Ask a LLaVA about images. Without a question, a conversation begins.")
+    parser = argparse.ArgumentParser(description="Ask a LLaVA about images, or have a conversation.")
     add = parser.add_argument
     add("prompt", nargs="?", help="the question; without one a conversation begins, which an empty line ends")
     add("--model", required=True, metavar="ID",
@@ -1801,9 +1704,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=number(float, 1e-9, 1), default=1.0, metavar="P",
         help="sample from the most probable tokens that together have probability P (default: 1)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--trace", action="store_true",
-        help="first print shape, parameters, FLOPs and time of every module")
-    add("--show-kept", metavar="FILE", help="save an image of the patches that --prune keeps of the first image")
+    add("--trace", action="store_true", help="first print shape, FLOPs and time of every module")
+    add("--show-kept", metavar="FILE", help="save an image of what --prune keeps of the first image")
     add("--save", type=Path, metavar="DIR",
         help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop")
     add_model_flags(parser)

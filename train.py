@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from eval import language_flops, peak_memory, projector_flops, vision_flops
 from llava import (IGNORE, FROM_PUBLISHED, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, TextConfig,
-                   UserError, atomic_write, command_line, choose_grid, count_image_tokens, default_dtype,
+                   UserError, atomic_write, command_line, count_image_tokens, count_tiles, default_dtype,
                    first_line, hf_config, number, open_checkpoint, open_file, open_image, read_json,
                    rename_key, save_sharded, write_json)
 
@@ -395,12 +395,6 @@ def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: i
     order = [i for pool in pools for i in sorted(pool, key=lambda i: -lengths[i])]
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-
-def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
-    if config.image_mode != "anyres":
-        return 1
-    return 1 + math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
 
 
 def put_largest_first(samples: Samples, batches: list[list[int]], args: argparse.Namespace) -> None:
