@@ -19,6 +19,7 @@ the real image show that the model uses it.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import csv
 import json
@@ -48,7 +49,7 @@ from tqdm import tqdm
 from eval import (SHORT_SUFFIX, answer, generate_answers, print_table, question, read_scienceqa, score,
                   to_record)
 from llava import (TO_HF, IGNORE, SYSTEM, TEMPLATES, LanguageModel, Llava, LlavaConfig, Processor,
-                   TextConfig, VisionConfig, VisionTower, normalize, rename_key, write_json)
+                   TextConfig, VisionConfig, VisionTower, normalize, read_json, rename_key, write_json)
 
 VISION = VisionConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=4,
                       num_attention_heads=4, image_size=64, patch_size=16)
@@ -120,9 +121,9 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 MAP = "On a map north is up and east is right."
 
 
-def problem(subject, topic, skill, grade, generate_answers, choices, right, solution, lecture="", hint="") -> dict:
+def problem(subject, topic, skill, grade, asked, choices, right, solution, lecture="", hint="") -> dict:
     choices = list(choices)
-    return {"question": generate_answers, "choices": choices, "answer": choices.index(right), "hint": hint,
+    return {"question": asked, "choices": choices, "answer": choices.index(right), "hint": hint,
             "image": None, "task": "closed choice", "grade": f"grade{grade}",
             "subject": f"{subject} science", "topic": topic, "category": skill.split()[0].capitalize(),
             "skill": skill, "lecture": lecture, "solution": solution}
@@ -392,10 +393,10 @@ def write_random(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_clip(folder: Path, patch_size: int = 16, steps: int = 700, size: int = 6000,
-               batch: int = 96) -> None:
+def write_clip(folder: Path, patch_size: int = 16, steps: int = 700, size: int = 6000, batch: int = 96,
+               seed: int = 0) -> None:
     """A vision tower trained with CLIP's loss: which caption of the batch belongs to which image?"""
-    torch.manual_seed(3)
+    torch.manual_seed(3 + 10 * seed)
     rng, words = random.Random(3), [*COUNTS, *COLORS, *SHAPES, *PLACES]
     scenes = [make_scene(rng) for _ in range(size)]
     pixels = torch.stack([torch.from_numpy(np.array(draw(s, rng))).permute(2, 0, 1) for s in scenes])
@@ -425,10 +426,10 @@ def write_clip(folder: Path, patch_size: int = 16, steps: int = 700, size: int =
 
 
 def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int = 450,
-                   batch: int = 32) -> None:
+                   batch: int = 32, seed: int = 0) -> None:
     """A decoder trained on descriptions of scenes, captions, questions and their answers."""
-    torch.manual_seed(4)
-    rng, text = random.Random(4), TextConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
+    torch.manual_seed(4 + 10 * seed)
+    rng, text = random.Random(4 + 10 * seed), TextConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
     processor = Processor(tokenizer.to_str(), LlavaConfig(
         text=text, image_token_id=text.vocab_size, template=TEMPLATES[text.model_type]))
     model = LanguageModel(text)
@@ -494,9 +495,9 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
 
 
 def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama", "benchmarks"),
-          patch_size: int = 16) -> None:
+          patch_size: int = 16, seed: int = 0) -> None:
     """Build the parts that are missing; each appears complete or not at all. With patch_size 8 the vision
-    tower has 64 patches instead of 16."""
+    tower has 64 patches instead of 16; `seed` is for the models."""
     torch.set_num_threads(1)                 # the matrices are too small for a second thread
     tokenizer = make_tokenizer()
     write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco,
@@ -508,7 +509,8 @@ def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral
         unfinished = folder / f"unfinished-{part}"
         shutil.rmtree(unfinished, ignore_errors=True)
         if not (folder / part).exists():
-            write[part](unfinished)
+            options = {"seed": seed} if part in ("clip", "mistral", "llama") else {}
+            write[part](unfinished, **options)
             unfinished.rename(folder / part)
 
 
@@ -517,9 +519,16 @@ def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral
 
 
 def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
-    """Train both stages, then answer the test questions, with each image and with it replaced by white."""
+    """The toy run, and whether its losses and accuracies lie within tests/reference.json."""
+    run_toy(run_stage, parse, data, runs)
+    print(check_run(runs)[1])
+
+
+def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
+    """Train both stages, then answer the test questions, with each image and with it replaced by white.
+    `seed` pretrains other toy models; the records and their order stay the same."""
     began = time.perf_counter()
-    build(data, ("scienceqa", "pretrain", "clip", "mistral"))
+    build(data, ("scienceqa", "pretrain", "clip", "mistral"), seed)
     shutil.rmtree(runs, ignore_errors=True)
     for split in ("train", "val"):
         write_json(runs / f"{split}.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", split)])
@@ -566,7 +575,93 @@ def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 26
     image.save(file)
 
 
+# ---------------------------------------------------------------------------------------------
+# The reference: losses and accuracies that `python train.py` reproduces on every machine
+
+REFERENCE = Path(__file__).with_name("reference.json")
+COMPARED_STEPS = 50
+
+
+def read_run(runs: Path) -> dict[str, list[float]]:
+    """The first losses of both stages and the accuracies in percent of a toy run."""
+    found = {}
+    for stage in ("stage1", "stage2"):
+        lines = (runs / stage / "log.jsonl").read_text().splitlines()[:COMPARED_STEPS]
+        found[f"{stage} loss"] = [json.loads(line)["loss"] for line in lines]
+    result = read_json(runs / "result.json")
+    return found | {name: [result[name]] for name in ("IMG", "IMG_blank", "Avg")}
+
+
+def make_reference(runs: list[dict[str, list[float]]]) -> dict:
+    """The values of the first run, and as tolerance twice the largest distance of any other run from it;
+    for losses the largest within three steps before and after, for accuracies at least 5 points."""
+    reference = {}
+    for name, values in runs[0].items():
+        distances = [max(abs(run[name][i] - value) for run in runs[1:]) for i, value in enumerate(values)]
+        tolerance = [2 * max(distances[max(0, i - 3):i + 4]) for i in range(len(values))]
+        if not name.endswith("loss"):
+            tolerance = [max(5.0, tolerance[0])]
+        reference[name] = {"values": [round(value, 4) for value in values],
+                           "tolerance": [round(value, 4) for value in tolerance]}
+    return reference
+
+
+def deviations(run: dict[str, list[float]], reference: dict) -> list[str]:
+    """The first value of each curve that is missing or outside its tolerance."""
+    found = []
+    for name, expected in reference.items():
+        for i, (value, tolerance) in enumerate(zip(expected["values"], expected["tolerance"])):
+            step = f" of step {i + 1}" if len(expected["values"]) > 1 else ""
+            if i >= len(run[name]):
+                found.append(f"{name}{step} is missing")
+                break
+            if not abs(run[name][i] - value) <= tolerance:   # also true for nan
+                found.append(f"{name}{step} is {run[name][i]:.4g} instead of {value:.4g} ± {tolerance:.2g}")
+                break
+    return found
+
+
+def check_run(runs: Path, file: Path = REFERENCE) -> tuple[bool, str]:
+    """Whether a toy run lies within the tolerances of reference.json, and the sentence that says so."""
+    content = read_json(file)
+    if wrong := deviations(read_run(runs), content["curves"]):
+        return False, f"outside of tests/{file.name}: {'; '.join(wrong)}"
+    return True, (f"within tests/{file.name}: the first {COMPARED_STEPS} losses of both stages and the "
+                  f"accuracies, with tolerances from {content['seeds']} seeds")
+
+
+def record_reference(seeds: int) -> None:
+    """Run `python train.py` once for each seed of the pretrained toy models, which on another machine are
+    different, too, and write reference.json. Finished runs in runs/reference are not repeated."""
+    from train import parse, run_stage
+    folders = [Path("runs/reference", str(seed)) for seed in range(seeds)]
+    for seed, runs in enumerate(folders):
+        if not (runs / "result.json").exists():
+            run_toy(run_stage, parse, Path("data/reference", str(seed)), runs, seed)
+    write_json(REFERENCE, {
+        "made by": f"python tests/toy.py --reference {seeds}", "torch": torch.__version__, "seeds": seeds,
+        "curves": make_reference([read_run(runs) for runs in folders])})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path, nargs="?", default=Path("data/toy"), help="to build (default: %(default)s)")
+    add("--check", type=Path, metavar="RUNS", help="compare a finished `python train.py` with reference.json")
+    add("--reference", type=int, metavar="SEEDS", help="write reference.json from that many runs")
+    add("--teacher", type=int, metavar="PORT", help="serve the toy teacher of prune.py --generate")
+    args = parser.parse_args()
+    if args.teacher is not None:
+        return Teacher(args.teacher).serve_forever()
+    if args.check:
+        within, sentence = check_run(args.check)
+        print(sentence)
+        sys.exit(0 if within else 1)
+    if args.reference:
+        return record_reference(args.reference)
+    build(args.folder)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--teacher"]:       # python tests/toy.py --teacher 8000
-        Teacher(int(sys.argv[2])).serve_forever()
-    build(Path(sys.argv[1] if len(sys.argv) > 1 else "data/toy"))
+    main()
