@@ -35,7 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from llava import (Llava, LlavaConfig, Processor, TextConfig, VisionConfig, add_model_flags, choose_grid,
-                   command_line, count_image_tokens, open_checkpoint, open_image, load_model, read_json, UserError)
+                   command_line, count_image_tokens, open_checkpoint, open_image, load_model, number, read_object,
+                   UserError)
 
 LETTERS = "ABCDE"
 COLUMNS = {                                  # the official table; TXT and IMG overlap
@@ -58,15 +59,35 @@ COLUMNS = {                                  # the official table; TXT and IMG o
 def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None = None) -> list[dict]:
     """The problems of a split in published order, each with its "id" and, in "file", its picture."""
     folder = Path(folder)
-    problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
+    problems, splits = read_object(folder / "problems.json"), read_object(folder / "pid_splits.json")
+    if not isinstance(splits.get(split, []), list):
+        raise UserError(f"{folder / 'pid_splits.json'}: split {split!r} is not a list of question ids")
     if split not in splits:
         raise UserError(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}")
-    if unknown := [i for i in splits[split] if i not in problems]:
+    if unknown := [i for i in splits[split] if str(i) != i or i not in problems]:
         raise UserError(f"{folder / 'problems.json'} lacks question {unknown[0]} of split {split!r}")
+    for i in splits[split]:
+        check_problem(problems[i], f"{folder / 'problems.json'}, question {i}")
     chosen_ones = [problems[i] | {"id": i} for i in splits[split]]
     for p in chosen_ones:
         p["file"] = folder / "images" / p["split"] / p["id"] / p["image"] if p["image"] else None
     return [p for p in chosen_ones if pictures == "any" or bool(p["image"]) == (pictures == "only")][:limit]
+
+
+def check_problem(problem, where: str) -> None:
+    """Raise UserError unless a problem has the fields of ScienceQA, and its image lies in the folder."""
+    kinds = {"question": str, "choices": list, "answer": int, "hint": str, "image": str | None, "split": str,
+             "grade": str, "subject": str}
+    for name, kind in kinds.items():
+        if not isinstance(problem, dict) or not isinstance(problem.get(name, ...), kind):
+            raise UserError(f"{where}: {name} is missing or of the wrong type")
+    if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
+        raise UserError(f"{where}: answer {problem['answer']} is not one of at most {len(LETTERS)} choices")
+    if not re.fullmatch(r"grade\d+", problem["grade"]):
+        raise UserError(f"{where}: grade {problem['grade']!r} is not grade1 to grade12")
+    for name in (problem["split"], problem["image"] or "image.png"):
+        if Path(name).name != name:
+            raise UserError(f"{where}: {name!r} is not the name of a split or of an image in its folder")
 
 
 def question(problem: dict) -> str:
@@ -158,7 +179,7 @@ def read_entries(file: Path, content: bytes) -> list[dict]:
         try:
             entry = json.loads(line)
             entry = entry | {"question_id": str(entry["question_id"]), "text": "" + entry["text"]}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{file}, line {number}: not {{"question_id": ..., "text": ...}}') from None
         if entry["question_id"] in entries:
             raise UserError(f"{file}, line {number}: question {entry['question_id']} was answered before")
@@ -470,7 +491,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     who.add_argument("--model", metavar="ID", help="folder, run or hub id of the LLaVA to ask")
     who.add_argument("--predictions", metavar="FILE", help="answers to score, as --out writes them")
     who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="answers to score side by side")
-    add("--cost", nargs="?", type=int, const=30, metavar="N",
+    add("--cost", nargs="?", type=number(int, 1), const=30, metavar="N",
         help="size, FLOPs and memory for a picture and N tokens (%(const)s): of --model, or as published")
     add("--answer", default="generate", choices=("generate", "options"),
         help="let it write, or take the likeliest option (default: %(default)s)")
@@ -478,9 +499,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="questions with or without pictures (default: %(default)s)")
     add("--blank", action="store_true", help="hide every picture: what is right then is guessed")
     add("--out", type=Path, metavar="FILE", help="keep the answers, one JSON line each, and go on from those")
-    add("--batch-size", type=int, default=16, metavar="N", help="questions at once (%(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N questions")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
+    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
+    add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
+    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="default: %(default)s")
     add_model_flags(parser)
     args = parser.parse_args(argv)
     if args.cost is None and not (args.scienceqa and (args.model or args.predictions or args.compare)):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from eval import (answer, collate, fingerprint, grade, interval, question, read_answers, read_scienceqa,
                   to_record)
 from llava import (IGNORE, TEMPLATES, Llava, Processor, add_model_flags, command_line, farthest_points, open_image,
-                   load_model, read_json, atomic_write, write_json, UserError)
+                   load_model, number, read_json, read_object, atomic_write, write_json, UserError)
 
 WITH_PICTURE = 0.85                          # guided: at least this share, while there are pictures
 POINTS = re.compile(r"\b(picture|image|photo|map|diagram|graph|table|figure)s?\b|"
@@ -120,8 +120,10 @@ def difficulty_signs(problems: list[dict], args) -> dict[str, np.ndarray]:
              "numbers in the solution": [len(re.findall(r"\d+", p["solution"])) for p in problems],
              "grade": [int(p["grade"].removeprefix("grade")) for p in problems]}
     if args.captions:                        # {id: text}, or ScienceQA's own {"captions": {id: text}}
-        texts = read_json(args.captions)
+        texts = read_object(args.captions)
         texts = texts.get("captions", texts)
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise UserError(f"{args.captions} does not give a text for each question id")
         signs["words in the picture"] = [len(texts.get(p["id"], "").split()) for p in problems]
     if args.method == "guided" and args.model:
         signs["loss"] = measure(problems, args, "loss")[:, 0]
@@ -499,7 +501,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", metavar="ID", help="maxmin: the LLaVA to read states of; guided: whose loss counts, too")
     add("--layer", type=int, default=-1, metavar="L", help="maxmin: 0 the embeddings, -1 the end (default)")
     add("--pooling", default="last", choices=("last", "mean"), help="maxmin: the prompt's last token or mean")
-    add("--batch-size", type=int, default=16, metavar="N", help="questions at once (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (default: %(default)s)")
     add("--cache", type=Path, metavar="DIR", help="for states and losses (default: beside --out)")
     add("--picture", type=Path, metavar="FILE", help="draw the report")
     add("--pretrain", type=Path, metavar="FILE", help="study: captions; pictures in a folder of that name")
@@ -512,6 +514,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.scienceqa or args.report):
         parser.error("--scienceqa is needed")
+    if args.picture and args.picture.suffix not in Image.registered_extensions():
+        parser.error("--picture needs the name of an image file, such as report.png")
     if (args.method or args.from_list) and not args.out:
         parser.error("--out is needed")
     if args.study and not (args.pretrain and args.vision and args.language):

@@ -282,6 +282,7 @@ def read_record(record: dict, folder: Path) -> dict:
         speaker, role = ("gpt", "assistant") if i % 2 else ("human", "user")
         if turn["from"] != speaker:
             raise UserError(f"turn {i + 1} is from {turn['from']!r}; it must be from {speaker!r}")
+        turn["value"].encode()               # ValueError: half of a surrogate pair
         if speaker == "gpt" and not turn["value"].strip():
             raise UserError("an answer is empty")
         messages.append({"role": role, "content": turn["value"]})
@@ -353,8 +354,11 @@ def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
         return [(0, 0)] * len(record["images"])
     sizes = []
     for file in record["images"]:
-        with Image.open(file) as image:
-            sizes.append((image.height, image.width))
+        try:
+            with Image.open(file) as image:
+                sizes.append((image.height, image.width))
+        except Image.DecompressionBombError as error:
+            raise OSError(f"{file} is not a readable image: {error}") from None
     return sizes
 
 
