@@ -116,8 +116,9 @@ class LlavaConfig:
         if self.image_mode == "anyres" and not self.grids:               # as released
             tiles, S = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), self.vision.image_size
             object.__setattr__(self, "grids", tuple((S * w, S * h) for w, h in tiles))
-        if any(side < 1 or side % self.vision.image_size for grid in self.grids for side in grid):
-            raise UserError(f"AnyRes grids {self.grids} are not made of tiles of {self.vision.image_size} pixels")
+        if self.image_mode == "anyres":
+            if any(side < 1 or side % self.vision.image_size for grid in self.grids for side in grid):
+                raise UserError(f"AnyRes grids {self.grids} do not consist of tiles of the vision tower's size")
         require(vars(self), "LlavaConfig", image_mode=("pad", "crop", "anyres"),
                 projector=("mlp2x_gelu", "linear"), template=("mistral_instruct", "v1", "plain"))
         check_token_budget(self)
