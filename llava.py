@@ -61,7 +61,6 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------------
 # 1. Configurations. Fields have the names that the published config.json files use.
 
-
 @dataclass(frozen=True)
 class VisionConfig:
     """A CLIP vision transformer; the defaults are openai/clip-vit-large-patch14-336."""
@@ -480,23 +479,15 @@ def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, sl
     return slice(y, rows - y), slice(x, columns - x)
 
 
-def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
-    """How many tiles a (height, width) image is cut into."""
-    if config.image_mode != "anyres":
-        return 1
-    width, height = choose_grid(size, config.grids)
-    return 1 + width * height // config.vision.image_size**2
-
-
 def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
     """How many tokens replace a (height, width) image; with PruMerge, which adapts, at most."""
-    if config.prune != "none":
-        return count_tiles(config, size) * max_tile_tokens(config)
-    patches = config.vision.side**2
+    tile = max_tile_tokens(config)
     if config.image_mode != "anyres":
-        return patches
+        return tile
+    if config.prune != "none":
+        return tile + tile * math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
     rows, columns = (window.stop - window.start for window in anyres_window(config, size))
-    return patches + rows * (columns + 1)
+    return tile + rows * (columns + 1)
 
 
 PRUMERGE = {                                 # arguments of prumerge
@@ -531,8 +522,8 @@ def max_tile_tokens(config: LlavaConfig) -> int:
     """The most tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
     which are at most a quarter of the patches, and adds one token for the others."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
-    if config.keep_tokens is not None:
-        return config.keep_tokens
+    if config.prune == "none" or config.keep_tokens is not None:
+        return config.keep_tokens or patches
     if "ratio" in variant:
         return len(choose_patches(torch.zeros(patches), **variant)) + 1
     return patches + 1 if "plus" in variant else max(1, patches // 4) + 1
@@ -665,8 +656,6 @@ class Llava(nn.Module):
         self.language_model = LanguageModel(config.text)
         self.bases: list[str] = []           # folders or id@revision that the weights came from
 
-    # From images and ids to embeddings
-
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
         """One [n, C] per image: the features that replace its id among the token embeddings.
 
@@ -685,12 +674,12 @@ class Llava(nn.Module):
             tiles = self.reduce_tiles(pixels, states, prune)              # N times [n, C]
         features, start = [], 0
         for i, image in enumerate(images):
-            mine = tiles[start:start + len(image)]
-            start += len(image)
+            stop = start + len(image)
             if self.config.image_mode == "anyres" and prune == "none":
-                features.append(self.arrange_tiles(mine, image_sizes[i]))
+                features.append(self.arrange_tiles(tiles[start:stop], image_sizes[i]))
             else:
-                features.append(torch.cat(list(mine)))
+                features.append(torch.cat(list(tiles[start:stop])))
+            start = stop
         return features
 
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
@@ -700,15 +689,14 @@ class Llava(nn.Module):
         attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
         for i, patches in enumerate(states[:, 1:]):                       # [P, C]
             if prune == "random":
-                tokens = self.projector(patches[random_patches(pixels[i], keep, len(patches))])
+                patches = patches[random_patches(pixels[i], keep, len(patches))]
             elif prune == "pool":
-                tokens = self.projector(pool_patches(patches, keep))
-            elif prune == "divprune":
-                projected = self.projector(patches)
-                tokens = projected[diverse_patches(projected.detach(), keep)]
-            else:
-                mix = prumerge(attention[i], keys[i], budget=keep, **PRUMERGE[prune])
-                tokens = self.projector(mix @ patches)
+                patches = pool_patches(patches, keep)
+            elif prune in PRUMERGE:
+                patches = prumerge(attention[i], keys[i], budget=keep, **PRUMERGE[prune]) @ patches
+            tokens = self.projector(patches)
+            if prune == "divprune":
+                tokens = tokens[diverse_patches(tokens.detach(), keep)]
             tiles.append(tokens)
         return tiles
 
@@ -763,8 +751,6 @@ class Llava(nn.Module):
             labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE)
         return pad_sequence(rows, batch_first=True), lengths, labels
 
-    # Training
-
     def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
         """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss.
 
@@ -783,8 +769,6 @@ class Llava(nn.Module):
         select = rows.to(x.device), columns.to(x.device)
         logits = self.language_model.lm_head(self.language_model(x, select=select))      # [n, V]
         return F.cross_entropy(logits.float(), targets)
-
-    # Generation
 
     @torch.inference_mode()
     def generate_tokens(self, input_ids, images=None, image_sizes=None, attention_mask=None,
@@ -831,8 +815,6 @@ class Llava(nn.Module):
             if all(ended):
                 break
         return answers
-
-    # Opening and saving
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
@@ -1107,7 +1089,11 @@ def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
     own.pop(None, None)
     parts, stored = {}, {}
     for base, needed in name_bases(folder, raw, adapter, own, weights, list(bases)).items():
-        more, tensors = open_base(base, needed, folder, (*parents, name))
+        try:
+            more, tensors, _ = open_checkpoint(base, needed, parents=(*parents, name))
+        except OSError as error:
+            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
+                          "its new place with --base, once for each base in config.json") from None
         parts, stored = parts | more, stored | tensors
     parts |= read_config(raw, folder / "config.json")
     for key, tensor in own.items():
@@ -1142,16 +1128,6 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
                 raise UserError(f"{folder} has no language model, and its config.json has no _name_or_path")
             bases[language] = True
     return bases
-
-
-def open_base(base: str, weights: bool, folder: Path, parents) -> tuple[dict, dict[str, StoredTensor]]:
-    try:
-        return open_checkpoint(base, weights, parents=parents)[:2]
-    except OSError as error:
-        if Path(base).exists():
-            raise
-        raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): give "
-                      "its new place with --base, once for each base in config.json") from None
 
 
 def check_tensors(expected, fresh, stored: dict[str, StoredTensor], where: str) -> None:
@@ -1575,20 +1551,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def devices() -> list[str]:
     """The devices that torch can use here."""
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if found:
-        found.append("cuda")
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    return ["cpu", *found]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found = {"cuda": len(gpus) > 0, "mps": torch.backends.mps.is_available()}
+    return ["cpu", *(name for name, there in found.items() if there), *gpus]
 
 
 def default_dtype(device: str) -> str:
     """bfloat16 on a GPU that computes in it, float16 on an older one and on MPS, float32 on a CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
-    return "float32" if kind == "cpu" else "float16"
+    return "float32" if device == "cpu" else "float16"
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
@@ -1720,18 +1692,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if args.prompt is None and len(args.image) > 1 and not is_image_name(args.image[-1]):
-        args.prompt = args.image.pop()
+    if args.prompt is None and len(args.image) > 1:
+        last = args.image[-1]                # the question, unless it is a file, perhaps a misspelt one
+        if not os.path.exists(last) and Path(last).suffix.lower() not in Image.registered_extensions():
+            args.prompt = args.image.pop()
     if args.save and (args.prompt or args.image):
         parser.error("--save writes the model and asks nothing: leave out the question and --image")
     if args.show_kept and not (args.image and Path(args.show_kept).suffix in Image.registered_extensions()):
         parser.error("--show-kept needs an --image, and as its own value an image file such as kept.png")
     return args
-
-
-def is_image_name(text: str) -> bool:
-    """Whether an argument after --image is a file, perhaps a misspelt one, and not the question."""
-    return os.path.exists(text) or Path(text).suffix.lower() in Image.registered_extensions()
 
 
 def save_whole(args: argparse.Namespace) -> None:
@@ -1742,8 +1711,7 @@ def save_whole(args: argparse.Namespace) -> None:
     model = Llava.from_pretrained(args.model, dtype=dtype, base=args.base)
     model.save_pretrained(args.save)
     Processor.from_pretrained(args.tokenizer or args.model, model.config).save_pretrained(args.save)
-    print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers and for "
-          "--model here")
+    print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers")
 
 
 def main() -> None:
