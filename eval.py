@@ -67,27 +67,28 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
     if unknown := [i for i in splits[split] if str(i) != i or i not in problems]:
         raise UserError(f"{folder / 'problems.json'} lacks question {unknown[0]} of split {split!r}")
     for i in splits[split]:
-        check_problem(problems[i], f"{folder / 'problems.json'}, question {i}")
+        check_problem(problems[i], i, folder / "problems.json")
     chosen_ones = [problems[i] | {"id": i} for i in splits[split]]
     for p in chosen_ones:
         p["file"] = folder / "images" / p["split"] / p["id"] / p["image"] if p["image"] else None
     return [p for p in chosen_ones if pictures == "any" or bool(p["image"]) == (pictures == "only")][:limit]
 
 
-def check_problem(problem, where: str) -> None:
+def check_problem(problem, name: str, file: Path) -> None:
     """Raise UserError unless a problem has the fields of ScienceQA, and its image lies in the folder."""
-    kinds = {"question": str, "choices": list, "answer": int, "hint": str, "image": str | None, "split": str,
-             "grade": str, "subject": str}
-    for name, kind in kinds.items():
-        if not isinstance(problem, dict) or not isinstance(problem.get(name, ...), kind):
-            raise UserError(f"{where}: {name} is missing or of the wrong type")
+    where = f"{file}, question {name}"
+    kinds = {"choices": list, "answer": int, "image": str | None} | dict.fromkeys(
+        ("question", "hint", "split", "grade", "subject", "lecture", "solution"), str)
+    for key, kind in kinds.items():
+        if not isinstance(problem, dict) or not isinstance(problem.get(key, ...), kind):
+            raise UserError(f"{where}: {key} is missing or of the wrong type")
     if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
         raise UserError(f"{where}: answer {problem['answer']} is not one of at most {len(LETTERS)} choices")
     if not re.fullmatch(r"grade\d+", problem["grade"]):
         raise UserError(f"{where}: grade {problem['grade']!r} is not grade1 to grade12")
-    for name in (problem["split"], problem["image"] or "image.png"):
-        if Path(name).name != name:
-            raise UserError(f"{where}: {name!r} is not the name of a split or of an image in its folder")
+    for part in (problem["split"], name, problem["image"] or "image.png"):
+        if Path(part).name != part or part in ("", ".."):
+            raise UserError(f"{where}: {part!r} is not the name of a file or folder in images")
 
 
 def question(problem: dict) -> str:

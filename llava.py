@@ -1164,7 +1164,7 @@ def read_config(raw: dict, file: Path) -> dict:
 def read_grids(grids, file: Path) -> list[tuple[int, int]]:
     try:                                     # liuhaotian's files also have them as a text
         return [(int(a), int(b)) for a, b in (json.loads(grids) if isinstance(grids, str) else grids or ())]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{file}: the AnyRes grids {grids!r} are not pairs of whole numbers") from None
 
 

@@ -46,8 +46,8 @@ from tqdm import tqdm
 
 from eval import language_flops, peak_memory, projector_flops, vision_flops
 from llava import (IGNORE, FROM_PUBLISHED, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, TextConfig,
-                   UserError, atomic_write, command_line, count_image_tokens, open_checkpoint, open_image,
-                   read_json, rename_key, write_json)
+                   UserError, atomic_write, command_line, count_image_tokens, devices, open_checkpoint,
+                   open_image, read_json, rename_key, write_json)
 
 RECIPE = {                                   # Miao et al. 2024: 558k captions, then ScienceQA
     "1": {"lr": 1e-3, "batch_size": 64, "epochs": 1},
@@ -971,7 +971,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     fitting("--in-backward", action="store_true",
             help="update each weight in the backward pass, so that only one gradient exists at a time")
     fitting("--compile", action="store_true", help="torch.compile each layer and the update, for GPUs")
-    fitting("--device", help="default: cuda if there is one, else cpu")
+    fitting("--device", choices=devices(), help="default: cuda if there is one, else cpu")
     fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
     fitting("--workers", type=int, default=8 if torch.cuda.is_available() else 0, metavar="N",
             help="processes that decode images (default: %(default)s)")

@@ -430,6 +430,9 @@ SCIENCEQA = {
     "split of numbers": (text("pid_splits.json", '{"test": [5], "train": [5]}'), "5"),
     "no such split": (text("pid_splits.json", '{"val": []}'), "pid_splits.json has no split"),
     "empty split": (text("pid_splits.json", '{"test": [], "train": []}'), "0 questions|no question"),
+    "question above the folder": (text("pid_splits.json", '{"test": [".."], "train": [".."]}'), "question .."),
+    "split above the folder": (problem(split=".."), "'..' is not the name"),
+    "no name of a split": (problem(split=""), "'' is not the name"),
     "unknown question": (text("pid_splits.json", '{"test": ["x"], "train": ["x"]}'), "lacks question x"),
     **{f"no {field}": (problem(**{field: ...}), "problems.json")
        for field in ("question", "choices", "answer", "hint", "image", "split", "grade", "subject")},
