@@ -33,7 +33,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -48,6 +48,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
@@ -93,7 +94,6 @@ class TextConfig:
     rope_theta: float = 1e6                  # 1e4 in v0.1
     sliding_window: int | None = None        # W: 4096 in v0.1, a token sees itself and 4095 others
     max_position_embeddings: int = 32768
-    tie_word_embeddings: bool = False        # True: lm_head has the weights of embed_tokens
 
 
 @dataclass(frozen=True)
@@ -366,8 +366,6 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, x: Tensor, select: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Embeddings x [B, T, C] -> hidden states [B, T, C] after the final norm; with `select`, an
@@ -450,6 +448,150 @@ class VisionTower(nn.Module):
         for layer in self.layers[:len(self.layers) + 1 + feature_layer]:
             x = layer(x)
         return x
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Weights in 8 and 4 bits of the language model
+
+
+QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
+GROUP, FITS = 32, 2                          # int4: columns that share a scale; rounds of least squares
+
+PACKED_KERNELS = (torch.ops.aten._weight_int8pack_mm, torch.ops.aten._weight_int4pack_mm,
+                  torch.ops.aten._weight_int4pack_mm_for_cpu)
+
+
+def pack_int4(q: Tensor, half: int) -> Tensor:
+    """uint8 [I, O] of 0...15 -> [O / 2h, I, h]: a byte holds one of h rows and one of the next h."""
+    low, high = q.unflatten(1, (-1, 2, half)).unbind(2)                   # [I, O / 2h, h] each
+    return (low | high << 4).transpose(0, 1).contiguous()
+
+
+@cache
+def kernel_half() -> int | None:
+    """The h of pack_int4 that torch's CPU kernel reads: 32 (AVX-512) or 16 (AVX2). None: there is no
+    such kernel. This layout is internal to torch, so it is compared with torch's own packer."""
+    q = (torch.arange(4096) // 7 % 16).view(64, 64)
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
+    except (AttributeError, RuntimeError):
+        return None
+    return next((h for h in (32, 16) if torch.equal(pack_int4(q.byte().T, h).flatten(), packed)), None)
+
+
+def unpack_tinygemm(packed: Tensor) -> Tensor:
+    """int32 [O / 8, I / 128, 32, 4] of torch's CUDA kernel -> uint8 [I, O] of 0...15, in the order of
+    PyTorch's int4mm.cu. Compared with an emulation of that file, never run on a GPU."""
+    x = packed.view(torch.uint8).unflatten(3, (4, 2, 2)).unflatten(2, (8, 4))
+    x = torch.stack((x & 15, x >> 4), -1)    # [O / 8, I / 128, 8, 4, 4, 2, 2, 2]
+    return x.permute(1, 4, 6, 7, 3, 5, 0, 2).flatten(6).flatten(0, 5)
+
+
+def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [O, I] -> uint8 [I, O] of 0...15, bf16 scales and middles [I / GROUP, O, 2] of groups:
+    first from the range, then FITS times by least squares from what was rounded with the last ones."""
+    w = w.T.contiguous().unflatten(0, (-1, GROUP))                        # [I / GROUP, GROUP, O]
+    low, high = w.amin(1), w.amax(1)         # aminmax is 10 times slower
+    scale, middle, mean_w = (high - low) / 15, low + (high - low) * 8 / 15, w.mean(1)
+    for fit in range(1 + FITS):
+        if fit > 0:
+            mean_q = q.mean(1)
+            scale = ((q * w).mean(1) - mean_q * mean_w) / (q.square().mean(1) - mean_q**2).clamp(min=1e-9)
+            middle = mean_w - scale * mean_q
+        scale, middle = scale.clamp(min=1e-9).bfloat16().float(), middle.bfloat16().float()
+        q = (w - middle[:, None]).div_(scale[:, None]).round_().clamp_(-8, 7)
+    return q.add_(8).byte().flatten(0, 1), torch.stack((scale, middle), -1).bfloat16()
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer. 8 bits: W = q * scale of the row; 4 bits (5 with scales): W = (q - 8) *
+    scale + middle of GROUP columns. Its buffers are no parameters and not in the state_dict. Few tokens
+    in bf16 go to torch's kernels; all other products use blocks of dequantised rows."""
+
+    def __init__(self, weight: Tensor, bits: int, device="cpu", name: str = "a layer"):
+        super().__init__()
+        self.bits, (self.out_features, self.in_features), device = bits, weight.shape, torch.device(device)
+        if bits == 4 and (self.in_features % GROUP or self.out_features % 64):
+            raise UserError(f"{name} is {list(weight.shape)}, but 4 bits need a multiple of 64 rows and "
+                            f"of {GROUP} columns: use --quantize int8")
+        self.tinygemm = bits == 4 and device.type == "cuda" and self.in_features % 128 == 0 and (
+            torch.cuda.get_device_capability(device) >= (8, 0))           # never run on a GPU
+        kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
+        self.few = 128 if self.tinygemm else 16 if kernel else 0          # with more, blocks are faster
+        self.rows = max(1, 2**15 // self.in_features) * 64                # of a block that fits in a cache
+        parts = [self.quantize(rows.to(device).float()) for rows in weight.split(128)]
+        self.register_buffer("q", torch.cat([q for q, _ in parts]), persistent=False)
+        scale = torch.cat([scale for _, scale in parts], dim=0 if bits == 8 else 1)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 rows [n, I] -> numbers in the kernel's layout, scales [n] or scales and middles."""
+        if self.bits == 8:
+            scale = (w.abs().amax(1) / 127).clamp(min=1e-9).bfloat16()
+            return (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+        q, scale = quantize_int4(w)
+        if self.tinygemm:
+            pairs = (q[::2] << 4 | q[1::2]).T.contiguous()
+            return torch.ops.aten._convert_weight_to_int4pack(pairs, 8), scale
+        return pack_int4(q, kernel_half() or 32), scale
+
+    def block(self, start: int, dtype: torch.dtype) -> Tensor:
+        """Rows start ... start + rows of W, as columns [I, n]."""
+        if self.bits == 8:
+            rows = slice(start, start + self.rows)
+            return (self.q[rows].to(dtype) * self.scale[rows, None].to(dtype)).T
+        height = self.out_features // len(self.q)                         # rows that lie together in q
+        q = self.q[start // height:(start + self.rows) // height]
+        q = unpack_tinygemm(q) if self.tinygemm else torch.cat((q & 15, q >> 4), 2).transpose(0, 1)
+        q = q.to(dtype, memory_format=torch.contiguous_format).view(-1, GROUP, q.shape[1:].numel())
+        scale, middle = self.scale[:, None, start:start + self.rows].to(dtype).unbind(3)
+        scale, offset = scale.contiguous(), middle - 8 * scale            # [I / GROUP, 1, n]
+        return torch.addcmul(offset, q, scale, out=q).flatten(0, 1)
+
+    def multiply(self, x: Tensor, start: int) -> Tensor:
+        return x @ self.block(start, x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        learning, count = x.requires_grad and torch.is_grad_enabled(), x.shape[:-1].numel()
+        if x.dtype == torch.bfloat16 and 0 < count <= self.few and not learning:
+            y = x.flatten(0, -2).contiguous()
+            if self.bits == 8:
+                y = torch.ops.aten._weight_int8pack_mm(y, self.q, self.scale)
+            elif self.tinygemm:
+                y = torch.ops.aten._weight_int4pack_mm(y, self.q, GROUP, self.scale)
+            else:
+                q = self.q.view(self.out_features, -1)
+                y = torch.ops.aten._weight_int4pack_mm_for_cpu(y, q, GROUP, self.scale)
+            return y.unflatten(0, x.shape[:-1])
+        # without AVX-512 products in bf16 are 8 times slower than in float32
+        slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+        wide, starts = x.float() if slow else x, range(0, self.out_features, self.rows)
+        if learning:                         # backward dequantises each block again
+            parts = [checkpoint(self.multiply, wide, start, use_reentrant=False) for start in starts]
+        else:
+            parts = [self.multiply(wide, start) for start in starts]
+        return torch.cat(parts, -1).to(x.dtype)
+
+
+def count_weights(module: nn.Module) -> tuple[int, int]:
+    """How many weights a module has, and the bytes that they take with their scales."""
+    count, size = sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters())
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear):
+            count += layer.out_features * layer.in_features
+            size += layer.q.nbytes + layer.scale.nbytes
+    return count, size
+
+
+def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, device, dtype) -> None:
+    """Put a tensor that was read into `state`, or quantised into a layer of the model."""
+    if quantize == "none" or not re.fullmatch(QUANTIZED, name):
+        state[name] = tensor.to(device, dtype, copy=quantize != "none")   # copied, so that files are unmapped
+        return
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not in {dtype}: use --dtype bfloat16")
+    bits = 4 if quantize == "int4" and "lm_head" not in name else 8
+    model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -827,6 +969,10 @@ class Llava(nn.Module):
         order. `overrides` replace fields of LlavaConfig. Files are memory-mapped, each once; tensors
         are cast, moved or quantised one at a time, so there is never a second copy in memory.
         """
+        if quantize not in ("none", "int8", "int4"):
+            raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
+        if quantize not in ("none", "int8", "int4"):
+            raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
         if (path_or_repo_id is None) == (vision is None or language is None):
             raise UserError("name one LLaVA, or a vision tower and a language model")
         parts, stored, bases = {}, {}, []
@@ -849,10 +995,9 @@ class Llava(nn.Module):
         check_tensors(model.state_dict(), state, stored, " and ".join(bases))
         state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
         for name in tqdm(list(stored), desc="opening", delay=2, leave=False):
-            state[name] = stored.pop(name).read(dtype).to(device, dtype)  # the last one unmaps its file
+            tensor = stored.pop(name).read(dtype)                         # the last one unmaps its file
+            place_tensor(model, state, name, tensor, quantize, device, dtype)
         model.load_state_dict(state, assign=True)
-        if config.text.tie_word_embeddings:
-            model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
         model.bases = bases
         return model
 
@@ -863,6 +1008,8 @@ class Llava(nn.Module):
         trained_only: only the trainable parameters, and in config.json the bases that hold the others:
         a run folder, which from_pretrained opens like any checkpoint.
         """
+        if not trained_only and any(isinstance(module, QuantizedLinear) for module in self.modules()):
+            raise UserError("weights in 8 or 4 bits are not saved: open the model without quantize first")
         folder, config = Path(folder), hf_config(self.config, whole=not trained_only)
         folder.mkdir(parents=True, exist_ok=True)
         save_sharded(folder / "model.safetensors", self.hf_tensors(whole=not trained_only), shard_bytes)
@@ -873,7 +1020,7 @@ class Llava(nn.Module):
     def hf_tensors(self, whole: bool) -> Iterator[tuple[str, Tensor]]:
         """Names of llava-hf and tensors on the CPU, one at a time; all, or the trainable parameters.
         Tensors that FSDP has sharded are gathered: then every process must iterate."""
-        for name, p in self.state_dict(keep_vars=True).items() if whole else self.named_parameters():
+        for name, p in self.named_parameters():
             if not whole and not p.requires_grad:
                 continue
             tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
@@ -1106,6 +1253,9 @@ def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
             stored[target] = stored[target]._replace(lora=(tensor, b, scale))
         elif not key.endswith("lora_B.weight"):
             stored[key] = StoredTensor(tensor)
+    embedding = stored.get("language_model.embed_tokens.weight")
+    if embedding and raw.get("text_config", raw).get("tie_word_embeddings", False):
+        stored.setdefault("language_model.lm_head.weight", StoredTensor(embedding.tensor.clone()))
     if parts.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
         stored = {n: t for n, t in stored.items() if not n.startswith("projector.2.")}
     return parts, stored, name
@@ -1251,7 +1401,7 @@ def check_numbers(default: TextConfig | VisionConfig, found: dict, file: Path) -
     """Raise UserError for a field of another type than its default, or a size that is not positive."""
     for name, value in found.items():
         usual = getattr(default, name)
-        if name == "sliding_window" and value is None or isinstance(usual, bool) and isinstance(value, bool):
+        if name == "sliding_window" and value is None:
             continue
         kinds = (int, float) if isinstance(usual, float) else int
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
@@ -1270,8 +1420,8 @@ def hf_config(config: LlavaConfig, whole: bool) -> dict:
     """config.json as llava-hf writes it, for transformers 4 and 5, and the EXTRA_FIELDS."""
     anyres = config.image_mode == "anyres"
     text = asdict(config.text)
-    if whole:                                # hf_tensors writes lm_head also where it is tied
-        text |= {"vocab_size": hf_vocab_size(config), "tie_word_embeddings": False}
+    if whole:
+        text["vocab_size"] = hf_vocab_size(config)
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
              "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
     return {
@@ -1543,10 +1693,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--prune", choices=("none", *PRUNING), help="reduce the tokens of each tile (default: the model's)")
     add("--keep-tokens", type=number(int, 1), metavar="N",
         help=f"tokens to keep of each tile, with --prune {', '.join(BUDGETED)}")
+    add("--quantize", default="none", choices=("none", "int8", "int4"),
+        help="store the linear layers of the language model in 8 or 4 bits (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=devices(),
         help="default: %(default)s")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16 on a GPU that supports it, float32 on a CPU")
+        help="default: bfloat16 on a GPU that supports it or with --quantize, float32 on a CPU")
 
 
 def devices() -> list[str]:
@@ -1556,9 +1708,9 @@ def devices() -> list[str]:
     return ["cpu", *(name for name, there in found.items() if there), *gpus]
 
 
-def default_dtype(device: str) -> str:
-    """bfloat16 on a GPU that computes in it, float16 on an older one and on MPS, float32 on a CPU."""
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
+def default_dtype(device: str, quantize: str) -> str:
+    """bfloat16 with few bits and on a GPU that computes in it, float16 on older GPUs, float32 on a CPU."""
+    if quantize != "none" or device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
     return "float32" if device == "cpu" else "float16"
 
@@ -1567,9 +1719,9 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
     """The model and the processor that the flags of add_model_flags name; sets args.dtype."""
     overrides = {name: getattr(args, name) for name in ("image_mode", "prune", "template", "keep_tokens")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    args.dtype = args.dtype or default_dtype(args.device)
+    args.dtype = args.dtype or default_dtype(args.device, args.quantize)
     model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device,
-                                  base=args.base, **overrides)
+                                  quantize=args.quantize, base=args.base, **overrides)
     return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
 
 
@@ -1603,7 +1755,8 @@ def print_trace(model: Llava, inputs: dict) -> None:
     names = {module: name for name, module in model.named_modules() if module in parts}
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        **dict.fromkeys(PACKED_KERNELS, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
     flops, clock = [0], [0.0]                # totals at the end of each module
 
     def count(*_) -> None:
@@ -1614,14 +1767,16 @@ def print_trace(model: Llava, inputs: dict) -> None:
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
         gflop, ms = (flops[len(clock) - 1] - flops[len(clock) - 2]) / 1e9, 1e3 * (clock[-1] - clock[-2])
-        size = f"{sum(p.numel() for p in module.parameters()):,}"
-        print_row(names[module], y.shape, y.dtype, size, f"{gflop:.3f}", f"{ms:.2f}")
+        count, size = count_weights(module)
+        print_row(names[module], y.shape, y.dtype, f"{count:,}", f"{gflop:.3f}", f"{ms:.2f}",
+                  f"{8 * size / max(1, count):.1f}", f"{size / 1e6:,.1f}")
 
     def print_row(module: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{module:33}{str(list(shape)):>20}", *cells, sep="")
 
-    print(f"{'module':33}{'shape':>20}{'dtype':>14}{'parameters':>14}{'GFLOP':>14}{'ms':>14}")
+    columns = "".join(f"{name:>14}" for name in ("dtype", "parameters", "GFLOP", "ms", "bits of each", "MB"))
+    print(f"{'module':33}{'shape':>20}{columns}")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
         print_row(f"image {width} x {height}", tiles.shape, tiles.dtype)
     print_row("input_ids", inputs["input_ids"].shape, inputs["input_ids"].dtype)

@@ -5,6 +5,9 @@ CLIP-L/14-336 and of the first layers of Mistral-7B.
     python tests/bench.py --window           4,096 and 16,384 tokens past a window of 512
     python tests/bench.py --prune            what fewer visual tokens save
     python tests/bench.py --load --layers 32 memory to open a whole checkpoint, which it writes first
+    python tests/bench.py --quantize         the language model in 8 and 4 bits; with --model FOLDER
+                                             --text FILE its perplexity, too
+    python tests/bench.py --gguf FILE --model FOLDER       converts a LLaMA to FOLDER (package gguf)
     python tests/bench.py --layers 1 --vision-layers 2 --repeats 1 --shrink 16     a trial, in seconds
 
 What is compared takes turns, --repeats of them after one that warms up, so that other work on the
@@ -16,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -31,13 +36,15 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import llava
 import train
-from llava import Llava
+from llava import FITS, Llava
 
 TFLOPS = {"A100": 312, "H100": 989, "H200": 989}         # dense bf16, as the data sheets have it
 
@@ -393,7 +400,162 @@ def answer_once(inputs: dict, model: Llava) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. The command line
+# 7. Weights in 8 and 4 bits
+
+
+def quantized(model: Llava, quantize: str) -> Llava:
+    """A copy of a model with its linear layers in 8 or 4 bits."""
+    state = {}
+    with torch.device("meta"):
+        copy = Llava(model.config)
+    for name, tensor in tqdm(model.state_dict().items(), quantize, leave=False):
+        llava.place_tensor(copy, state, name, tensor, quantize, tensor.device, torch.bfloat16)
+    copy.load_state_dict(state, assign=True)
+    return copy.eval()
+
+
+def answer_in_two(model: Llava, inputs: dict, n: int) -> tuple[float, float]:
+    """Seconds of the prefill and of each of n more tokens."""
+    began, tokens = time.perf_counter(), model.generate_tokens(**question(inputs), max_new_tokens=n + 1)
+    next(tokens)
+    wait()
+    first = time.perf_counter()
+    list(tokens)
+    wait()
+    return first - began, (time.perf_counter() - first) / n
+
+
+def with_quantization(args) -> None:
+    if args.model:
+        layer_errors(args)
+        return perplexities(args)
+    models, inputs = {args.dtype: build_ours(args)}, make_inputs(args, 1)["llava.py"]
+    for quantize in ("int8", "int4"):
+        began = time.perf_counter()
+        models[quantize] = quantized(models[args.dtype], quantize)
+        print(f"quantised to {quantize} in {time.perf_counter() - began:.1f} s")
+    taken = {name: [] for name in models}
+    half = {"images": [tiles.bfloat16() for tiles in inputs["images"]]}
+    for turn in tqdm(range(1 + args.repeats), desc="answers", leave=False):
+        for name in list(models)[::(-1) ** turn]:
+            more = {} if name == args.dtype else half
+            taken[name].append(answer_in_two(models[name], inputs | more, 32))
+    rows = [["", "weights, GB", f"prefill of {args.tokens}, ms", "times", "range", "a token, ms", "times faster",
+             "range"]]
+    base = [list(column) for column in zip(*taken[args.dtype][1:])]
+    for name, model in models.items():
+        prefill, decode = (list(column) for column in zip(*taken[name][1:]))
+        size = llava.count_weights(model.language_model)[1] - model.language_model.embed_tokens.weight.nbytes
+        rows.append([name, f"{size / 1e9:.2f}", ms(prefill), *ratio(prefill, base[0]), ms(decode),
+                     *ratio(base[1], decode)])
+    table(rows)
+
+
+def open_decoder(folder: Path, quantize: str, dtype: torch.dtype, **shuffle) -> llava.LanguageModel:
+    """The language model of a folder. With shuffle=SEED its int4 weights are explicit: columns are
+    shuffled before they are quantised and put back afterwards, so that weights which were published
+    in groups of 32 do not fall into the same groups again."""
+    (parts, stored, _), state, opened = llava.open_checkpoint(str(folder)), {}, {}
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"language_model": llava.LanguageModel(parts["text"])})
+    noise = torch.Generator().manual_seed(shuffle.get("shuffle", 0))
+    for name, ref in tqdm(stored.items(), f"opening in {quantize}", leave=False):
+        tensor, how = ref.read(opened), quantize
+        if shuffle and re.fullmatch(llava.QUANTIZED, name) and "lm_head" not in name:
+            order = torch.randperm(tensor.shape[1], generator=noise)
+            layer = llava.QuantizedLinear(tensor[:, order], 4)
+            tensor, how = dequantized(layer)[:, order.argsort()], "none"
+        if name.startswith("language_model."):
+            llava.place_tensor(model, state, name, tensor, how, "cpu", dtype)
+    model.load_state_dict(state, assign=True)
+    return model["language_model"].eval()
+
+
+def dequantized(layer: llava.QuantizedLinear) -> Tensor:
+    return torch.cat([layer.block(i, torch.float32) for i in range(0, layer.out_features, layer.rows)], 1).T
+
+
+@torch.inference_mode()
+def layer_errors(args) -> None:
+    """Relative error of the outputs of each kind of layer, over all layers, for inputs from N(0, 1)."""
+    errors: dict[str, dict[str, list]] = {}
+    exact = dict(open_decoder(args.model, "none", torch.float32).named_modules())
+    for quantize in ("int8", "int4"):
+        for name, layer in open_decoder(args.model, quantize, torch.float32).named_modules():
+            if isinstance(layer, llava.QuantizedLinear):
+                x = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
+                y, z = exact[name](x), layer(x)
+                errors.setdefault(name.split(".")[-1], {}).setdefault(quantize, []).append(
+                    ((y - z).norm() / y.norm()).item())
+    table([["error of outputs", "int8", "int4"],
+           *([kind, *(f"{sum(e) / len(e):.4f}" for e in found.values())] for kind, found in errors.items())])
+
+
+@torch.inference_mode()
+def perplexity(decoder: llava.LanguageModel, ids: Tensor) -> float:
+    """exp of the mean loss over all next tokens in rows ids [n, T]."""
+    total = 0.0
+    for row in tqdm(ids, "perplexity", leave=False):
+        hidden = decoder(decoder.embed_tokens(row[None, :-1]))[0]
+        for states, labels in zip(hidden.split(512), row[1:].split(512)):
+            total += torch.nn.functional.cross_entropy(decoder.lm_head(states).float(), labels, reduction="sum").item()
+    return math.exp(total / ids[:, 1:].numel())
+
+
+def perplexities(args) -> None:
+    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    ids = torch.cat([torch.tensor(tokenizer.encode(file.read_text()).ids[:2048 * args.pieces])
+                     for file in args.text])
+    ids = ids[:len(ids) // 2048 * 2048].view(-1, 2048)
+    print(f"perplexity over {ids.numel():,} tokens, rows of 2,048, computed in {args.dtype}")
+    dtype, exact, rows = getattr(torch, args.dtype), None, []
+    runs = [(args.dtype, "none", {}), ("int8", "int8", {}), ("int4", "int4", {}),
+            *((f"int4, columns shuffled, {n} fits", "int4", {"shuffle": n, "fits": n}) for n in (0, 2, 5))]
+    for name, quantize, how in runs:
+        llava.FITS = how.pop("fits", FITS)
+        found = perplexity(open_decoder(args.model, quantize, dtype, **how), ids)
+        exact = exact or found
+        print(f"{name:32}{found:8.3f}   x {found / exact:.4f}", flush=True)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write a LLaMA of llama.cpp in Hugging Face's layout, in float32. llama.cpp pairs rotated
+    dimensions (2i, 2i + 1), so the rows of q and k are put back into their order."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    reader, tensors = GGUFReader(file), {}
+    field = {name.removeprefix("llama."): f.contents() for name, f in reader.fields.items()}
+    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+             "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+             "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    heads = {"attn_q": field["attention.head_count"], "attn_k": field["attention.head_count_kv"]}
+    for tensor in tqdm(reader.tensors, "converting"):
+        *block, kind = tensor.name.removesuffix(".weight").split(".")
+        w = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+        if kind in heads:
+            w = w.unflatten(0, (heads[kind], -1, 2)).transpose(1, 2).flatten(0, 2)
+        start = f"model.layers.{block[1]}." if block else ""
+        tensors[f"{start}{names[kind]}.weight"] = w.contiguous()
+    words = field["tokenizer.ggml.tokens"]
+    llava.write_json(folder / "config.json", {
+        "model_type": "llama", "vocab_size": len(words), "hidden_size": field["embedding_length"],
+        "intermediate_size": field["feed_forward_length"], "num_hidden_layers": field["block_count"],
+        "num_attention_heads": heads["attn_q"], "num_key_value_heads": heads["attn_k"],
+        "rms_norm_eps": field["attention.layer_norm_rms_epsilon"], "rope_theta": field["rope.freq_base"],
+        "max_position_embeddings": field["context_length"], "hidden_act": "silu",
+        "tie_word_embeddings": "lm_head.weight" not in tensors})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    merges = [tuple(pair.split(" ")) for pair in field["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. The command line
 
 
 def parse() -> argparse.Namespace:
@@ -404,6 +566,7 @@ def parse() -> argparse.Namespace:
     mode.add_argument("--window", action="store_true", help="the cost of long texts")
     mode.add_argument("--prune", action="store_true", help="fewer visual tokens, and 40 words")
     mode.add_argument("--load", action="store_true", help="the memory that opening takes")
+    mode.add_argument("--quantize", action="store_true", help="the language model in 8 and 4 bits")
     mode.add_argument("--alone", action="store_true", help="without transformers, where two do not fit")
     add("--layers", type=int, default=4, metavar="N", help="of the decoder (default: %(default)s; all: 32)")
     add("--vision-layers", type=int, default=24, metavar="N", help="of the tower (default: %(default)s, all)")
@@ -413,10 +576,18 @@ def parse() -> argparse.Namespace:
     add("--compile", action="store_true", help="llava.py's stage-2 step as with train.py --compile")
     add("--repeats", type=int, default=5, metavar="N", help="turns that count (default: %(default)s)")
     add("--shrink", type=int, default=1, choices=(1, 2, 4, 8, 16), help="divide all widths, for a trial")
+    add("--model", type=Path, metavar="FOLDER", help="with --quantize: a language model to measure")
+    add("--text", type=Path, nargs="+", metavar="FILE", help="with --model: text for its perplexity")
+    add("--pieces", type=int, default=1, metavar="N", help="read N x 2,048 tokens of a text (default: 1)")
+    add("--gguf", type=Path, metavar="FILE", help="first convert this file of llama.cpp into --model")
     add("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s")
     args = parser.parse_args()
     args.tokens = args.tokens or (628 if args.prune else 640)
+    if args.gguf and not args.model:
+        parser.error("--gguf needs --model, the folder to write")
+    if args.quantize and args.model and not args.text:
+        parser.error("--model needs --text, one or more files")
     if args.tokens < 578:
         parser.error("--tokens: a picture takes 576 of them, and its text at least 2")
     return args
@@ -424,13 +595,17 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args, load = parse(), os.getloadavg()[0]
+    if args.gguf:
+        convert_gguf(args.gguf, args.model)
+        if not args.quantize:
+            return
     torch.manual_seed(0)
     gpu = args.device.startswith("cuda")
     machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {machine}, {args.dtype}, {args.layers} decoder layers, "
           f"{args.vision_layers} vision layers, {args.repeats} turns")
     (beyond_the_window if args.window else with_pruning if args.prune else
-     opening if args.load else beside_transformers)(args)
+     opening if args.load else with_quantization if args.quantize else beside_transformers)(args)
     if not gpu:
         print(f"load of the machine: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
 
