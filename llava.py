@@ -710,13 +710,16 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
     if paper:
         weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
     directions = keys if paper else F.normalize(keys, dim=-1)
-    similarity = (directions[kept] @ directions.T).scatter(1, kept[:, None], -torch.inf)
-    near = similarity.topk(min(neighbours, len(keys) - 1)).indices        # [m, 32]
-    mix = torch.zeros_like(similarity).scatter(1, near, attention[near])
-    mix = mix.scatter(1, kept[:, None], weight_of_kept[kept, None])       # [m, P]
+    rest = torch.ones_like(attention).index_fill(0, kept, 0).nonzero()[:, 0]
+    rest = rest[len(kept) + len(rest) - len(keys):]      # as many less as are kept twice, as released
+    order = torch.cat((kept, rest))                                       # [P]
+    similarity = (directions[kept] @ directions[order].T).fill_diagonal_(-torch.inf)     # [m, P]
+    near = order[similarity.topk(min(neighbours, len(keys) - 1)).indices]                # [m, 32]
+    mix = torch.zeros_like(similarity).scatter_add(1, near, attention[near])
+    mix = mix.scatter_add(1, kept[:, None], weight_of_kept[kept, None])
     if paper:
         return mix
-    return torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
+    return torch.cat((mix, torch.zeros_like(attention).index_put((rest,), attention[rest])[None]))
 
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
@@ -969,8 +972,6 @@ class Llava(nn.Module):
         order. `overrides` replace fields of LlavaConfig. Files are memory-mapped, each once; tensors
         are cast, moved or quantised one at a time, so there is never a second copy in memory.
         """
-        if quantize not in ("none", "int8", "int4"):
-            raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
         if quantize not in ("none", "int8", "int4"):
             raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
         if (path_or_repo_id is None) == (vision is None or language is None):
