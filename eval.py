@@ -22,9 +22,14 @@ import re
 import resource
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -348,7 +353,79 @@ def peak_memory(device: str) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Cost. A multiply-add is two FLOPs; norms, softmax and activations are left out (below 0.1%)
+# 4. A judge: any endpoint that speaks OpenAI's chat protocol
+
+
+def judge_url(args: argparse.Namespace) -> str:
+    """The address that --judge or, without it, OPENAI_BASE_URL names."""
+    url = (args.judge or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise UserError("name the judge with --judge URL or OPENAI_BASE_URL, such as http://localhost:8000/v1"
+                        + (f", not {url}" if url else ""))
+    return url
+
+
+def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, max_tokens: int = 1024,
+         seconds: float = 60) -> str:
+    """The text with which the endpoint {url}/chat/completions replies to messages
+    [{"role": "system" | "user" | "assistant", "content": text}, ...].
+
+    OPENAI_API_KEY is sent where it is set. At most 5 attempts, each at most `seconds` long, are made; the waits
+    between them are 1, 2, 4 and 8 s, or what the server's Retry-After says, at most 60 s. Raises UserError for a
+    refused key and for replies that are no chat completion, OSError where the endpoint cannot be reached or fails.
+    """
+    body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    if key := os.environ.get("OPENAI_API_KEY", "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("OPENAI_API_KEY holds characters that a key cannot have")
+        request.add_unredirected_header("Authorization", f"Bearer {key}")      # for this server alone
+    for wait in (1, 2, 4, 8, None):
+        try:
+            return read_reply(request, seconds)
+        except urllib.error.HTTPError as response:
+            if response.code in (401, 403):
+                raise UserError(f"{url} refuses the request ({response.code}): check OPENAI_API_KEY") from None
+            failure = OSError(f"{url} answers {response.code} {response.reason}: try again later")
+            wait = wait and retry_after(response.headers.get("Retry-After"), wait)
+        except UserError as error:
+            failure = UserError(f"{url} {error}")
+        except (OSError, HTTPException) as error:
+            failure = OSError(f"{url} gives no answer ({getattr(error, 'reason', error)}): is it running?")
+        if wait is not None:
+            time.sleep(wait)
+    raise failure from None
+
+
+def read_reply(request: urllib.request.Request, seconds: float) -> str:
+    """The text of one chat completion, all of it within `seconds`."""
+    deadline, content = time.monotonic() + seconds, b""
+    with urllib.request.urlopen(request, timeout=seconds) as response:
+        while part := response.read1():
+            content += part
+            if time.monotonic() > deadline:
+                raise TimeoutError("timed out")
+    try:
+        return "" + json.loads(content)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise UserError("does not reply with a chat completion: is it an OpenAI-compatible endpoint?") from None
+
+
+def retry_after(header: str | None, default: float) -> float:
+    """The seconds, at most 60, of a Retry-After header: a number, a date, or nothing that can be read."""
+    try:
+        seconds = float(header)
+    except (TypeError, ValueError):
+        try:
+            seconds = (parsedate_to_datetime(header) - datetime.now(timezone.utc)).total_seconds()
+        except (TypeError, ValueError):
+            return default
+    return min(60, max(0, seconds))
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Cost. A multiply-add is two FLOPs; norms, softmax and activations are left out (below 0.1%)
 
 
 def count_parameters(config: LlavaConfig) -> dict[str, int]:
@@ -479,7 +556,7 @@ on it {whole:.1%} fewer than LLaVA-13B; 46% is 1 - 7/13, the names. Beside LLaMA
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. The command line
+# 6. The command line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

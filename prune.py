@@ -1,29 +1,34 @@
-"""Choose what to learn from: 1,000 of ScienceQA's 12,726 questions, by rules, by distance or by chance.
+"""The data: make it, choose from it, compare choices.
 
+    python prune.py --expand captions_train2014.json --out naive.json
+    python prune.py --generate detail --captions captions_train2014.json --boxes instances_train2014.json \\
+        --judge-model gpt-4o-mini --out detail.json
     python prune.py --scienceqa data/ScienceQA --method guided --keep 1000 --explain --out guided.json
-    python prune.py --scienceqa data/ScienceQA --method maxmin --keep 1000 --out maxmin.json \\
-        --model llava-hf/llava-1.5-7b-hf
     python prune.py --scienceqa data/ScienceQA --report guided.json maxmin.json --picture report.png
-    python prune.py --scienceqa data/ScienceQA --study runs/study --keep 1000 \\
+    python prune.py --scienceqa data/ScienceQA --study runs/study --keep 1000 --seeds 8 \\
         --pretrain blip_laion_cc_sft_558k.json --vision openai/clip-vit-large-patch14-336 \\
         --language mistralai/Mistral-7B-v0.1 huggyllama/llama-7b
 
-A choice is written as LLaVA's records, which train.py reads. A report holds choices against the
-whole and against each other. A study trains on each, and asks the models the test questions.
+What is made or chosen is written as LLaVA records, which train.py reads. The question of the study is
+that of "Optimizing LLaVA: Measuring Mistral Against LLaMA for Visual Instruction Tuning" (Miao, Gao,
+Das, Zhang 2024): which 1,000 of ScienceQA's 12,726 training questions are worth training on?
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import math
+import json
+import os
 import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,19 +40,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import (answer, collate, fingerprint, grade, interval, question, read_answers, read_scienceqa,
-                  to_record)
-from llava import (IGNORE, TEMPLATES, Llava, Processor, add_model_flags, command_line, farthest_points, open_image,
-                   load_model, number, read_json, read_object, atomic_write, write_json, UserError)
-
-WITH_PICTURE = 0.85                          # guided: at least this share, while there are pictures
-POINTS = re.compile(r"\b(picture|image|photo|map|diagram|graph|table|figure)s?\b|"
-                    r"\b(shown|below|highlighted|marked|labeled|colored|these)\b", re.IGNORECASE)
-FIELDS = ("subject", "topic", "grade", "picture", "category", "skill")
+from eval import (answer, append, chat, collate, fingerprint, grade, judge_url, question, read_answers,
+                  read_scienceqa, to_record)
+from llava import (IGNORE, TEMPLATES, Llava, Processor, UserError, add_model_flags, atomic_write,
+                   command_line, farthest_points, load_model, number, open_image, read_json, read_object,
+                   write_json)
 
 
 # ---------------------------------------------------------------------------------------------
-# 1. Choosing k of the problems. Each method gives index -> why it is kept, in order of choice.
+# 1. Choose k of the problems. Each method returns {index: reason} in order of choice.
+
+IMAGE_SHARE = 0.85       # choose_guided: at least this share has an image, while there are images
+IMAGE_WORDS = re.compile(r"\b(picture|image|photo|map|diagram|graph|table|figure)s?\b|"
+                         r"\b(shown|below|highlighted|marked|labeled|colored|these)\b", re.IGNORECASE)
 
 
 def choose_all(problems: list[dict], k: int, args) -> dict[int, str]:
@@ -56,169 +61,205 @@ def choose_all(problems: list[dict], k: int, args) -> dict[int, str]:
 
 def choose_random(problems: list[dict], k: int, args) -> dict[int, str]:
     chosen = random.Random(args.seed).sample(range(len(problems)), k)
-    return dict.fromkeys(chosen, f"by chance, seed {args.seed}")
+    return dict.fromkeys(chosen, f"at random, seed {args.seed}")
 
 
-def stratified(problems: list[dict], k: int, args) -> dict[int, str]:
-    """Every (N / k)-th of the shuffled questions, laid out topic by topic: each question has the
-    same chance, and each topic its share, give or take one."""
-    chance = random.Random(args.seed)
-    order = chance.sample(range(len(problems)), len(problems))
+def choose_stratified(problems: list[dict], k: int, args) -> dict[int, str]:
+    """A systematic sample: shuffle the questions, sort them by topic, take every (N / k)-th. Each
+    question has the same probability, and each topic its share to within one question."""
+    rng = random.Random(args.seed)
+    order = rng.sample(range(len(problems)), len(problems))
     order.sort(key=lambda i: (problems[i]["subject"], problems[i]["topic"]))
-    offset = chance.random()
+    offset = rng.random()
     chosen = [order[int((j + offset) * len(order) / k)] for j in range(k)]
-    return dict.fromkeys(chosen, f"by chance within its topic, seed {args.seed}")
+    return dict.fromkeys(chosen, f"at random within its topic, seed {args.seed}")
 
 
-def maxmin(problems: list[dict], k: int, args) -> dict[int, str]:
-    """The farthest apart in a LLaVA's hidden states."""
+def choose_maxmin(problems: list[dict], k: int, args) -> dict[int, str]:
+    """Greedy max-min selection over the hidden states that a LLaVA computes for the prompts."""
     states = measure(problems, args, args.pooling).to(args.device)
-    return dict.fromkeys(farthest_points(states, k).tolist(), "the farthest from those before it")
+    return dict.fromkeys(farthest_points(states, k).tolist(), "the farthest from those chosen before")
 
 
-def guided(problems: list[dict], k: int, args) -> dict[int, str]:
-    """The seed paper's guidelines (see the picture, cover choose_all, prefer the hard) as rules: a
-    proxy for the eyes of its authors.
+def choose_gain(problems: list[dict], k: int, args) -> dict[int, str]:
+    """The k questions whose image helps a trained LLaVA most: the loss of the answer with a white
+    image minus the loss with the image, in nats a token. Questions without an image have gain 0."""
+    gains = measure(problems, args, "gain")[:, 0]
+    order = gains.argsort(descending=True, stable=True)[:k].tolist()
+    return {i: f"the image lowers the loss of the answer by {gains[i]:.4g}" for i in order}
 
-    One by one: the first of a subject, of a topic, of a skill; then by the square roots of the
-    topics' sizes, so that large ones stay larger without crowding out the others. Always with a
-    picture where there is one: those without get no more than 15% of k, new topics aside. Within a
-    topic one whose words point at the picture, then one asked in words not kept yet; the hardest.
+
+def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
+    """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every
+    subject, prefer difficult questions) as rules; they approximate the authors' choice by hand.
+
+    One question at a time: first of its subject, of its topic, of its skill; then topics in proportion
+    to the square root of their size. Questions without an image get at most 15% of k, new subjects and
+    topics aside. Within a topic, a text that refers to the image comes first, then a question text that
+    was not chosen yet, then the most difficult question.
     """
     signs = difficulty_signs(problems, args)
-    hard = sum(map(percentiles, signs.values())) / len(signs)             # [N]
-    picture = np.array([bool(p["image"]) for p in problems])
-    need = picture * [1 + bool(POINTS.search(f"{p['question']} {p['hint']}")) for p in problems]
+    difficulty = sum(percentiles(values) for values in signs.values()) / len(signs)       # [N]
+    has_image = np.array([bool(p["image"]) for p in problems])
+    refers = np.array([bool(IMAGE_WORDS.search(f"{p['question']} {p['hint']}")) for p in problems])
+    need = np.select([has_image & refers, has_image], [2, 1])             # 0 without an image
     group = {field: np.unique([p[field] for p in problems], return_inverse=True)[1]
              for field in ("subject", "topic", "skill", "question")}
-    held = {field: np.zeros(len(problems)) for field in group}            # kept of each one's group
-    size = np.bincount(group["topic"])[group["topic"]]
+    chosen_of = {field: np.zeros(len(problems)) for field in group}       # how many of its group
+    topic_size = np.bincount(group["topic"])[group["topic"]]
     free, kept = np.ones(len(problems), bool), {}
     for _ in range(k):
-        spare = picture[list(kept)].sum() + k - len(kept) - 1 >= WITH_PICTURE * k
-        first = {"subject": held["subject"] == 0, "topic": held["topic"] == 0,
-                 "skill": (held["skill"] == 0) & (picture | spare)}
-        level, pool = np.select([*first.values(), picture], [4, 3, 2, 1]), np.flatnonzero(free)
-        for key in (level, picture, np.sqrt(size) / (1 + held["topic"]), need, -held["question"], hard):
-            pool = pool[key[pool] == key[pool].max()]
-        i = int(pool[0])
-        news = [f"the first of {field} {problems[i][field]}" for field in first if first[field][i]]
-        news.append(f"number {held['topic'][i] + 1:.0f} of the {size[i]} of topic {problems[i]['topic']}")
-        sight = ("it has no picture", "it has a picture", "it points at its picture")[need[i]]
-        kept[i] = f"{news[0]}; {sight}; harder than {hard[i]:.0%}: " + ", ".join(
+        text_allowed = has_image[list(kept)].sum() + k - len(kept) - 1 >= IMAGE_SHARE * k
+        first_of = {"subject": chosen_of["subject"] == 0, "topic": chosen_of["topic"] == 0,
+                    "skill": (chosen_of["skill"] == 0) & (has_image | text_allowed)}
+        level = np.select([*first_of.values(), has_image], [4, 3, 2, 1])  # 0 for the others
+        candidates = np.flatnonzero(free)
+        for key in (level, has_image, np.sqrt(topic_size) / (1 + chosen_of["topic"]), need,
+                    -chosen_of["question"], difficulty):
+            candidates = candidates[key[candidates] == key[candidates].max()]
+        i = int(candidates[0])
+        news = [f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]]
+        news.append(f"number {chosen_of['topic'][i] + 1:.0f} of the {topic_size[i]} of topic "
+                    f"{problems[i]['topic']}")
+        image = ("it has no image", "it has an image", "its text refers to the image")[need[i]]
+        kept[i] = f"{news[0]}; {image}; more difficult than {difficulty[i]:.0%}: " + ", ".join(
             f"{name} {values[i]:.4g}" for name, values in signs.items())
         free[i] = False
         for field in group:
-            held[field] += group[field] == group[field][i]
+            chosen_of[field][group[field] == group[field][i]] += 1
     return kept
 
 
 def difficulty_signs(problems: list[dict], args) -> dict[str, np.ndarray]:
-    """What can be measured of how hard each question is: sign -> [N]."""
+    """Measurable signs of how difficult each question is: name -> [N]."""
     signs = {"words of reasoning": [len(p["solution"].split()) for p in problems],
              "options": [len(p["choices"]) for p in problems],
              "numbers in the solution": [len(re.findall(r"\d+", p["solution"])) for p in problems],
              "grade": [int(p["grade"].removeprefix("grade")) for p in problems]}
-    if args.captions:                        # {id: text}, or ScienceQA's own {"captions": {id: text}}
-        texts = read_object(args.captions)
+    if args.image_text:                      # {id: text}, or ScienceQA's own {"captions": {id: text}}
+        texts = read_object(args.image_text)
         texts = texts.get("captions", texts)
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-            raise UserError(f"{args.captions} does not give a text for each question id")
-        signs["words in the picture"] = [len(texts.get(p["id"], "").split()) for p in problems]
+            raise UserError(f"{args.image_text} does not give a text for each question id")
+        signs["words in the image"] = [len(texts.get(p["id"], "").split()) for p in problems]
     if args.method == "guided" and args.model:
         signs["loss"] = measure(problems, args, "loss")[:, 0]
     return {name: np.asarray(values, float) for name, values in signs.items()}
 
 
 def percentiles(values: np.ndarray) -> np.ndarray:
-    """The share of all values that each one exceeds; equals count half."""
+    """The share of all values that each value exceeds; equal values count half."""
     order = np.sort(values)
     return (order.searchsorted(values, "left") + order.searchsorted(values, "right")) / (2 * len(order))
 
 
-METHODS = {"all": choose_all, "random": choose_random, "stratified": stratified, "maxmin": maxmin,
-           "guided": guided}
+METHODS = {"all": choose_all, "random": choose_random, "stratified": choose_stratified,
+           "maxmin": choose_maxmin, "gain": choose_gain, "guided": choose_guided}
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. What a LLaVA makes of the questions
+# 2. Measure the problems with a LLaVA: hidden states, losses, gains
 
 
 def measure(problems: list[dict], args, what: str) -> Tensor:
-    """What `look` sees, [N, C] or [N, 1]. Rows go to disk as they come, NaN before: an interrupted
-    run goes on, a finished one is only read. Without --model the cache is taken as it is."""
+    """The measurement `what` (see measure_batch) of every problem, [N, C] or [N, 1].
+
+    Each batch is written to the cache at once (rows start as NaN), so an interrupted run resumes and
+    a finished one is only read. Without --model the cache is used as it is.
+    """
     folder = args.cache or args.out.with_suffix(".cache")
-    file, notes, asked = folder / f"{what}.npy", folder / f"{what}.json", [question(p) for p in problems]
-    made = {"questions": hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}
+    file, notes, texts = folder / f"{what}.npy", folder / f"{what}.json", [question(p) for p in problems]
+    settings = {"questions": hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}
     if args.model:
         model, processor = load_model(args)
-        made |= {"model": fingerprint(model, processor), "layer": args.layer}
+        settings |= {"model": fingerprint(model, processor), "layer": args.layer}
     elif not file.exists():
         raise UserError(f"there is no {file}: name the --model to make it with")
     if file.exists():
-        theirs = read_json(notes)
-        if other := [name for name in made if theirs.get(name) != made[name]]:
-            raise UserError(f"{file} differs in {' and '.join(other)} from this call: name another --cache")
+        saved = read_json(notes)
+        if different := [name for name in settings if saved.get(name) != settings[name]]:
+            raise UserError(f"{file} differs in {' and '.join(different)} from this call: name another "
+                            "--cache")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(notes, made)
-        width = 1 if what == "loss" else model.config.text.hidden_size
-        with atomic_write(file) as part, part.open("wb") as empty:
-            np.save(empty, np.full((len(problems), width), np.nan, np.float32))
+        write_json(notes, settings)
+        width = 1 if what in ("loss", "gain") else model.config.text.hidden_size
+        empty = np.full((len(problems), width), np.nan, np.float32)
+        if what == "gain":                   # without an image there is nothing to measure
+            empty[[i for i, p in enumerate(problems) if not p["image"]]] = 0
+        with atomic_write(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, empty)
     rows = np.load(file, mmap_mode="r+")
-    left = np.flatnonzero(~np.isfinite(rows).all(1)).tolist()
-    if left and not args.model:
-        raise UserError(f"{file} is unfinished: name the --model to go on with")
-    if left:
-        fill(rows, left, problems, model, processor, args, what)
+    missing = np.flatnonzero(~np.isfinite(rows).all(1)).tolist()
+    if missing and not args.model:
+        raise UserError(f"{file} is unfinished: name the --model to continue with")
+    if missing:
+        measure_missing(rows, missing, problems, model, processor, args, what)
     return torch.from_numpy(np.array(rows))
 
 
-def fill(rows: np.ndarray, left: list[int], problems: list[dict], model: Llava, processor: Processor,
-         args, what: str) -> None:
-    """Compute the rows that are left, the longest first: those of a batch are of a length."""
-    if what != "loss":
+def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], model: Llava,
+                    processor: Processor, args, what: str) -> None:
+    """Fill the missing rows, the longest prompts first, so that a batch has rows of similar length."""
+    if what not in ("loss", "gain"):
         cut_layers(model, args.layer)
-    left = sorted(left, key=lambda i: (bool(problems[i]["image"]), len(question(problems[i]))), reverse=True)
-    bar = tqdm(total=len(rows), initial=len(rows) - len(left), desc=f"reading ({what})", unit="question")
-    for start in range(0, len(left), args.batch_size):
-        batch, inputs = left[start:start + args.batch_size], []
-        for p in (problems[i] for i in batch):
-            messages = [{"role": "user", "content": question(p)}, {"role": "assistant", "content": answer(p)}]
-            images = [open_image(p["file"])] if p["image"] else []
-            inputs.append(processor(messages[:1 + (what == "loss")], images, labels=True))
-        rows[batch] = look(model, inputs, what).float().cpu()
+    order = sorted(missing, key=lambda i: (bool(problems[i]["image"]), len(question(problems[i]))),
+                   reverse=True)
+    bar = tqdm(total=len(rows), initial=len(rows) - len(order), desc=f"measuring {what}", unit="question")
+    for start in range(0, len(order), args.batch_size):
+        batch = order[start:start + args.batch_size]
+        rows[batch] = measure_batch(model, processor, [problems[i] for i in batch], what).float().cpu()
         if bad := [i for i in batch if not np.isfinite(rows[i]).all()]:
-            raise UserError(f"{args.model} makes of question {problems[bad[0]]['id']} what is not finite: "
-                             "try --dtype float32")
+            raise UserError(f"the {what} that {args.model} gives question {problems[bad[0]]['id']} is not "
+                            "finite: try --dtype float32")
         bar.update(len(batch))
 
 
 def cut_layers(model: Llava, layer: int) -> None:
-    """Let the language model end after `layer`, counted like transformers' hidden_states: 0 is the
-    embeddings, -1 the last layer, whose states alone are normed."""
-    blocks = model.language_model.layers
-    if not -len(blocks) - 1 <= layer <= len(blocks):
-        raise UserError(f"--layer {layer}: the language model has {len(blocks)} layers")
-    if layer % (len(blocks) + 1) < len(blocks):
-        model.language_model.layers = blocks[:layer % (len(blocks) + 1)]
+    """Remove the layers after `layer`, counted as in transformers' hidden_states: 0 is the embeddings,
+    -1 the last layer, the only one whose states pass the final norm."""
+    layers = model.language_model.layers
+    if not -len(layers) - 1 <= layer <= len(layers):
+        raise UserError(f"--layer {layer}: the language model has {len(layers)} layers")
+    keep = layer % (len(layers) + 1)
+    if keep < len(layers):
+        model.language_model.layers = layers[:keep]
         model.language_model.norm = nn.Identity()
 
 
 @torch.inference_mode()
-def look(model: Llava, inputs: list[dict], what: str) -> Tensor:
-    """"last": the state of each prompt's last token, from which the answer would begin, [B, C];
-    "mean": that of all its tokens; "loss": the mean loss of the answer's tokens, [B, 1]."""
+def measure_batch(model: Llava, processor: Processor, problems: list[dict], what: str,
+                  white: bool = False) -> Tensor:
+    """"last": the hidden state of each prompt's last token [B, C]; "mean": the mean over its tokens
+    [B, C]; "loss": the mean loss of the answer's tokens [B, 1]; "gain": that loss with the image
+    replaced by white, minus the loss with the image [B, 1]."""
+    if what == "gain":
+        with_white = measure_batch(model, processor, problems, "loss", white=True)
+        return with_white - measure_batch(model, processor, problems, "loss")
+    inputs = []
+    for p in problems:
+        messages = [{"role": "user", "content": question(p)}, {"role": "assistant", "content": answer(p)}]
+        images = [open_image(p["file"])] if p["image"] else []
+        if white:
+            images = [Image.new("RGB", image.size, "white") for image in images]
+        inputs.append(processor(messages if what == "loss" else messages[:1], images, labels=True))
     labels = pad_sequence([i["labels"][0] for i in inputs], batch_first=True, padding_value=IGNORE)
     x, lengths, labels = model.splice(**collate(inputs), labels=labels)
+    if what == "loss":
+        return answer_losses(model, x, labels)[:, None]
     hidden = model.language_model(x)                                      # [B, T', C]
     if what == "last":
         return hidden[torch.arange(len(x)), lengths - 1]
-    if what == "mean":
-        return torch.stack([states[:n].float().mean(0) for states, n in zip(hidden, lengths)])
-    hidden, labels, learned = hidden[:, :-1], labels[:, 1:], labels[:, 1:] != IGNORE
-    return torch.stack([F.cross_entropy(model.language_model.lm_head(states[some]).float(), row[some])
-                        for states, row, some in zip(hidden, labels, learned)])[:, None]
+    return torch.stack([states[:n].float().mean(0) for states, n in zip(hidden, lengths)])
+
+
+def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of each row's labels, [B], from embeddings x [B, T', C]."""
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)      # positions that predict
+    hidden, losses = model.language_model(x, select=(rows, columns)), []  # [n, C]
+    for row in range(len(x)):
+        logits = model.language_model.lm_head(hidden[rows == row]).float()
+        losses.append(F.cross_entropy(logits, labels[row, 1 + columns[rows == row]]))
+    return torch.stack(losses)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,37 +268,40 @@ def look(model: Llava, inputs: list[dict], what: str) -> Tensor:
 
 class Cell(NamedTuple):
     text: str
-    share: float = 0.0                       # of the full length of its bar
-    between: tuple[float, float] | None = None       # an interval, in shares
+    share: float = 0.0                       # where the bar ends, from 0 (left) to 1 (right)
+    interval: tuple[float, float] | None = None       # drawn as a line, on the same scale
+    origin: float = 0.0                      # where the bar begins
 
 
-def count(n: int, of: int) -> Cell:
-    return Cell(f"{n} {n / of:6.1%}", n / of)
+def count_cell(n: int, total: int) -> Cell:
+    return Cell(f"{n} {n / total:6.1%}", n / total)
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
-    """How the questions of each set fall on each subject, topic, ..., and how many of those of the
-    first set, the whole, are there at all; categories and skills are hundreds, and only counted."""
+    """How the questions of each set are distributed over the values of each field, and how many
+    values of the first set (the whole) occur at all. There are hundreds of categories and skills:
+    their values are only counted."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]
-        for value, _ in counts[0].most_common() if field not in ("category", "skill") else ():
-            rows[f"{field}: {value}"] = [count(c[value], c.total()) for c in counts]
-        if field != "picture":               # of two kinds, either may be missing on purpose
-            rows[f"{field}: covered"] = [count(len(c), len(counts[0])) for c in counts]
+        if field not in ("category", "skill"):
+            for value, _ in counts[0].most_common():
+                rows[f"{field}: {value}"] = [count_cell(c[value], c.total()) for c in counts]
+        if field != "has image":             # a choice may leave out one kind on purpose
+            rows[f"{field}: covered"] = [count_cell(len(c), len(counts[0])) for c in counts]
     return rows
 
 
 def comparison(sets: dict[str, list[dict]]) -> dict[str, list[Cell]]:
-    """How often the same is asked in the same words, and what the sets have in common."""
+    """How many question texts repeat, and how many questions the sets have in common."""
     rows = {"repeated questions": [], "most repeated": []}
     for problems in sets.values():
         texts = Counter(p["question"] for p in problems)
-        rows["repeated questions"].append(count(len(problems) - len(texts), len(problems)))
-        rows["most repeated"].append(count(max(texts.values()), len(problems)))
+        rows["repeated questions"].append(count_cell(len(problems) - len(texts), len(problems)))
+        rows["most repeated"].append(count_cell(max(texts.values()), len(problems)))
     ids = {name: {p["id"] for p in problems} for name, problems in sets.items()}
     for name, these in ids.items():
-        rows[f"also in {name}"] = [count(len(these & others), len(others)) for others in ids.values()]
+        rows[f"also in {name}"] = [count_cell(len(these & others), len(others)) for others in ids.values()]
     return rows
 
 
@@ -270,28 +314,32 @@ def print_cells(columns: list[str], rows: dict[str, list[Cell]]) -> None:
 
 
 def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path, height: int = 24) -> None:
-    """The same, a bar behind each cell, and a line along its foot where there is an interval."""
+    """The table as an image: a bar behind each cell, and a line at its bottom for an interval."""
     measured = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
     left = 20 + int(max(map(measured, rows)))
     full = 20 + int(max(measured(t) for t in [*columns, *(c.text for row in rows.values() for c in row)]))
-    picture = Image.new("RGB", (left + (full + 10) * len(columns), height * (len(rows) + 1)), "white")
-    pen = ImageDraw.Draw(picture)
-    for y, (name, row) in enumerate({"": map(Cell, columns), **rows}.items()):
+    image = Image.new("RGB", (left + (full + 10) * len(columns), height * (len(rows) + 1)), "white")
+    pen = ImageDraw.Draw(image)
+    lines = {"": [Cell(column) for column in columns], **rows}
+    for y, (name, row) in enumerate(lines.items()):
         top, foot = height * y, height * (y + 1) - 4
         pen.text((10, top + 4), name, "black")
         for i, cell in enumerate(row):
             x = left + (full + 10) * i
-            if cell.share > 0:
-                pen.rectangle((x, top, x + full * cell.share, foot), "#b4cbee")
-            if cell.between:
-                pen.line([(x + full * share, foot) for share in cell.between], "#2050b0", 3)
+            if cell.share != cell.origin:
+                ends = sorted((x + full * cell.origin, x + full * cell.share))
+                pen.rectangle((ends[0], top, ends[1], foot), "#b4cbee")
+            if cell.origin > 0:
+                pen.line([(x + full * cell.origin, top), (x + full * cell.origin, foot)], "#808080")
+            if cell.interval:
+                pen.line([(x + full * share, foot) for share in cell.interval], "#2050b0", 3)
             pen.text((x + 4, top + 4), cell.text.strip(), "black")
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file)
+    image.save(file)
 
 
 def read_id_list(file: Path) -> dict[str, dict]:
-    """id -> record, of a JSON list of records or of ids alone."""
+    """{id: record} of a JSON list of records, or of ids alone."""
     entries = read_json(file)
     if not isinstance(entries, list) or any(isinstance(e, dict) and "id" not in e for e in entries):
         raise UserError(f"{file} is neither a list of records with ids nor one of ids")
@@ -299,31 +347,31 @@ def read_id_list(file: Path) -> dict[str, dict]:
     return {str(e["id"]): e for e in entries}
 
 
-def listed(problems: list[dict], file: Path) -> dict[int, str]:
-    """A published choice: index -> why."""
-    where = {p["id"]: i for i, p in enumerate(problems)}
-    names = read_id_list(file)
-    if lost := [name for name in names if name not in where]:
-        raise UserError(f"{file} lists {len(lost)} questions, such as {lost[0]}, that are not among the "
-                         f"{len(where)} to choose from")
-    return {where[name]: f"listed in {file}" for name in names}
+def choose_listed(problems: list[dict], file: Path) -> dict[int, str]:
+    """A published choice: {index: reason}."""
+    index_of = {p["id"]: i for i, p in enumerate(problems)}
+    ids = read_id_list(file)
+    if unknown := [i for i in ids if i not in index_of]:
+        raise UserError(f"{file} lists {len(unknown)} questions, such as {unknown[0]}, that are not among "
+                        f"the {len(index_of)} to choose from")
+    return {index_of[i]: f"listed in {file}" for i in ids}
 
 
 def read_problems(args) -> list[dict]:
-    """Those of --scienceqa; without it what the records of --report tell of theirs."""
+    """The problems of --scienceqa, or without it as far as the records of --report contain them."""
     if args.scienceqa:
         problems = read_scienceqa(args.scienceqa, args.split, args.pictures)
-        return [p | {"picture": "yes" if p["image"] else "no"} for p in problems]
+        return [p | {"has image": "yes" if p["image"] else "no"} for p in problems]
     records = {}
     for file in args.report:
-        for name, record in read_id_list(file).items():
+        for i, record in read_id_list(file).items():
             if "conversations" not in record:
                 raise UserError(f"{file} lists ids alone: name the --scienceqa that they belong to")
-            if records.setdefault(name, record)["conversations"] != record["conversations"]:
-                raise UserError(f"{file} has another question {name} than the files before it")
-    return [{"id": name, "picture": "yes" if "image" in record else "no",
+            if records.setdefault(i, record)["conversations"] != record["conversations"]:
+                raise UserError(f"{file} has another question {i} than the files before it")
+    return [{"id": i, "has image": "yes" if "image" in record else "no",
              "question": record["conversations"][0]["value"].split("\nContext: ")[0]}
-            for name, record in records.items()]
+            for i, record in records.items()]
 
 
 def choose(args) -> None:
@@ -334,11 +382,10 @@ def choose(args) -> None:
         raise UserError(f"--keep {k} is not between 1 and the {len(problems)} questions to choose from")
     if method in ("stratified", "guided") and k < subjects:
         raise UserError(f"--keep {k} is too few for {subjects} subjects")
-    kept = METHODS[method](problems, k, args) if args.method else listed(problems, args.from_list)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = METHODS[method](problems, k, args) if args.method else choose_listed(problems, args.from_list[0])
     write_json(args.out, [to_record(problems[i]) for i in kept])
     sets = {"whole": problems, method: [problems[i] for i in kept]}
-    print_cells(list(sets), coverage(sets, ("subject", "topic", "picture")))
+    print_cells(list(sets), coverage(sets, ("subject", "topic", "has image")))
     print(f"{args.out}: {len(kept)} of {len(problems)} questions")
     if args.explain:
         reasons = args.out.with_suffix(".why.json")
@@ -350,80 +397,113 @@ def print_report(args) -> None:
     problems, stems = read_problems(args), [file.stem for file in args.report]
     names = stems if len(set(stems)) == len(stems) else [str(file) for file in args.report]
     kept = {"whole": list(range(len(problems)))} if args.scienceqa else {}
-    kept |= {name: list(listed(problems, file)) for name, file in zip(names, args.report)}
-    sets = {name: [problems[i] for i in some] for name, some in kept.items()}
-    rows = coverage(sets, FIELDS if args.scienceqa else ("picture",)) | comparison(sets)
-    for sign, values in (difficulty_signs(problems, args) if args.scienceqa else {}).items():
-        means = [percentiles(values)[some].mean() for some in kept.values()]
-        rows[f"percentile of {sign}"] = [Cell(f"{mean:.1%}", mean) for mean in means]
+    kept |= {name: list(choose_listed(problems, file)) for name, file in zip(names, args.report)}
+    sets = {name: [problems[i] for i in indices] for name, indices in kept.items()}
+    fields = ("subject", "topic", "grade", "has image", "category", "skill")
+    rows = coverage(sets, fields if args.scienceqa else ("has image",)) | comparison(sets)
+    if args.scienceqa:
+        for sign, values in difficulty_signs(problems, args).items():
+            means = [percentiles(values)[indices].mean() for indices in kept.values()]
+            rows[f"percentile of {sign}"] = [Cell(f"{mean:.1%}", mean) for mean in means]
     if args.cache:
-        states = measure(problems, args, args.pooling)
-        least = [float(F.pdist(states[kept[name]]).min()) for name in names]
-        cells = [Cell(f"{distance:.4g}", distance / max(1e-9, *least)) for distance in least]
-        rows["smallest distance"] = [Cell("-")] * (len(kept) - len(cells)) + cells
+        rows |= measured_rows(problems, kept, args)
     print_cells(list(sets), rows)
     if args.picture:
         draw_cells(list(sets), rows, args.picture)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. The study
+def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dict[str, list[Cell]]:
+    """Rows from --cache: the smallest distance between the hidden states of each choice (not of the
+    whole, which has too many pairs), and how much the images lower the loss of the answers."""
+    rows, has_gain = {}, (args.cache / "gain.npy").exists()
+    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():
+        states = measure(problems, args, args.pooling)
+        least = {name: float(F.pdist(states[i]).min()) for name, i in kept.items() if name != "whole"}
+        rows["smallest distance"] = [Cell("-")] * (len(kept) - len(least)) + [
+            Cell(f"{x:.4g}", x / max(1e-9, *least.values())) for x in least.values()]
+    if has_gain:
+        gains = [measure(problems, args, "gain")[i, 0] for i in kept.values()]
+        rows["mean gain of the image"] = [Cell(f"{x.mean():.3f}") for x in gains]
+        rows["gain above 0"] = [count_cell(int((x > 0).sum()), len(x)) for x in gains]
+    return rows
 
-VARIANTS = {                                 # what to learn from, what to do differently
-    "all": ("all", ()),
-    "all, one epoch": ("all", ("--epochs", 1)),      # about as many steps as a twelfth has in 12
-    "random": ("random", ()),
-    "stratified": ("stratified", ()),
-    "maxmin": ("maxmin", ()),
-    "guided": ("guided", ()),
-    "guided, plain": ("guided", ("--template", "plain")),    # the seed paper's: never sees a question
-}
+
+# ---------------------------------------------------------------------------------------------
+# 4. The study: train on each choice with several seeds, evaluate, compare
+
+VARIANTS = {                                 # name: (method, additional flags of train.py)
+    "all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)),       # one epoch of all: about as many
+    "random": ("random", ()), "stratified": ("stratified", ()),           # steps as 12 of a twelfth
+    "maxmin": ("maxmin", ()), "guided": ("guided", ()),
+    "guided, plain": ("guided", ("--template", "plain")),                 # as Miao et al.: drops the question
+    "gain": ("gain", ())}
 
 
 def study(args) -> None:
-    """Train each backbone on each choice, several times; ask all the test questions, with their
-    pictures and with white ones. Everything runs as a command that is printed first and may as
-    well be typed; what has ended well is not run again."""
+    """Train each language model on each variant with each seed, and evaluate all of them on the test
+    questions, with the images and with white images instead. Every step is a command that is printed.
+    A finished command is not repeated, so the study can be interrupted, split with --variants, and
+    extended with more seeds; the table contains everything in the folder that is finished."""
     names = [Path(language.partition("@")[0]).name for language in args.language]
-    shared = [word for flag in ("tokenizer", "image_mode", "device", "dtype") if getattr(args, flag)
-              for word in (f"--{flag.replace('_', '-')}", getattr(args, flag))]
+    variants = VARIANTS | {file.stem: (file, ()) for file in args.from_list or []}
+    if unknown := [name for name in args.variants or [] if name not in variants]:
+        raise UserError(f"--variants {unknown[0]!r} is none of {', '.join(map(repr, variants))}")
+    shared = []
+    for flag in ("tokenizer", "image_mode", "device", "dtype"):
+        if getattr(args, flag):
+            shared += [f"--{flag.replace('_', '-')}", getattr(args, flag)]
     for name, language in zip(names, args.language):
         run_command("train.py", "--stage", 1, "--vision", args.vision, "--language", language,
-            "--data", args.pretrain, "--images", args.pretrain.with_suffix(""), *shared,
-            *shlex.split(args.stage1), "--resume", "--out", args.study / name / "stage1")
-    reader, runs = args.model or args.study / names[-1] / "stage1", {}
+                    "--data", args.pretrain, "--images", args.pretrain.with_suffix(""), *shared,
+                    *shlex.split(args.stage1), "--resume", "--out", args.study / name / "stage1")
     for seed in range(args.seeds):
-        for variant, (method, recipe) in VARIANTS.items():
-            chance = method in ("random", "stratified")
-            records = args.study / "sets" / f"{method}{f'-{seed}' * chance}.json"
-            run_command("prune.py", "--scienceqa", args.scienceqa, "--method", method, "--keep", args.keep,
-                *("--seed", seed) * chance, *("--model", reader, *shared) * (method == "maxmin"),
-                "--out", records)
+        for variant in args.variants or variants:
+            method, recipe = variants[variant]
+            records = make_choice(args, method, seed, args.study / names[-1], shared)
             for name in names:
-                folder = args.study / name / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
-                runs.setdefault((name, variant), []).append(folder)
-                train_and_ask(args, folder, records, seed, recipe, shared)
-    summarize(args, names, runs)
+                folder = run_folder(args, name, variant, seed)
+                train_and_evaluate(args, folder, records, seed, recipe, shared)
+    summarize(args, names, list(variants))
 
 
-def train_and_ask(args, folder: Path, records: Path, seed: int, recipe, shared: list[str]) -> None:
+def run_folder(args, name: str, variant: str, seed: int) -> Path:
+    return args.study / name / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def make_choice(args, method: str | Path, seed: int, models: Path, shared: list[str]) -> Path:
+    """Write the records of a method or a published list. Without --model, maxmin reads the last language
+    model after stage 1, and gain reads it after stage 2 on the first random choice."""
+    name, flags = method, ["--method", method, "--keep", args.keep]
+    if isinstance(method, Path):
+        name, flags = method.stem, ["--from-list", method]
+    elif method in ("random", "stratified"): # the others do not depend on the seed
+        name, flags = f"{method}-{seed}", [*flags, "--seed", seed]
+    elif method in ("maxmin", "gain"):
+        model = args.model or models / {"maxmin": "stage1", "gain": "random-0"}[method]
+        flags += ["--model", model, *shared]
+    records = args.study / "sets" / f"{name}.json"
+    run_command("prune.py", "--scienceqa", args.scienceqa, *flags, "--out", records)
+    return records
+
+
+def train_and_evaluate(args, folder: Path, records: Path, seed: int, recipe, shared: list[str]) -> None:
     run_command("train.py", "--stage", 2, "--init", folder.parent / "stage1", "--data", records,
-        "--images", Path(args.scienceqa, "images", "train"), "--seed", seed, *shared,
-        *shlex.split(args.stage2), *recipe, "--resume", "--out", folder)
-    chat = TEMPLATES[read_json(folder / "config.json")["text_config"]["model_type"]]
+                "--images", Path(args.scienceqa, "images", "train"), "--seed", seed, *shared,
+                *shlex.split(args.stage2), *recipe, "--resume", "--out", folder)
+    template = TEMPLATES[read_json(folder / "config.json")["text_config"]["model_type"]]
     for control, flags in (("test", ()), ("blank", ("--pictures", "only", "--blank"))):
-        run_command("eval.py", "--scienceqa", args.scienceqa, "--model", folder, "--template", chat, *flags,
-            *shared, *shlex.split(args.eval), "--out", folder / f"{control}.jsonl")
-    shutil.rmtree(folder / "trainer", ignore_errors=True)                 # 60 GB at 7B; the weights stay
+        run_command("eval.py", "--scienceqa", args.scienceqa, "--model", folder, "--template", template,
+                    *flags, *shared, *shlex.split(args.eval), "--out", folder / f"{control}.jsonl")
+    shutil.rmtree(folder / "trainer", ignore_errors=True)     # 60 GB at 7B; the weights are kept
 
 
 def run_command(program: str, *flags) -> None:
-    """One of the project's programs, unless its --out, the last flag, is there already."""
+    """Run one of the project's programs unless its --out, the last flag, is finished already."""
     out, words = flags[-1], [str(flag) for flag in flags]
-    done, line = out.with_name(f"{out.name}.done"), shlex.join(["python", program, *words])
+    done, line = done_file(out), shlex.join(["python", program, *words])
     if done.exists() and done.read_text() != line:
         raise UserError(f"{out} was made by another command: remove it and {done}, or name another --study; "
-                         f"it was {done.read_text()}")
+                        f"it was {done.read_text()}")
     if done.exists():
         return
     print(f"\n$ {line}", flush=True)
@@ -431,103 +511,459 @@ def run_command(program: str, *flags) -> None:
     process = subprocess.Popen([sys.executable, Path(__file__).with_name(program), *words])
     try:
         failed = process.wait()
-    except KeyboardInterrupt:                # the program got it too, and may have something to save
+    except KeyboardInterrupt:                # the program received it too and may be saving
         process.wait()
         raise
     if failed:
-        raise UserError(f"{program} failed, see above; the study goes on from here when it is run again")
+        raise UserError(f"{program} failed, see above; the same command continues the study from here")
     done.write_text(line)
 
 
-def summarize(args, names: list[str], runs: dict[tuple[str, str], list[Path]]) -> None:
-    """Percent right, and points ahead of others on the same questions, as a table and a picture.
-    Intervals come from drawing the questions anew; the seeds' answers to one are drawn together."""
-    test = read_scienceqa(args.scienceqa, "test")
-    pictured = [p for p in test if p["image"]]
-    right = {key: count_right(test, folders, "test") for key, folders in runs.items()}
-    rows, columns = {}, ["all questions", "with picture", "picture blanked", "ahead of random",
-                         f"ahead of {names[0]}"]
-    for (name, variant), folders in runs.items():
-        mine, blank = right[name, variant], count_right(pictured, folders, "blank")
-        seen = mine[[bool(p["image"]) for p in test]]
-        others = right[name, "random"], right[names[0], variant]
-        rows[f"{name}: {variant}"] = []
-        for counts in ((mine,), (seen,), (blank,), *((mine, other) for other in others)):
-            x, low, high = (value / args.seeds for value in interval(*counts))
-            bar = (x / 100, (low / 100, high / 100)) if len(counts) == 1 else ()
-            sign = "" if bar else "+"
-            text = f"{x:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
-            rows[f"{name}: {variant}"].append(Cell(text, *bar))
+def done_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.done")
+
+
+def summarize(args, names: list[str], variants: list[str]) -> None:
+    """Percent correct with 95% intervals, and differences paired by seed and question, of all finished
+    trainings: printed, drawn, and written as Markdown."""
+    test, runs, rows = read_scienceqa(args.scienceqa, "test"), {}, {}
+    images = [i for i, p in enumerate(test) if p["image"]]
+    columns = ["trainings", "all questions", "with image", "image replaced by white", "ahead of random",
+               f"ahead of {names[0]}"]
+    for variant in dict.fromkeys(["random", *variants]):     # random first: others are compared with it
+        for name in names:
+            folders = {seed: run_folder(args, name, variant, seed) for seed in range(args.seeds)}
+            folders = {seed: folder for seed, folder in folders.items()     # blank.jsonl is made last
+                       if done_file(folder / "blank.jsonl").exists()}
+            if not folders:
+                continue
+            mine = {seed: correct(test, folder / "test.jsonl") for seed, folder in folders.items()}
+            runs[name, variant] = mine       # seed -> [N]
+            white = [correct([test[i] for i in images], f / "blank.jsonl") for f in folders.values()]
+            right = np.stack(list(mine.values()))
+            rows[f"{name}: {variant}"] = [
+                Cell(str(len(mine))), accuracy_cell(right), accuracy_cell(right[:, images]),
+                accuracy_cell(np.stack(white)), difference_cell(mine, runs.get((name, "random"))),
+                difference_cell(mine, runs.get((names[0], variant)))]
+    if not rows:
+        raise UserError(f"{args.study} has no finished training")
     print_cells(columns, rows)
     draw_cells(columns, rows, args.study / "study.png")
-    lines = [["", *columns], ["-"] * 6, *([name, *(cell.text for cell in row)] for name, row in rows.items())]
+    lines = [["", *columns], ["-"] * (1 + len(columns))]
+    lines += [[name, *(cell.text for cell in row)] for name, row in rows.items()]
     with atomic_write(args.study / "study.md") as file:
         file.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def count_right(problems: list[dict], folders: list[Path], control: str) -> np.ndarray:
-    """How many of the runs answer each problem right, [N]."""
-    total = np.zeros(len(problems), int)
-    for folder in folders:
-        texts = read_answers(folder / f"{control}.jsonl")
-        if texts.keys() != {p["id"] for p in problems}:
-            raise UserError(f"{folder / control}.jsonl answers other questions than the {len(problems)} of "
-                             "this study: remove it and its .done, and run the study again")
-        total += grade(problems, texts)
-    return total
+def correct(problems: list[dict], file: Path) -> np.ndarray:
+    """Which problems a file answers correctly, [N] of 0 and 1."""
+    texts = read_answers(file)
+    if texts.keys() != {p["id"] for p in problems}:
+        raise UserError(f"{file} answers other questions than the {len(problems)} of this study: remove it "
+                        "and its .done, and run the study again")
+    return np.array(grade(problems, texts), int)
+
+
+def accuracy_cell(correct: np.ndarray) -> Cell:
+    x, low, high = two_level_interval(correct)
+    return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", x / 100, (low / 100, high / 100))
+
+
+def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | None) -> Cell:
+    """Points by which `mine` is ahead, on the seeds that both have; 50 points fill half of the cell."""
+    seeds = [seed for seed in mine if seed in (other or {})]
+    if not seeds or mine is other:
+        return Cell("-")
+    x, low, high = two_level_interval(np.stack([mine[seed] - other[seed] for seed in seeds]))
+    share, *interval = (min(1.0, max(0.0, 0.5 + value / 100)) for value in (x, low, high))
+    return Cell(f"{x:+.1f} ({low:+.1f} to {high:+.1f})", share, tuple(interval), 0.5)
+
+
+def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, float, float]:
+    """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent.
+
+    Each draw takes S trainings and N questions with replacement and averages over both. For a paired
+    difference, values[s, n] is the difference between two trainings with seed s on question n. With
+    S trainings the first level is too narrow by the factor sqrt((S - 1) / S): S = 1 shows only the
+    noise of the questions. Questions with equal columns are drawn together (multinomial counts).
+    """
+    S, N = values.shape
+    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]
+    rng = np.random.default_rng(0)
+    trainings = rng.multinomial(S, np.full(S, 1 / S), draws)              # [draws, S]
+    questions = rng.multinomial(N, counts / N, draws)                     # [draws, U]
+    means = (trainings @ columns * questions).sum(1) * 100 / (S * N)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return 100 * float(values.mean()), float(low), float(high)
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. The command line
+# 5. Make records: naive expansion of captions, and generation by a text-only language model (the
+# teacher) that reads each image as captions and boxes. The texts here decide what the data is like.
+
+INSTRUCTIONS = {"brief": (
+    "Describe this image in one sentence.", "What does this image show? Answer briefly.",
+    "Give a short description of the image.", "Sum up the image in a few words.",
+    "Say in one line what is visible here.", "Write a compact description of the photo.",
+    "In brief, what can be seen here?", "Name the main content of this image.",
+    "Tell me shortly what this image is about.", "State the subject of the image concisely.",
+    "Provide a one-sentence summary of what you see."), "detailed": (
+    "Describe this image in detail.", "What can be seen in this image? Be thorough.",
+    "Write a long and complete description of the image.", "Give a full account of this scene.",
+    "Walk me through everything that the image shows.", "Analyse this image part by part.",
+    "Explain the content of the image with all its details.", "Tell me as much as you can about this image.",
+    "Describe the objects here and how they are arranged.", "Depict the scene as precisely as possible.",
+    "Report carefully what is visible in the image.", "Compose a detailed paragraph about this image.",
+    "Describe the foreground and the background fully.", "Explain in full sentences what the image contains.",
+    "What is happening here? Include every detail.", "Describe all of this to someone who cannot see it.")}
+RULES = """The user sends a text that stands for one image: sentences that describe it and sometimes a
+list of objects, each with the corners [left, top, right, bottom] of its box as fractions of the image.
+Write as if you saw the image itself. State only what the text makes certain. Never mention these
+sentences, captions, bounding boxes or coordinates: put positions and sizes into words.
+"""
+FORM = """
+Write a line "Question:", then the question, a line "===", a line "Answer:", then the answer; a line
+"===" separates one pair from the next. Write nothing else."""
+SYSTEM_MESSAGES = {
+    "conversation": RULES + """Write a conversation between someone who asks about the image and an
+assistant who sees it. Ask about kinds, numbers, colors, actions, places and relations of things, and only
+questions with a definite answer. One question may need background knowledge.""" + FORM,
+    "detail": RULES + """Write one detailed description: what is there, how many of it, where, and how the
+things relate to each other. Write only the description, in plain paragraphs.""",
+    "reasoning": RULES + """Write one question that needs reasoning about the image (why, what may happen
+next, what is advisable) without revealing what the image shows, and an answer that reasons step by step
+from what is visible.""" + FORM}
+EXAMPLE = ("A woman rides a bicycle along a wet street.\nA cyclist in a yellow coat passes two parked cars.",
+           "person: [0.412, 0.215, 0.583, 0.742]\nbicycle: [0.391, 0.48, 0.61, 0.866]\n"
+           "car: [0.02, 0.38, 0.21, 0.61]\ncar: [0.215, 0.39, 0.352, 0.58]\ndog: [0.8, 0.66, 0.93, 0.88]")
+EXAMPLE_REPLIES = {
+    "conversation": """Question:\nWhat is the woman doing?\n===\nAnswer:
+She is riding a bicycle along a street.
+===\nQuestion:\nWhy is her bright coat useful in this weather?\n===\nAnswer:
+Drivers see less in the rain. A bright coat makes a cyclist visible from farther away.""",
+    "detail": """A woman in a yellow coat cycles along a street that is wet with rain. To her left two cars
+are parked one behind the other. On the right, close to the viewer, a dog watches her pass.""",
+    "reasoning": """Question:\nWhat should this person be careful about in the next moments?\n===\nAnswer:
+The street is wet, so braking takes longer. A door of one of the parked cars on the left could open, and
+the dog on the right could run into her way. She should slow down and keep a distance from both."""}
+MARKS = {"Question:", "Answer:", "==="}
+SETTINGS = {"temperature": 0.2, "max_tokens": 1024}
+UNWANTED = {                                 # reason to reject a reply: what it contains
+    "mentions captions or bounding boxes": re.compile(r"\bcaptions?\b|\bbounding[ -]box", re.IGNORECASE),
+    "prints coordinates": re.compile(r"[01]?\.\d+\s*,\s*[01]?\.\d+|\[\s*[\d.]+\s*,"),
+    "contains <image>": re.compile("<image>")}
+
+
+def expand(args) -> None:
+    """Naive expansion: each image-caption pair becomes a record that begins with a random instruction."""
+    images = list(read_captions(args.expand).items())[:args.limit]
+    records = [make_record(image_id, file, [("", text)], args.style, f"{args.seed} {image_id} {i}")
+               for image_id, (file, texts) in images for i, text in enumerate(texts)]
+    write_json(args.out, records)
+    print(f"{args.out}: {len(records)} records of {len(images)} images")
+
+
+def make_record(image_id: str, file: str, pairs: list[tuple[str, str]], style: str, seed: str) -> dict:
+    """A LLaVA record of (question, answer) pairs. The seed alone decides which instruction replaces an
+    empty question, and whether <image> comes before or after the first question."""
+    rng, turns = random.Random(seed), []
+    for asked, answered in pairs:
+        asked = asked or rng.choice(INSTRUCTIONS[style])
+        if not turns:
+            asked = rng.choice((f"<image>\n{asked}", f"{asked}\n<image>"))
+        turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+    return {"id": image_id, "image": file, "conversations": turns}
+
+
+def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
+    """{image id: (file name, captions)} in the file's order, of a COCO captions file or of a list of
+    {"image", "caption"}, where the id is the file name without its suffix."""
+    content = read_json(file)
+    try:
+        if isinstance(content, list):        # in COCO's form
+            pairs = [(Path(e["image"]).with_suffix(""), e["image"], e["caption"]) for e in content]
+            content = {"images": [{"id": i, "file_name": name} for i, name, _ in pairs],
+                       "annotations": [{"image_id": i, "caption": text} for i, _, text in pairs]}
+        images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
+        for e in content["annotations"]:
+            if text := " ".join(e["caption"].split()):
+                images[str(e["image_id"])][1].append(text)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is neither a COCO captions file nor a list of {{image, caption}}: "
+                        f"{error!r}") from None
+    return images
+
+
+def read_boxes(file: Path) -> dict[str, list[str]]:
+    """{image id: lines "category: [x1, y1, x2, y2]"} of a COCO instances file, whose bbox is [x, y,
+    width, height] in pixels: top left and bottom right corner from 0 to 1, three decimals."""
+    content = read_json(file)
+    try:
+        sizes = {e["id"]: (e["width"], e["height"]) for e in content["images"]}
+        names, boxes = {e["id"]: e["name"] for e in content["categories"]}, {str(i): [] for i in sizes}
+        for e in content["annotations"]:
+            (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
+            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # 1: rounding errors
+                raise UserError(f"{file}: box {e['bbox']} is not inside image {e['image_id']}, "
+                                f"{width} x {height}")
+            corners = [x / width, y / height, (x + w) / width, (y + h) / height]
+            corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
+            boxes[str(e["image_id"])].append(f"{names[e['category_id']]}: {corners}")
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{file} is not a COCO instances file: {error!r}") from None
+    return boxes
+
+
+def read_images(args) -> tuple[list[tuple], list[dict]]:
+    """[(image id, file name, key, request)] and [{"id", "reason"}] of the images left out."""
+    captions, images, left_out = read_captions(args.captions), [], []
+    boxes = read_boxes(args.boxes) if args.boxes else dict.fromkeys(captions, [])
+    for image_id, (file, texts) in list(captions.items())[:args.limit]:
+        if texts and image_id in boxes:
+            images.append((image_id, file, *make_request(args, texts, boxes[image_id])))
+        else:
+            left_out.append({"id": image_id, "reason": "no boxes" if texts else "no captions"})
+    left_out += [{"id": image_id, "reason": "no captions"} for image_id in boxes if image_id not in captions]
+    if left_out:
+        print(f"{len(left_out)} images without captions or boxes are left out, such as {left_out[0]['id']}")
+    return images, left_out
+
+
+def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict]:
+    """The request for one image, and its key, a hash of model, prompt and settings. The symbolic image
+    is the captions, one a line, and with boxes an empty line and the boxes, one a line."""
+    example = EXAMPLE if args.boxes else EXAMPLE[:1]
+    symbolic = ["\n".join(lines) for lines in (captions, boxes) if lines]
+    messages = [{"role": "system", "content": SYSTEM_MESSAGES[args.generate]},
+                {"role": "user", "content": "\n\n".join(example)},
+                {"role": "assistant", "content": EXAMPLE_REPLIES[args.generate]},
+                {"role": "user", "content": "\n\n".join(symbolic)}]
+    body = {"model": args.judge_model, "messages": messages, **SETTINGS}
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:32], body
+
+
+def read_replies(file: Path) -> dict[str, str]:
+    """{key: text} of the replies received so far, or of the results of OpenAI's batch interface. Lines
+    without a reply (failed in the batch, or cut off by a kill) are counted."""
+    replies, unreadable = {}, 0
+    for line in file.read_bytes().splitlines():
+        try:
+            entry = json.loads(line)
+            if "custom_id" in entry:
+                entry = {"key": entry["custom_id"], **entry["response"]["body"]["choices"][0]["message"]}
+            replies[entry["key"]] = "" + entry.get("text", entry.get("content"))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            unreadable += 1
+    if unreadable:
+        print(f"{file}: {unreadable} lines without a reply")
+    return replies
+
+
+def ask_teacher(url: str, requests: dict[str, dict], workers: int, file: Path) -> None:
+    """Send the requests from several threads and append each reply at once. After the first failure no
+    request is sent, and the replies to those already sent are still appended."""
+    lock, stop = threading.Lock(), threading.Event()
+
+    def ask(key: str, body: dict) -> None:
+        if stop.is_set():
+            return
+        try:
+            text = chat(url, **body)
+        except BaseException:
+            stop.set()
+            raise
+        with lock:
+            append(file, {"key": key, "text": text})
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(ask, key, body) for key, body in requests.items()]
+        try:
+            for future in tqdm(as_completed(futures), "asking the teacher", len(futures), unit="request"):
+                future.result()              # raises what the thread raised
+        finally:
+            stop.set()                       # also after Ctrl-C
+
+
+def generate(args) -> None:
+    """Ask the teacher about every image that has no reply yet, then write the good replies as records."""
+    images, left_out = read_images(args)
+    file = args.out.with_suffix(".replies.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():                        # a kill may have cut off its last line
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    replies = read_replies(file) if file.exists() else {}
+    for key, text in (read_replies(args.replies) if args.replies else {}).items():
+        if key not in replies:
+            append(file, {"key": key, "text": text})
+    requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
+    if args.dry_run or args.batch:
+        size = sum(len(json.dumps(body["messages"])) for body in requests.values())
+        print(f"{len(requests)} requests, {size:,} characters, about {size // 4:,} tokens, and at most "
+              f"{SETTINGS['max_tokens'] * len(requests):,} tokens of replies")
+    if args.dry_run:
+        print(json.dumps(next(iter(requests.values()), None), indent=1))
+    elif args.batch:
+        form = {"method": "POST", "url": "/v1/chat/completions"}
+        write_lines(args.batch, [{"custom_id": key, **form, "body": body} for key, body in requests.items()])
+    else:
+        if requests and not args.replies:
+            ask_teacher(judge_url(args), requests, args.workers, file)
+        write_generated(args, images, left_out, read_replies(file))
+
+
+def write_lines(file: Path, entries: list[dict]) -> None:
+    with atomic_write(file) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+
+def write_generated(args, images: list[tuple], left_out: list[dict], replies: dict[str, str]) -> None:
+    """Write the records, and beside them the rejected replies with the reason; print a summary."""
+    records, rejected, words, turns = [], list(left_out), 0, 0
+    for image_id, file, key, body in images:
+        pairs, reason = check_reply(args.generate, replies.get(key), body["messages"])
+        if reason:
+            rejected.append({"id": image_id, "reason": reason, "text": replies.get(key)})
+        else:
+            records.append(make_record(image_id, file, pairs, "detailed", f"{args.seed} {image_id}"))
+            turns += len(pairs)
+            words += sum(len(text.split()) for _, text in pairs)
+    write_json(args.out, records)
+    write_lines(args.out.with_suffix(".rejected.jsonl"), rejected)
+    print(f"{args.out}: {len(records)} records of {len(images)} images; {len(rejected)} rejected")
+    for reason, n in Counter(entry["reason"] for entry in rejected).most_common():
+        print(f"{n:8} {reason}")
+    if records:
+        print(f"{turns / len(records):.1f} questions a record, {words / turns:.1f} words an answer")
+
+
+def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list[tuple[str, str]], str]:
+    """The (question, answer) pairs of a reply, and the reason to reject it or "". A description has the
+    question ""."""
+    if text is None:
+        return [], "no reply"
+    pairs, reason = parse_blocks(text) if kind != "detail" else ([("", text.strip())], "")
+    prompt = {line.strip() for m in messages for line in m["content"].splitlines()} - MARKS - {""}
+    lines = [line.strip() for line in text.splitlines()]
+    checks = {
+        reason: reason,
+        "blocks in a description": kind == "detail" and MARKS & set(lines),
+        "an empty part": any(not answered or (not asked and kind != "detail") for asked, answered in pairs),
+        "more than one question": kind == "reasoning" and len(pairs) > 1,
+        "repeats the prompt": any(line in prompt and not line.endswith("?") for line in lines),
+        **{reason: pattern.search(text) for reason, pattern in UNWANTED.items()}}
+    return pairs, next((reason for reason, found in checks.items() if found), "")
+
+
+def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
+    """(question, answer) pairs in the form that FORM describes, and what is wrong with the text or ""."""
+    parts = [part.strip() for part in re.split(r"^===[ \t]*$", text.strip(), flags=re.MULTILINE)]
+    if parts[-1] == "":                      # a last === may stand at the end
+        parts.pop()
+    if not parts or len(parts) % 2:
+        return [], "an odd number of blocks" if parts else "an empty reply"
+    bodies = []
+    for i, part in enumerate(parts):
+        head, _, body = part.partition("\n")
+        if head.strip() != ("Question:", "Answer:")[i % 2] or re.search(r"^(Question|Answer):", body, re.M):
+            return [], "blocks that are not Question: and Answer: in turn"
+        bodies.append(body.strip())
+    return list(zip(bodies[::2], bodies[1::2])), ""
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The command line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--method", choices=METHODS, help="choose")
-    task.add_argument("--from-list", type=Path, metavar="FILE", help="choose as listed: records or ids")
-    task.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="compare choices")
-    task.add_argument("--study", type=Path, metavar="DIR", help="compare what is learned from them")
+    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
+    mode.add_argument("--method", choices=METHODS, help="choose questions")
+    mode.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="compare choices")
+    mode.add_argument("--study", type=Path, metavar="DIR", help="compare trainings on choices")
+    mode.add_argument("--expand", type=Path, metavar="FILE", help="make records of image-caption pairs")
+    mode.add_argument("--generate", choices=SYSTEM_MESSAGES, help="make records with a text-only teacher")
+    add("--from-list", type=Path, nargs="+", metavar="FILE",
+        help="choose the questions of a list of records or ids; with --study each list is a variant")
     add("--scienceqa", metavar="DIR", help="folder with problems.json")
     add("--split", default="train", help="default: %(default)s")
     add("--pictures", default="any", choices=("any", "only", "none"),
-        help="questions with or without pictures (default: %(default)s)")
+        help="questions with or without images (default: %(default)s)")
     add("--keep", type=int, metavar="K", help="how many to choose (default: 1000; in a study a twelfth)")
-    add("--seed", type=int, default=0, help="of what is left to chance (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of random choices (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="for the records")
-    add("--explain", action="store_true", help="write beside --out why each is kept")
-    add("--captions", type=Path, metavar="FILE", help="guided: {id: words to be read in the picture}")
-    add("--model", metavar="ID", help="maxmin: the LLaVA to read states of; guided: whose loss counts, too")
-    add("--layer", type=int, default=-1, metavar="L", help="maxmin: 0 the embeddings, -1 the end (default)")
+    add("--explain", action="store_true", help="write beside --out why each question is kept")
+    add("--image-text", type=Path, metavar="FILE", help="guided: {id: text that is visible in the image}")
+    add("--model", metavar="ID", help="the LLaVA that maxmin and gain measure with; guided: adds its loss")
+    add("--layer", type=int, default=-1, metavar="L", help="maxmin: 0 the embeddings, -1 the last (default)")
     add("--pooling", default="last", choices=("last", "mean"), help="maxmin: the prompt's last token or mean")
-    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (default: %(default)s)")
-    add("--cache", type=Path, metavar="DIR", help="for states and losses (default: beside --out)")
+    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
+    add("--cache", type=Path, metavar="DIR", help="for states, losses and gains (default: beside --out)")
     add("--picture", type=Path, metavar="FILE", help="draw the report")
-    add("--pretrain", type=Path, metavar="FILE", help="study: captions; pictures in a folder of that name")
-    add("--vision", metavar="ID", help="study: the CLIP")
-    add("--language", nargs="+", metavar="ID", help="study: the language models")
-    add("--seeds", type=int, default=2, metavar="N", help="study: runs of each kind (default: %(default)s)")
-    for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
-        add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
+    add_task_flags(add)
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if not (args.scienceqa or args.report):
-        parser.error("--scienceqa is needed")
-    if args.picture and args.picture.suffix not in Image.registered_extensions():
-        parser.error("--picture needs the name of an image file, such as report.png")
-    if (args.method or args.from_list) and not args.out:
-        parser.error("--out is needed")
-    if args.study and not (args.pretrain and args.vision and args.language):
-        parser.error("--study needs --pretrain, --vision and --language")
+    check_args(parser, args)
     if args.study and not args.keep:
         args.keep = len(read_scienceqa(args.scienceqa, "train")) // 12
     return args
 
 
+def add_task_flags(add) -> None:
+    add("--pretrain", type=Path, metavar="FILE", help="study: captions; images in a folder of that name")
+    add("--vision", metavar="ID", help="study: the CLIP")
+    add("--language", nargs="+", metavar="ID", help="study: the language models")
+    add("--seeds", type=int, default=2, metavar="N", help="study: trainings of each variant (%(default)s)")
+    add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
+    for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
+        add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
+    add("--style", default="brief", choices=INSTRUCTIONS, help="expand: instructions (default: %(default)s)")
+    add("--captions", type=Path, metavar="FILE", help="generate: COCO captions, or [{image, caption}]")
+    add("--boxes", type=Path, metavar="FILE", help="generate: COCO instances")
+    add("--judge-model", metavar="NAME", help="generate: the teacher")
+    add("--judge", metavar="URL", help="generate: its OpenAI-compatible endpoint (default: OPENAI_BASE_URL)")
+    add("--limit", type=int, metavar="N", help="expand, generate: only the first N images")
+    add("--workers", type=int, default=8, metavar="N", help="generate: requests at once (%(default)s)")
+    add("--dry-run", action="store_true", help="generate: print the first request and the size of all")
+    add("--batch", type=Path, metavar="FILE", help="generate: write the requests in OpenAI's batch format")
+    add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    makes, lists = args.expand or args.generate, args.from_list or []
+    for wrong, sentence in (
+            (not (args.method or args.report or args.study or lists or makes),
+             "one of --method, --from-list, --report, --study, --expand and --generate is needed"),
+            (lists and (args.method or args.report or makes), "--from-list goes alone or with --study"),
+            (len(lists) > 1 and not args.study, "several lists need --study"),
+            (not (args.scienceqa or args.report or makes), "--scienceqa is needed"),
+            (not (args.study or args.report or args.out), "--out is needed"),
+            (args.picture and args.picture.suffix not in Image.registered_extensions(),
+             "--picture needs the name of an image file, such as report.png"),
+            (args.study and not (args.pretrain and args.vision and args.language),
+             "--study needs --pretrain, --vision and --language"),
+            (args.generate and not (args.captions and args.judge_model),
+             "--generate needs --captions and --judge-model"),
+            (args.generate in ("detail", "reasoning") and not args.boxes,
+             f"--generate {args.generate} needs --boxes"),
+            (min(args.workers, 1 if args.limit is None else args.limit) < 1,
+             "--workers and --limit are at least 1")):
+        if wrong:
+            parser.error(sentence)
+
+
 def main() -> None:
     args = parse_args()
-    (study if args.study else print_report if args.report else choose)(args)
+    if args.generate:
+        generate(args)
+    elif args.expand:
+        expand(args)
+    elif args.study:
+        study(args)
+    elif args.report:
+        print_report(args)
+    else:
+        choose(args)
 
 
 if __name__ == "__main__":

@@ -19,25 +19,25 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque, namedtuple
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -46,8 +46,9 @@ from tqdm import tqdm
 
 from eval import language_flops, peak_memory, projector_flops, vision_flops
 from llava import (IGNORE, FROM_PUBLISHED, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, TextConfig,
-                   UserError, atomic_write, command_line, count_image_tokens, devices, open_checkpoint,
-                   open_image, read_json, rename_key, write_json)
+                   UserError, atomic_write, command_line, choose_grid, count_image_tokens, default_dtype,
+                   devices, first_line, hf_config, number, open_checkpoint, open_file, open_image, read_json,
+                   rename_key, save_sharded, write_json)
 
 RECIPE = {                                   # Miao et al. 2024: 558k captions, then ScienceQA
     "1": {"lr": 1e-3, "batch_size": 64, "epochs": 1},
@@ -61,6 +62,7 @@ GPUS = {                                     # TFLOP/s of dense bf16 in the data
 MEMORY_FRACTION = 0.95                       # of a GPU's memory may be used; the allocator needs the rest
 ALLOCATOR_OVERHEAD = 1.15                    # of temporary tensors on a CPU: malloc holds 1.0 to 1.3 times
 CHUNK = {"gpu": 1 << 24, "cpu": 1 << 18}     # weights updated at once; on a CPU they fit into its cache
+SHARD_BYTES = 2 * 10**9                      # of a checkpoint's files; host memory holds one while saving
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 progress = partial(tqdm, leave=False, disable=RANK > 0)
 
@@ -72,53 +74,55 @@ progress = partial(tqdm, leave=False, disable=RANK > 0)
 def run_stage(args: argparse.Namespace) -> None:
     """Run one stage: read the records, choose what fits into memory, train, and save to args.out."""
     config = open_config(args)
+    if args.max_length is None:
+        args.max_length = 4096 if config.image_mode == "anyres" else 2048
     processor = Processor.from_pretrained(args.tokenizer or args.init or args.language, config)
     if args.check_data:
         return check_data(args, processor)
-    samples = Samples(read_records(args.data, args.images), processor, args.max_length)
+    samples, val = Samples(read_records(args.data, args.images), processor, args.max_length), None
     if args.show is not None:
         return show(samples, args.show)
-    batches = make_all_batches(samples, args)
+    if args.val:
+        val = Samples(read_records(args.val, args.val_images or args.images), processor, args.max_length)
+    for file, part in ((args.data, samples), (args.val, val)):
+        if part and not part.usable:
+            raise UserError(f"{file}: no record has an answer within --max-length {args.max_length}")
+    batches = [batch for epoch in range(args.epochs) for batch in make_batches(
+        samples.usable, samples.lengths, args.batch_size, args.seed + epoch)]
+    checkpoints = Checkpoints(args, len(batches))
     with torch.device("meta"):
         sketch = Llava(config)               # shapes without memory, for the estimates
     choose_trainable(sketch, args)
     need = choose_micro_batch(sketch, samples, batches, args)
+    put_largest_first(samples, batches, args)
     if args.plan:
         return print_plan(sketch, need, samples, len(batches), args)
-    checkpoints = Checkpoints(args)
-    newest = checkpoints.newest(args.resume)
-    before = peak_memory(args.device)
-    model = build_model(args, config)
-    if newest:
-        load_trained(model, newest)
-    wrap_blocks(model, args)
-    optimizer = Adam(model.named_parameters(), in_backward=args.in_backward, compile=args.compile)
-    if newest:
-        optimizer.load(newest)
-    print_summary(args, samples, len(batches), optimizer.steps, sketch)
+    newest = checkpoints.newest()
+    print_summary(args, samples, len(batches), newest, sketch)
     first = largest_load(samples, batches[:1], args.micro_batch_size)
-    estimate = before + estimate_memory(sketch, first, args)["peak"]
-    log = TrainingLog(args, optimizer.steps, len(batches), estimate)
-    train(model, optimizer, samples, batches, checkpoints, log, args)
+    estimate = peak_memory(args.device) + estimate_memory(sketch, first, args)["peak"]
+    try:
+        model, optimizer = build(args, config, newest)
+        log = TrainingLog(args, optimizer.steps, len(batches), estimate)
+        train(model, optimizer, samples, val, batches, checkpoints, log, args)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{args.device} is out of memory ({first_line(error)}): use a smaller --micro-batch-"
+                        "size, more --checkpoint-blocks, --in-backward or --lora-rank") from None
 
 
-def train(model: Llava, optimizer: Adam, samples: Samples, batches: list[list[int]],
+def train(model: Llava, optimizer: Adam, samples: Samples, val: Samples | None, batches: list[list[int]],
           checkpoints: Checkpoints, log: TrainingLog, args: argparse.Namespace) -> None:
     """The training loop. A step is one update from one batch, in micro-batches that fit into memory."""
-    shares = [batch[RANK::PROCESSES] for batch in batches[optimizer.steps:]]
-    loader = DataLoader(samples, batch_sampler=shares, collate_fn=Collate(args.micro_batch_size),
-                        num_workers=args.workers, worker_init_fn=ignore_interrupts,
-                        pin_memory=is_gpu(args.device))
     with deferred_signals() as signals:
         began = time.perf_counter()
-        for batch in loader:
+        for batch in make_loader(samples, batches[optimizer.steps:], args):
             if isinstance(batch, Exception):
                 raise batch
             waited = time.perf_counter() - began
             optimizer.begin(args.lr * schedule(optimizer.steps, len(batches)))
             step, loss = optimizer.steps, 0.0
             torch.manual_seed(args.seed + step)      # random numbers depend on the step: resuming is exact
-            micro_batches, tokens = split_step(batch)
+            micro_batches, tokens = split_step(batch, len(batches[step - 1]))
             for micro, weight in micro_batches:
                 part = model(**to_device(micro, args.device)) * weight
                 if not math.isfinite(part.item()):
@@ -129,8 +133,11 @@ def train(model: Llava, optimizer: Adam, samples: Samples, batches: list[list[in
             if not math.isfinite(norm):
                 raise_nonfinite(samples, batches, step, "gradient", norm)
             optimizer.step()
-            log.write(step, loss=all_reduce_sum(loss) / PROCESSES, lr=optimizer.lr, grad_norm=norm,
-                      tokens=tokens, seconds=time.perf_counter() - began, waited=waited)
+            line = {"loss": all_reduce_sum(loss) / PROCESSES, "lr": optimizer.lr, "grad_norm": norm,
+                    "tokens": tokens, "seconds": time.perf_counter() - began, "waited": waited}
+            if val and (step == len(batches) or step % args.val_every == 0):
+                line["val_loss"] = validation_loss(model, val, args)
+            log.write(step, line)
             stop = all_reduce_sum(len(signals)) > 0  # all processes stop at the same step
             if stop or step == len(batches) or step % args.save_every == 0:
                 checkpoints.save(model, samples.processor, optimizer)
@@ -140,29 +147,51 @@ def train(model: Llava, optimizer: Adam, samples: Samples, batches: list[list[in
             began = time.perf_counter()
 
 
-def split_step(batch: list[dict]) -> tuple[list[tuple[dict, float]], int]:
-    """([(micro-batch, weight of its mean loss), ...], the number of supervised tokens in the step).
+def make_loader(samples: Samples, batches: list[list[int]], args: argparse.Namespace) -> DataLoader:
+    """This process's part of each batch as micro-batches; a process without any takes the first record."""
+    return DataLoader(samples, batch_sampler=[batch[RANK::PROCESSES] or batch[:1] for batch in batches],
+                      collate_fn=partial(collate, args.micro_batch_size), num_workers=args.workers,
+                      worker_init_fn=ignore_interrupts, pin_memory=is_cuda(args.device))
 
-    Each supervised token of a step has equal weight, in whichever micro-batch or process it is.
-    Gradients are averaged over the processes, and all processes must take part in every pass: one with
-    fewer micro-batches repeats its last one with weight 0."""
+
+def split_step(batch: list[dict], batch_size: int) -> tuple[list[tuple[dict, float]], int]:
+    """([(micro-batch, weight of its mean loss), ...], the number of supervised tokens in the step).
+    All supervised tokens of a step have equal weight. Gradients are averaged over the processes, and
+    all must take part in every pass: one with fewer micro-batches repeats its last one with weight 0."""
     counts = [int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in batch]
+    if RANK >= batch_size:
+        counts = [0] * len(batch)
     tokens = all_reduce_sum(sum(counts))
-    missing = int(all_reduce(len(batch), dist.ReduceOp.MAX)) - len(batch)
+    missing = int(all_reduce_sum(len(batch), dist.ReduceOp.MAX)) - len(batch)
     weighted = [(micro, PROCESSES * count / tokens) for micro, count in zip(batch, counts)]
     weighted += [(batch[-1], 0.0)] * missing
     return weighted, int(tokens)
 
 
+@torch.no_grad()
+def validation_loss(model: Llava, val: Samples, args: argparse.Namespace) -> float:
+    """The mean loss of all supervised tokens of `val`."""
+    order = sorted(val.usable, key=lambda i: -val.lengths[i])
+    size, total, tokens = args.micro_batch_size * PROCESSES, 0.0, 0
+    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    loader = make_loader(val, batches, args)
+    for indices, batch in zip(batches, progress(loader, desc="validation", delay=2)):
+        if isinstance(batch, Exception):
+            raise batch
+        micro_batches, count = split_step(batch, len(indices))
+        loss = sum(model(**to_device(micro, args.device)).item() * weight for micro, weight in micro_batches)
+        total, tokens = total + all_reduce_sum(loss) / PROCESSES * count, tokens + count
+    if PROCESSES > 1:
+        model.reshard()                      # FSDP2 does so in a backward pass only
+    return total / tokens
+
+
 def to_device(micro: dict, device: str) -> dict:
     """Images travel as uint8 and are normalised there; from pinned memory while the device computes."""
-    moved = {}
-    for name, value in micro.items():
-        if isinstance(value, Tensor):
-            value = value.to(device, non_blocking=True)
-        moved[name] = value
-    moved["images"] = [image.to(device, non_blocking=True) for image in micro["images"]]
-    return moved
+    moved = {name: value.to(device, non_blocking=True) for name, value in micro.items()
+             if isinstance(value, Tensor)}
+    images = [image.to(device, non_blocking=True) for image in micro["images"]]
+    return micro | moved | {"images": images}
 
 
 def schedule(step: int, steps: int) -> float:
@@ -175,17 +204,23 @@ def schedule(step: int, steps: int) -> float:
 
 def raise_nonfinite(samples: Samples, batches: list[list[int]], step: int, what: str, value: float) -> None:
     names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
-    raise UserError(f"step {step}: the {what} is {value}, so the run stops; what was saved before is "
-                    "untouched; use a lower --lr, or remove the record that causes it; "
-                    f"the step contained the records {names}")
+    raise UserError(f"step {step}: the {what} is {value}, so the run stops as last saved; use a lower --lr "
+                    f"or remove the record that causes it; the step contained the records {names}")
 
 
 @contextmanager
 def deferred_signals():
-    """Collect SIGINT and SIGTERM in the list that this yields, so that a step can end and be saved."""
+    """Collect SIGINT or SIGTERM in the list that this yields, so that a step can end and be saved; the
+    second one stops at once."""
     caught = []
-    previous = {number: signal.signal(number, lambda number, _: caught.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -206,36 +241,35 @@ class TrainingLog:
         self.bar = progress(total=steps, initial=done, desc=f"stage {args.stage}", unit="step")
         args.out.mkdir(parents=True, exist_ok=True)
         self.file = args.out / "log.jsonl" if RANK == 0 else Path(os.devnull)
-        lines = self.file.read_text().splitlines(True)[:done] if self.file.exists() else []
-        self.file.write_text("".join(lines))
+        lines = self.file.read_text() if self.file.exists() else ""
+        self.file.write_text("".join(lines.splitlines(True)[:done]))
 
-    def write(self, step: int, **line) -> None:
+    def write(self, step: int, line: dict) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step} | line) + "\n")
-        self.bar.write(f"step {step:6}/{self.bar.total} | loss {line['loss']:7.4f} | gradient norm "
-                       f"{line['grad_norm']:8.3f} | lr {line['lr']:.2e} | "
-                       f"{line['tokens'] / line['seconds']:8.0f} answer tokens/s | "
-                       f"waited for data {line['waited']:5.2f} s")
+        val = f" | validation loss {line['val_loss']:7.4f}" if "val_loss" in line else ""
+        speed = f"{line['tokens'] / line['seconds']:8.0f} answer tokens/s | waited {line['waited']:.2f} s"
+        self.bar.write(f"step {step:6}/{self.bar.total} | loss {line['loss']:7.4f}{val} | gradient norm "
+                       f"{line['grad_norm']:8.3f} | lr {line['lr']:.2e} | {speed}")
         if step == 1:
             self.bar.write(f"peak memory of this step: {peak_memory(self.device) / 2**30:.2f} GiB, "
                            f"estimated {self.estimate / 2**30:.2f} GiB")
         self.bar.update()
 
 
-def print_summary(args: argparse.Namespace, samples: Samples, steps: int, done: int, model: Llava) -> None:
+def print_summary(args, samples: Samples, steps: int, newest: Path | None, model: Llava) -> None:
     """Print what is trained, and write to cut.json which records are cut or left out."""
+    start = 1 + (step_number(newest) if newest else 0)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"stage {args.stage}: {trainable:,} of {total:,} parameters are trainable; "
-          f"{len(samples.usable):,} records, {steps:,} steps (from step {done + 1}), micro-batches of "
+          f"{len(samples.usable):,} records, {steps:,} steps (from step {start}), micro-batches of "
           f"{args.micro_batch_size}, {args.checkpoint_blocks} checkpointed layers; "
           f"{args.card or args.device}, {args.dtype}; to {args.out}")
-    if not samples.cut:
-        return
     lost = sorted(set(range(len(samples))) - set(samples.usable))
-    print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
-          f"{len(lost)} of them lose their whole answer and are left out: {args.out / 'cut.json'}")
-    if RANK == 0:
+    if samples.cut and RANK == 0:
+        print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
+              f"{len(lost)} of them lose their whole answer and are left out: {args.out / 'cut.json'}")
         write_json(args.out / "cut.json", {"cut": [samples.records[i]["id"] for i in samples.cut],
                                            "left out": [samples.records[i]["id"] for i in lost]})
 
@@ -291,8 +325,7 @@ def read_record(record: dict, folder: Path) -> dict:
     names = record.get("image") or []
     if isinstance(names, str):
         names = [names]
-    marks = sum(message["content"].count("<image>") for message in messages)
-    if marks != len(names):
+    if (marks := sum(message["content"].count("<image>") for message in messages)) != len(names):
         raise UserError(f"{marks} <image> in the text, but {len(names)} images")
     for name in names:
         if os.path.isabs(name) or ".." in Path(name).parts:
@@ -303,31 +336,31 @@ def read_record(record: dict, folder: Path) -> dict:
 
 
 class Samples(Dataset):
-    """Records as ids, labels and uint8 images, cut to max_length tokens, image tokens included.
-
-    Of each record: `lengths`, its tokens; `supervised`, how many of them are labels.
-    `cut`: the records that were too long; `usable`: those that still have a supervised token."""
+    """Records as ids, labels and uint8 images, cut to max_length tokens, counting the image tokens that
+    are left after token reduction. Lists with an entry per record: `lengths` in tokens, `supervised`
+    tokens, image `tiles`. `cut`: records that were too long; `usable`: those with a supervised token."""
 
     def __init__(self, records: list[dict], processor: Processor, max_length: int):
         self.records, self.processor, self.max_length = records, processor, max_length
+        self.sizes = [image_sizes(record, processor.config) for record in progress(records, desc="sizes")]
+        self.tiles = [sum(count_tiles(processor.config, size) for size in sizes) for sizes in self.sizes]
         self.lengths, self.supervised, self.cut = [], [], []
-        for i, record in enumerate(progress(records, desc="measuring")):
-            ids, labels, length, complete = self.tokenize(record)
+        for i in progress(range(len(records)), desc="measuring"):
+            _, labels, length, complete = self.tokenize(i)
             self.lengths.append(length)
             self.supervised.append(len(labels) - labels.count(IGNORE))
             if not complete:
                 self.cut.append(i)
         self.usable = [i for i, count in enumerate(self.supervised) if count]
 
-    def tokenize(self, record: dict) -> tuple[list[int], list[int], int, bool]:
+    def tokenize(self, record: int) -> tuple[list[int], list[int], int, bool]:
         """(ids, labels, number of tokens including those of the images, whether nothing was cut)."""
-        ids, labels = self.processor.tokenize(record["messages"])
+        ids, labels = self.processor.tokenize(self.records[record]["messages"])
         config, length, image = self.processor.config, 0, 0
-        sizes = image_sizes(record, config)
         for i, token in enumerate(ids):
             more = 1
             if token == config.image_token_id:
-                more, image = count_image_tokens(config, sizes[image]), image + 1
+                more, image = count_image_tokens(config, self.sizes[record][image]), image + 1
             if length + more > self.max_length:
                 return ids[:i], labels[:i], length, False
             length += more
@@ -337,7 +370,7 @@ class Samples(Dataset):
         return len(self.records)
 
     def __getitem__(self, i: int) -> dict | Exception:
-        ids, labels, _, _ = self.tokenize(self.records[i])
+        ids, labels, _, _ = self.tokenize(i)
         shown = ids.count(self.processor.config.image_token_id)           # some may have been cut
         try:
             images = [open_image(file) for file in self.records[i]["images"][:shown]]
@@ -352,59 +385,50 @@ def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
     """(height, width) of a record's images; files are opened only if the size decides the token count."""
     if config.image_mode != "anyres":
         return [(0, 0)] * len(record["images"])
-    sizes = []
-    for file in record["images"]:
-        try:
-            with Image.open(file) as image:
-                sizes.append((image.height, image.width))
-        except Image.DecompressionBombError as error:
-            raise OSError(f"{file} is not a readable image: {error}") from None
-    return sizes
-
-
-def make_all_batches(samples: Samples, args: argparse.Namespace) -> list[list[int]]:
-    """The batches of the whole run, in order; each is a list of record numbers."""
-    batches = []
-    for epoch in range(args.epochs):
-        batches += make_batches(samples.usable, samples.lengths, args.batch_size, args.seed + epoch)
-    if not batches or len(batches[-1]) < PROCESSES:
-        raise UserError(f"{len(samples.usable)} records with an answer cannot be split among {PROCESSES} "
-                        f"processes in batches of {args.batch_size}: choose another --batch-size")
-    return batches
+    try:
+        return [Image.open(file).size[::-1] for file in record["images"]]            # reads the header only
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{', '.join(map(str, record['images']))}: not a readable image: {error}") from None
 
 
 def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
     """One epoch: every sample once, in random batches of samples of similar length."""
     generator = torch.Generator().manual_seed(seed)
     order = [usable[i] for i in torch.randperm(len(usable), generator=generator)]
-    batches = []
-    for start in range(0, len(order), 50 * batch_size):
-        pool = sorted(order[start:start + 50 * batch_size], key=lambda i: -lengths[i])
-        batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+    pools = [order[i:i + 50 * batch_size] for i in range(0, len(order), 50 * batch_size)]
+    order = [i for pool in pools for i in sorted(pool, key=lambda i: -lengths[i])]
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
-class Collate:
-    """Make right-padded micro-batches, longest first, from the samples of one step."""
+def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
+    if config.image_mode != "anyres":
+        return 1
+    return 1 + math.prod(choose_grid(size, config.grids)) // config.vision.image_size**2
 
-    def __init__(self, micro_batch_size: int):
-        self.size = micro_batch_size
 
-    def __call__(self, samples: list) -> list[dict] | Exception:
-        for sample in samples:
-            if isinstance(sample, Exception):
-                return sample
-        samples = sorted(samples, key=lambda s: -len(s["input_ids"]))
-        return [self.pad(samples[i:i + self.size]) for i in range(0, len(samples), self.size)]
+def put_largest_first(samples: Samples, batches: list[list[int]], args: argparse.Namespace) -> None:
+    """Move the batch with the largest micro-batch to the front: if it does not fit, the run fails early."""
+    loads = [largest_load(samples, [batch], args.micro_batch_size) for batch in batches]
+    batches.insert(0, batches.pop(loads.index(max(loads))))
 
-    def pad(self, samples: list[dict]) -> dict:
-        real = [torch.ones_like(s["input_ids"], dtype=torch.bool) for s in samples]
-        return {"input_ids": pad_sequence([s["input_ids"] for s in samples], batch_first=True),
-                "labels": pad_sequence([s["labels"] for s in samples], batch_first=True,
-                                       padding_value=IGNORE),
-                "attention_mask": pad_sequence(real, batch_first=True),
-                "images": [image for s in samples for image in s["images"]],
-                "image_sizes": [size for s in samples for size in s["image_sizes"]]}
+
+def collate(micro_batch_size: int, samples: list) -> list[dict] | Exception:
+    """Right-padded micro-batches, longest first, of the samples of one step."""
+    if errors := [sample for sample in samples if isinstance(sample, Exception)]:
+        return errors[0]
+    samples = sorted(samples, key=lambda s: -len(s["input_ids"]))
+    micro_batches = []
+    for i in range(0, len(samples), micro_batch_size):
+        rows = samples[i:i + micro_batch_size]
+        ids, labels = [s["input_ids"] for s in rows], [s["labels"] for s in rows]
+        real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        micro_batches.append({"input_ids": pad_sequence(ids, batch_first=True),
+                              "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+                              "attention_mask": pad_sequence(real, batch_first=True),
+                              "images": [image for s in rows for image in s["images"]],
+                              "image_sizes": [size for s in rows for size in s["image_sizes"]]})
+    return micro_batches
 
 
 # ---------------------------------------------------------------------------------------------
@@ -415,22 +439,35 @@ def open_config(args: argparse.Namespace) -> LlavaConfig:
     """The configuration of the model to train; reads config.json alone."""
     fields = {}
     for source in [args.init] if args.init else [args.vision, args.language]:
-        fields |= open_checkpoint(source, weights=False)[0]
+        fields |= open_checkpoint(source, weights=False, bases=args.base)[0]
     if args.stage == 2 and fields.get("template") == "plain":
         fields["template"] = TEMPLATES[fields["text"].model_type]
-    for name in ("projector", "image_mode", "template", "prune"):
-        if getattr(args, name):
+    for name in ("projector", "image_mode", "template", "prune", "keep_tokens"):
+        if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
     return LlavaConfig(**fields)
+
+
+def build(args: argparse.Namespace, config: LlavaConfig, newest: Path | None) -> tuple[Llava, Adam]:
+    """Model and optimizer as they were at the checkpoint `newest`, or at the start."""
+    model = build_model(args, config)
+    if newest:
+        load_trained(model, newest)
+    wrap_blocks(model, args)
+    optimizer = Adam(model.named_parameters(), in_backward=args.in_backward, compile=args.compile)
+    if newest:
+        optimizer.load(newest)
+    return model, optimizer
 
 
 def build_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
     """The model to train; its trainable parameters require a gradient, all others do not."""
     torch.manual_seed(args.seed)
-    overrides = {name: value for name, value in vars(config).items() if name not in ("vision", "text")}
-    sources = {"path_or_repo_id": args.init, "vision": args.vision, "language": args.language}
-    model = Llava.from_pretrained(**sources, **overrides, dtype=getattr(torch, args.dtype),
-                                  device=args.device)
+    options = {name: value for name, value in vars(config).items() if name not in ("vision", "text")}
+    if args.quantize:
+        options["quantize"] = args.quantize
+    model = Llava.from_pretrained(args.init, vision=args.vision, language=args.language, base=args.base,
+                                  dtype=getattr(torch, args.dtype), device=args.device, **options)
     choose_trainable(model, args)
     for p in model.parameters():
         p.data = p.data.clone()              # into memory: until now they are mapped files
@@ -439,37 +476,37 @@ def build_model(args: argparse.Namespace, config: LlavaConfig) -> Llava:
 
 def choose_trainable(model: Llava, args: argparse.Namespace) -> None:
     """Stage 1: the projector. Stage 2: also the language model, or LoRA on each of its linear layers."""
-    trainable = ["projector.", "image_newline"]
+    trainable = ("projector.", "image_newline")
     if args.stage == 2 and not args.lora_rank:
-        trainable.append("language_model.")
+        trainable += ("language_model.",)
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(tuple(trainable)))
-    blocks = []
-    if args.lora_rank:
-        blocks += model.language_model.layers
+        p.requires_grad_(name.startswith(trainable))
+    blocks, tower = list(model.language_model.layers), model.vision_tower.layers
     if args.lora_vision:                     # not in the layers that LLaVA never evaluates
-        tower = model.vision_tower.layers
         blocks += tower[:len(tower) + 1 + model.config.vision_feature_layer]
+    if not args.lora_rank:
+        return
+    like = model.language_model.embed_tokens.weight
     for block in blocks:
         for name, module in list(block.named_modules()):
-            if isinstance(module, nn.Linear):
-                block.set_submodule(name, LoRA(module, args.lora_rank, args.lora_alpha))
+            if hasattr(module, "in_features"):                            # nn.Linear or QuantizedLinear
+                block.set_submodule(name, LoRA(module, args.lora_rank, args.lora_alpha, like))
 
 
-class LoRA(nn.Linear):
+class LoRA(nn.Module):
     """A frozen linear layer and a trainable one of low rank beside it (Hu et al. 2021, arXiv:2106.09685):
-    y = W x + alpha / rank · B A x, where B starts at zero."""
+    y = W x + alpha / rank · B A x, where B starts at zero. `like` has the device and dtype of A and B."""
 
-    def __init__(self, frozen: nn.Linear, rank: int, alpha: float):
-        super().__init__(frozen.in_features, frozen.out_features, device="meta")
-        self.weight, self.bias, self.scale = frozen.weight, frozen.bias, alpha / rank
-        like = {"bias": False, "device": frozen.weight.device, "dtype": frozen.weight.dtype}
-        self.lora_A = nn.Linear(self.in_features, rank, **like)
-        self.lora_B = nn.Linear(rank, self.out_features, **like)
+    def __init__(self, frozen: nn.Module, rank: int, alpha: float, like: Tensor):
+        super().__init__()
+        self.frozen, self.scale = frozen, alpha / rank
+        how = {"bias": False, "device": like.device, "dtype": like.dtype}
+        self.lora_A = nn.Linear(frozen.in_features, rank, **how)
+        self.lora_B = nn.Linear(rank, frozen.out_features, **how)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
+        return self.frozen(x) + self.scale * self.lora_B(self.lora_A(x))
 
 
 def wrap_blocks(model: Llava, args: argparse.Namespace) -> None:
@@ -481,16 +518,17 @@ def wrap_blocks(model: Llava, args: argparse.Namespace) -> None:
     for layer in model.language_model.layers[:args.checkpoint_blocks]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if PROCESSES > 1:
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for module in [*model.language_model.layers, model]:
-            fully_shard(module)
+            fully_shard(module, mp_policy=policy)
 
 
-def connect_unused_inputs(model: Llava, _, inputs: tuple[Tensor]) -> Tensor:
+def connect_unused_inputs(model: Llava, _, inputs: tuple) -> tuple:
     """Add 0 × the trainable parameters before the language model to its input: a batch without images
     gives them no gradient, and the other processes would wait for it."""
     unused = [p.sum() for name, p in model.named_parameters()
               if p.requires_grad and not name.startswith("language_model.")]
-    return inputs[0] + 0 * sum(unused)
+    return inputs[0] + 0 * sum(unused), *inputs[1:]
 
 
 def local_shard(t: Tensor) -> Tensor:
@@ -503,8 +541,8 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if PROCESSES > 1 else t
 
 
-def all_reduce(number: float, op) -> float:
-    """A number that each process has, reduced over all of them."""
+def all_reduce_sum(number: float, op=dist.ReduceOp.SUM) -> float:
+    """A number that each process has, summed over all of them, or reduced by `op`."""
     if PROCESSES == 1:
         return number
     cell = torch.tensor(number, dtype=torch.float64)
@@ -512,11 +550,7 @@ def all_reduce(number: float, op) -> float:
     return cell.item()
 
 
-def all_reduce_sum(number: float) -> float:
-    return all_reduce(number, dist.ReduceOp.SUM)
-
-
-def is_gpu(device: str) -> bool:
+def is_cuda(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
@@ -525,13 +559,10 @@ def is_gpu(device: str) -> bool:
 
 
 class Adam:
-    """Adam without weight decay, computed in float32 for bf16 weights, too.
-
-    In bf16 alone, steps of lr 2e-5 are rounded away. So the optimizer keeps the low 16 bits of each
-    float32 master weight, and stores bf16 moments with stochastic rounding: small changes survive on
-    average. That is 8 bytes a weight in all, if each weight is updated `in_backward`, as soon as its
-    gradient is complete, so that only one gradient exists at a time.
-    """
+    """Adam without weight decay, computed in float32 for bf16 weights, too: in bf16 alone, steps of lr
+    2e-5 are rounded away. So the optimizer keeps the low 16 bits of each float32 master weight, and
+    stores bf16 moments with stochastic rounding: small changes survive on average. That is 8 bytes a
+    weight in all, if each weight is updated `in_backward`, as soon as its gradient is complete."""
 
     def __init__(self, named_parameters, betas=(0.9, 0.999), eps=1e-8, in_backward=False, compile=False):
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
@@ -546,23 +577,22 @@ class Adam:
                 p.register_post_accumulate_grad_hook(partial(self.update, name))
 
     def load(self, folder: Path) -> None:
-        self.steps = int(folder.name.removeprefix("step-"))
-        for name, saved in load_file(folder / "optimizer.safetensors").items():
-            state = self.state[name]
-            if PROCESSES > 1:
-                saved = distribute_tensor(saved.to(state.device), state.device_mesh, state.placements)
-            state.copy_(saved)
+        self.steps = step_number(folder)
+        for file in sorted(folder.glob("optimizer*.safetensors")):
+            for name, saved in open_file(file).items():
+                state = self.state[name]
+                if PROCESSES > 1:
+                    saved = distribute_tensor(saved.to(state.device), state.device_mesh, state.placements)
+                state.copy_(saved)
 
     def begin(self, lr: float) -> None:
-        """Begin a step. `rate` and `v_scale` correct the bias of the moments; tensors, so that
-        torch.compile takes them for variables."""
+        """Begin a step. The bias corrections are tensors, so that torch.compile treats them as variables."""
         self.steps, self.lr, self.square_sum = self.steps + 1, lr, 0.0
         self.rate = torch.tensor(lr / (1 - self.betas[0]**self.steps))
         self.v_scale = torch.tensor(1 - self.betas[1]**self.steps)
 
     def clip(self, max_norm: float | None) -> float:
-        """Return the norm of the whole gradient and scale it down to max_norm; with in_backward it is
-        too late to scale."""
+        """Return the norm of the whole gradient and, without in_backward, scale it down to max_norm."""
         if self.in_backward:
             return math.sqrt(all_reduce_sum(float(self.square_sum)))
         return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)).item()
@@ -575,22 +605,23 @@ class Adam:
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
-        """Update one weight and clear its gradient. In chunks: the temporary float32 tensors take little
-        memory, and on a CPU stay in the cache. All chunks share the noise that rounds them."""
+        """Update one weight and clear its gradient, in chunks, so that the temporary float32 tensors take
+        little memory. All chunks share the noise that rounds them."""
         gradient, p.grad, p = local_shard(p.grad).reshape(-1), None, local_shard(p)
         size = CHUNK["cpu" if p.device.type == "cpu" else "gpu"]
-        noise = torch.randint(1 << 16, (min(size, p.numel()),), dtype=torch.int32, device=p.device)
-        kinds = ("m", "v", "low") if p.dtype == torch.bfloat16 else ("m", "v")
+        kinds, noise = ("m", "v"), None
+        if p.dtype == torch.bfloat16:        # float32 weights need neither low bits nor rounding noise
+            kinds = ("m", "v", "low")
+            noise = torch.randint(1 << 16, (min(size, p.numel()),), dtype=torch.int32, device=p.device)
         kept = [p.view(-1), *(local_shard(self.state[f"{name}.{kind}"]).view(-1) for kind in kinds)]
         for gradient, *kept in zip(*(tensor.split(size) for tensor in [gradient, *kept])):
             gradient = gradient.float()
             if self.in_backward:
                 self.square_sum += gradient.dot(gradient)
-            self.update_chunk(gradient, *kept, noise=noise[:len(gradient)], rate=self.rate,
-                              v_scale=self.v_scale)
+            self.update_chunk(gradient, *kept, noise=noise, rate=self.rate, v_scale=self.v_scale)
 
     def update_chunk(self, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, low: Tensor | None = None, *,
-                     noise: Tensor, rate: Tensor, v_scale: Tensor) -> None:
+                     noise: Tensor | None, rate: Tensor, v_scale: Tensor) -> None:
         """Adam's rule, in place; the memory of the float32 gradient is reused."""
         new_m = m.float().lerp_(gradient, 1 - self.betas[0])
         new_v = v.float().lerp_(gradient.square_(), 1 - self.betas[1])
@@ -602,8 +633,8 @@ class Adam:
             v.copy_(new_v)
         else:
             split_bits(join_bits(p, low).sub_(change), p, low)
-            round_stochastically(new_m, m, noise)
-            round_stochastically(new_v, v, noise)
+            round_stochastically(new_m, m, noise[:len(m)])
+            round_stochastically(new_v, v, noise[:len(v)])
 
 
 def join_bits(high: Tensor, low: Tensor) -> Tensor:
@@ -627,68 +658,72 @@ def round_stochastically(exact: Tensor, out: Tensor, noise: Tensor) -> None:
 # 5. Memory, and --plan
 
 
-class Load(NamedTuple):
-    """What a micro-batch holds."""
-    tokens: int                              # with padding
-    supervised: int
-    images: int
+Load = namedtuple("Load", "tokens supervised tiles")         # of a micro-batch; tokens with padding
 
 
 def largest_load(samples: Samples, batches: list[list[int]], micro_batch_size: int) -> Load:
-    """The most of each in any first, longest micro-batch of `batches`."""
+    """The most of each in the first, longest micro-batch of any process in any of `batches`."""
     loads = []
-    for batch in batches:
-        micro = sorted(batch, key=lambda i: -samples.lengths[i])[:micro_batch_size]
+    for share in [batch[rank::PROCESSES] or batch[:1] for batch in batches for rank in range(PROCESSES)]:
+        micro = sorted(share, key=lambda i: -samples.lengths[i])[:micro_batch_size]
         loads.append(Load(tokens=len(micro) * samples.lengths[micro[0]],
                           supervised=sum(samples.supervised[i] for i in micro),
-                          images=sum(len(samples.records[i]["images"]) for i in micro)))
+                          tiles=sum(samples.tiles[i] for i in micro)))
     return Load(*(max(column) for column in zip(*loads)))
 
 
 def estimate_memory(model: Llava, load: Load, args: argparse.Namespace) -> dict[str, float]:
     """Bytes on one device, by use; "peak" is the most that is needed at once.
-
-    The model may be on device meta. Tests hold the estimate within 8% of the measured bytes."""
+ The
+    model may be on device meta. Tests hold the estimate within 8% of the measured bytes."""
     text, size = model.config.text, 2 if args.dtype == "bfloat16" else 4
-    on_cpu = args.card == "cpu" or not (args.card or is_gpu(args.device))
+    on_cpu = args.card == "cpu" or not (args.card or is_cuda(args.device))
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    gradients = max(trainable) if args.in_backward else sum(trainable)
-    need = {"weights": size * sum(p.numel() for p in model.parameters()) / PROCESSES,
+    need = {"weights": weight_bytes(model, args, size),
             "optimizer": (6 if size == 2 else 8) * sum(trainable) / PROCESSES,
-            "gradients": size * gradients / PROCESSES,
+            "gradients": size * (max(trainable) if args.in_backward else sum(trainable)) / PROCESSES,
             "activations": activation_bytes(model.config, load, args, size),
             "logits": 12 * load.supervised * text.vocab_size}    # float32: log-softmax, two gradients
-    in_layer = size * 4 * text.intermediate_size             # a token, in the backward pass of one layer
+    in_layer = load.tokens * size * 4 * text.intermediate_size            # the backward pass of one layer
     if args.checkpoint_blocks:
-        in_layer += sum(layer_bytes(text, args, size))
-    in_layer *= load.tokens
-    kept_gradients, accumulated = 0, 0
-    if args.in_backward:
-        kept_gradients = need["gradients"]
-    elif args.micro_batch_size < args.batch_size:            # gradients wait for other micro-batches
-        kept_gradients = accumulated = need["gradients"]
+        in_layer += load.tokens * sum(layer_bytes(text, args, size))
+    accumulates = not args.in_backward and args.micro_batch_size < args.batch_size
+    accumulated = need["gradients"] if accumulates else 0    # of the micro-batches before
+    kept_gradients = need["gradients"] if args.in_backward else accumulated
     update = 24 * min(max(trainable), CHUNK["cpu" if on_cpu else "gpu"])  # six float32 tensors
     moments = (need["activations"] + need["logits"] + accumulated,        # at the loss
                need["activations"] + in_layer + kept_gradients,           # in the last layer's backward
                need["gradients"] + in_layer,                              # in the first layer's
                need["gradients"] + update)                                # in the optimizer
-    overhead = ALLOCATOR_OVERHEAD if on_cpu else 1
-    need["peak"] = need["weights"] + need["optimizer"] + overhead * max(moments)
+    need["peak"] = need["weights"] + need["optimizer"] + max(moments) * (ALLOCATOR_OVERHEAD if on_cpu else 1)
     return need
+
+
+def weight_bytes(model: Llava, args: argparse.Namespace, size: int) -> float:
+    """Bytes of all weights on one device. Of several processes each holds its shards and, as FSDP2
+    gathers them, two whole decoder layers and all that is in no decoder layer."""
+    total, gathered = 0.0, 0.0
+    for name, p in model.named_parameters():
+        bits = 8 * size
+        if args.quantize and name.endswith(("frozen.weight", "lm_head.weight")) and "vision" not in name:
+            bits = 8 + 16 / p.shape[1]       # int8 and a bf16 scale a row
+            if args.quantize == "int4" and "lm_head" not in name:
+                bits = 5                     # 4 bits, a bf16 scale and a bf16 middle for 32 weights
+        total += p.numel() * bits / 8
+        if re.match(r"language_model\.layers\.[01]\.|(?!language_model\.layers)", name):
+            gathered += p.numel() * bits / 8
+    return total if PROCESSES == 1 else total / PROCESSES + gathered
 
 
 def layer_bytes(text: TextConfig, args: argparse.Namespace, size: int) -> tuple[int, int]:
     """Bytes a token that autograd keeps of a decoder layer: of its attention, of its MLP."""
     C, inner = text.hidden_size, text.intermediate_size
     qkvy = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
-    attention = 4 * C + size * qkvy          # the norm is in float32
-    mlp = 4 * C + size * 3 * inner
+    attention, mlp = 4 * C + size * qkvy, 4 * C + size * 3 * inner        # the norms are in float32
     if args.stage == 2:                      # inputs of trainable layers
-        attention += size * C
-        mlp += size * (C + inner)
-        if not args.lora_rank:
-            attention += size * C
-            mlp += size * C
+        attention, mlp = attention + size * C, mlp + size * (C + inner)
+    if args.stage == 2 and not args.lora_rank:
+        attention, mlp = attention + size * C, mlp + size * C
     return attention, mlp
 
 
@@ -704,7 +739,7 @@ def activation_bytes(config: LlavaConfig, load: Load, args: argparse.Namespace, 
     patch = vision.hidden_size + 2 * text.hidden_size
     if args.lora_vision:
         patch += (8 * vision.hidden_size + 3 * vision.intermediate_size) * vision.num_hidden_layers
-    return total + load.images * vision.side**2 * size * patch
+    return total + load.tiles * vision.side**2 * size * patch
 
 
 def choose_micro_batch(model: Llava, samples: Samples, batches: list[list[int]],
@@ -714,8 +749,8 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list[list[int]],
     available = math.inf
     if args.card and GPUS[args.card][1]:
         available = GPUS[args.card][1] * 2**30
-    elif not args.card and is_gpu(args.device):
-        available = torch.cuda.mem_get_info()[1]
+    elif not args.card and is_cuda(args.device):             # free now, on the GPU that has least
+        available = all_reduce_sum(torch.cuda.mem_get_info()[0], dist.ReduceOp.MIN)
     share, layers = math.ceil(args.batch_size / PROCESSES), len(model.language_model.layers)
     sizes = [args.micro_batch_size or share]
     if not args.micro_batch_size and not args.in_backward:
@@ -735,24 +770,25 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list[list[int]],
 
 
 def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args, utilisation=0.5) -> None:
-    """Print the estimated memory, FLOPs and hours on the GPU --card. A backward pass costs as much as a
-    forward pass, and once more for trainable layers; an image counts as all tiles that it can have."""
-    print_summary(args, samples, steps, 0, model)
-    config, S, (speed, memory) = model.config, model.config.vision.image_size, GPUS[args.card]
+    """Print the estimated memory, disk space, FLOPs and hours on the GPU --card. A backward pass costs
+    as much as a forward pass, and once more for trainable layers."""
+    print_summary(args, samples, steps, None, model)
+    config, (speed, memory), bf16 = model.config, GPUS[args.card], args.dtype == "bfloat16"
     passes = 2 + args.checkpoint_blocks / config.text.num_hidden_layers
     if args.stage == 2 and not args.lora_rank:
         passes += 1
-    tile = vision_flops(config.vision, config.vision.num_hidden_layers - 1)
-    if args.lora_vision:
-        tile *= 2
-    tile += 3 * projector_flops(config, config.vision.side**2)
-    tiles = 1 + max((w * h // S**2 for w, h in config.grids), default=0)
+    tower = vision_flops(config.vision, config.vision.num_hidden_layers - 1)
+    tile = (2 if args.lora_vision else 1) * tower + 3 * projector_flops(config, config.vision.side**2)
     flops = args.epochs * sum(
         passes * language_flops(config.text, samples.lengths[i], samples.supervised[i])
-        + tile * tiles * len(samples.records[i]["images"]) for i in samples.usable)
+        + tile * samples.tiles[i] for i in samples.usable)
     hours = flops / (speed * 1e12 * utilisation * PROCESSES) / 3600
     for name, size in need.items():
         print(f"  {name:12} {size / 2**30:10.2f} GiB")
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if bf16 else 4)
+    both = 2 * (weights + PROCESSES * need["optimizer"])     # the newest checkpoint and the next one
+    print(f"  disk         {both / 2**30:10.2f} GiB while training, {weights / 2**30:.2f} GiB in the end\n"
+          f"  host memory  {min(2 * SHARD_BYTES, both) / 2**30:10.2f} GiB while saving, besides Python's")
     if memory and need["peak"] > MEMORY_FRACTION * memory * 2**30:
         print(f"  more than {memory} GB: use --in-backward, --lora-rank 128 or a smaller --batch-size")
     tokens = args.epochs * sum(samples.lengths[i] for i in samples.usable)
@@ -776,7 +812,12 @@ def check_data(args: argparse.Namespace, processor: Processor) -> None:
              "odd": [line for _, odd in found for line in odd],
              "duplicates": [text for text, times in copies.items() if times > 1]}
     write_json(args.out / "check.json", lists)
-    print_histogram(Samples(records, processor, sys.maxsize).lengths)
+    lengths = Samples(records, processor, sys.maxsize).lengths
+    width = 1 + max(lengths, default=0) // 10
+    bins = Counter(length // width for length in lengths)
+    for i in sorted(bins):
+        bar = "#" * (50 * bins[i] // max(bins.values()))
+        print(f"{i * width:6} to {(i + 1) * width - 1:6} tokens {bins[i]:8} {bar}")
     summary = ", ".join(f"{len(lines)} {name}" for name, lines in lists.items())
     print(f"{len(raw)} records: {summary}; listed in {args.out / 'check.json'}")
     if lists["wrong"]:
@@ -801,26 +842,16 @@ def check_record(number_and_raw: tuple[int, dict], folder: Path) -> tuple[dict |
     return record, odd
 
 
-def print_histogram(lengths: list[int]) -> None:
-    width = 1 + max(lengths, default=0) // 10
-    bins = Counter(length // width for length in lengths)
-    for i in sorted(bins):
-        bar = "#" * (50 * bins[i] // max(bins.values()))
-        print(f"{i * width:6} to {(i + 1) * width - 1:6} tokens {bins[i]:8} {bar}")
-
-
 def show(samples: Samples, number: int) -> None:
     """Print a record as the model gets it: which tokens are image, prompt, supervised and end."""
     if not 0 <= number < len(samples):
         raise UserError(f"--show {number}: the records are 0 to {len(samples) - 1}")
-    processor, record = samples.processor, samples.records[number]
-    files, (ids, labels, _, _) = list(record["images"]), samples.tokenize(record)
+    processor, files = samples.processor, list(samples.records[number]["images"])
+    ids, labels, _, _ = samples.tokenize(number)
     special = {processor.config.image_token_id: "image", processor.bos: "start", processor.eos: "end"}
     colors = {"image": 35, "start": 31, "end": 31, "prompt": 34, "answer": 32}
-    kinds = []
-    for token, label in zip(ids, labels):
-        usual = "prompt" if label == IGNORE else "answer"
-        kinds.append((special.get(token, usual), "" if label == IGNORE else "learned"))
+    states = [("prompt", "") if label == IGNORE else ("answer", "learned") for label in labels]
+    kinds = [(special.get(token, usual), learned) for token, (usual, learned) in zip(ids, states)]
     for (kind, learned), group in groupby(zip(kinds, ids), key=lambda pair: pair[0]):
         text = "".join(str(files.pop(0)) if kind == "image" else processor.tokenizer.id_to_token(token)
                        for _, token in group).replace("▁", " ").replace("<0x0A>", "\n")
@@ -832,59 +863,67 @@ def show(samples: Samples, number: int) -> None:
 # 7. Checkpoints
 
 
+def step_number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 class Checkpoints:
     """RUN/trainer/step-000120: all that is needed to continue a run exactly. A checkpoint is written
     under another name first; the files of the run folder itself are hard links to the newest one."""
 
-    SETTINGS = ("stage vision language init tokenizer template projector image_mode prune lora_rank "
-                "lora_alpha lora_vision epochs batch_size micro_batch_size in_backward compile lr clip "
-                "max_length seed dtype").split()
+    SETTINGS = ("stage vision language init tokenizer template projector image_mode prune keep_tokens "
+                "lora_rank lora_alpha lora_vision quantize epochs batch_size micro_batch_size in_backward "
+                "compile lr clip max_length seed dtype").split()
 
-    def __init__(self, args: argparse.Namespace):
-        self.out, self.folder, self.args = args.out, args.out / "trainer", args
-        self.settings = {name: getattr(args, name) for name in self.SETTINGS}
-        self.settings |= {"processes": PROCESSES, "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
+    def __init__(self, args: argparse.Namespace, steps: int):
+        self.out, self.folder, self.args, self.steps = args.out, args.out / "trainer", args, steps
+        self.found = max(self.folder.glob("step-*"), default=None)
+        self.saved = read_json(self.found / "run.json") if self.found else {}
+        if args.resume and args.micro_batch_size is None:    # other memory may be free than then
+            args.micro_batch_size = self.saved.get("micro_batch_size")
 
-    def newest(self, resume: bool) -> Path | None:
+    def settings(self) -> dict:
+        chosen = {name: getattr(self.args, name) for name in self.SETTINGS}
+        data = hashlib.sha256(self.args.data.read_bytes()).hexdigest()
+        return chosen | {"processes": PROCESSES, "data": data}
+
+    def newest(self) -> Path | None:
         """The checkpoint to continue from, if there is one; UserError if its settings differ."""
-        found = sorted(self.folder.glob("step-*"))
-        if not found:
+        if self.found is None:
             return None
-        if not resume:
+        if not self.args.resume:
             raise UserError(f"{self.out} holds a run already: add --resume, or name another --out")
-        saved = read_json(found[-1] / "run.json")
-        changed = [f"{name} was {saved.get(name)!r} and is now {value!r}"
-                   for name, value in self.settings.items() if saved.get(name) != value]
+        changed = [f"{name} was {self.saved.get(name)!r} and is now {value!r}"
+                   for name, value in self.settings().items() if self.saved.get(name) != value]
         if changed:
             raise UserError(f"{self.out} cannot be continued with other settings: {'; '.join(changed)}")
-        return found[-1]
+        return self.found
 
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
-        """Every process gives its shards, the first one writes."""
-        shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in shards:
-            module.unshard()
-        state = {}
-        for name, tensor in optimizer.state.items():
-            gathered = full_tensor(tensor)
-            if RANK == 0:
-                state[name] = gathered.cpu()
+        """All processes gather the tensors, one at a time; the first one writes them. After the last step
+        the optimizer state is not needed."""
+        state = optimizer.state if optimizer.steps < self.steps else {}
+        tensors = ((name, full_tensor(tensor).cpu()) for name, tensor in state.items())
         if RANK == 0:
-            self.write(model, processor, optimizer.steps, state)
-        for module in shards:
-            module.reshard()
+            self.write(model, processor, optimizer.steps, tensors)
+        else:
+            deque(chain(model.hf_tensors(whole=False), tensors), maxlen=0)          # take all, keep none
+        if PROCESSES > 1:
+            dist.barrier()
 
-    def write(self, model: Llava, processor: Processor, step: int, state: dict[str, Tensor]) -> None:
+    def write(self, model: Llava, processor: Processor, step: int, tensors) -> None:
         part, older = self.folder / "part", list(self.folder.glob("step-*"))
         shutil.rmtree(part, ignore_errors=True)
         try:
-            model.save_pretrained(part, trained_only=True)
-            processor.save_pretrained(part)
             if self.args.lora_rank:
-                to_adapter(part, model, self.args)
+                save_adapter(part, model, self.args)
+            else:
+                model.save_pretrained(part, trained_only=True, shard_bytes=SHARD_BYTES)
+            processor.save_pretrained(part)
             exported = [file.name for file in part.iterdir()]
-            save_file(state, part / "optimizer.safetensors")
-            (part / "run.json").write_text(json.dumps(self.settings))
+            if step < self.steps:
+                save_sharded(part / "optimizer.safetensors", tensors, SHARD_BYTES)
+            write_json(part / "run.json", self.settings())
         except (OSError, SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             raise OSError(f"step {step} could not be saved to {self.folder} ({error}): what was saved "
@@ -904,12 +943,12 @@ def link(file: Path, name: Path) -> None:
         shutil.copyfile(file, name)
 
 
-def to_adapter(folder: Path, model: Llava, args: argparse.Namespace) -> None:
-    """Turn the output of save_pretrained into an adapter as PEFT saves it for a llava-hf model."""
-    tensors = load_file(folder / "model.safetensors")
-    save_file({f"base_model.model.model.{name.replace('language_model.model.', 'language_model.')}": tensor
-               for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "model.safetensors").unlink()
+def save_adapter(folder: Path, model: Llava, args: argparse.Namespace) -> None:
+    """Write the trained weights as PEFT saves the adapter of a llava-hf model, and config.json."""
+    write_json(folder / "config.json", hf_config(model.config, whole=False) | {"bases": model.bases})
+    tensors = ((f"base_model.model.model.{name.replace('language_model.model.', 'language_model.')}", tensor)
+               for name, tensor in model.hf_tensors(whole=False))
+    save_sharded(folder / "adapter_model.safetensors", tensors, sys.maxsize)
     layers = {name.rsplit(".", 1)[1] for name, module in model.named_modules() if isinstance(module, LoRA)}
     where = r".*\.(language_model|vision_tower)\." if args.lora_vision else r".*\.language_model\."
     write_json(folder / "adapter_config.json", {
@@ -919,10 +958,10 @@ def to_adapter(folder: Path, model: Llava, args: argparse.Namespace) -> None:
 
 
 def load_trained(model: Llava, folder: Path) -> None:
-    """Copy the trained weights of a checkpoint, LoRA unmerged, into a model as it was at the start."""
+    """Copy the trained weights of a checkpoint into a model as it was at the start."""
     parameters = dict(model.named_parameters())
-    for file in folder.glob("*model.safetensors"):
-        for name, saved in load_file(file).items():
+    for file in folder.glob("*model*.safetensors"):
+        for name, saved in open_file(file).items():
             parameters[rename_key(name.removeprefix("base_model.model."), FROM_PUBLISHED)].data.copy_(saved)
 
 
@@ -931,51 +970,55 @@ def load_trained(model: Llava, folder: Path) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    positive, count, rate = number(int, 1), number(int, 0), number(float, 0)
+    workers = 8 if torch.cuda.is_available() else 0
     add = parser.add_argument
     add("--stage", type=int, choices=(1, 2), required=True, help="1: projector; 2: also the language model")
     add("--vision", metavar="ID", help="a CLIP: folder or hub id")
     add("--language", metavar="ID", help="a Mistral, LLaMA or Vicuna: folder or hub id")
     add("--init", metavar="ID", help="a LLaVA or a run to start from, instead of the two")
+    add("--base", action="append", default=[], metavar="ID", help="new place of a base that --init names")
     add("--tokenizer", metavar="ID", help="where the tokenizer.json is, if not with the language model")
     add("--data", type=Path, required=True, metavar="FILE", help="records, in LLaVA's format")
     add("--images", type=Path, default=Path("."), metavar="DIR", help="folder of their images")
+    add("--val", type=Path, metavar="FILE", help="records for the validation loss")
+    add("--val-images", type=Path, metavar="DIR", help="folder of their images (default: --images)")
+    add("--val-every", type=positive, metavar="STEPS", help="default: 100")
     add("--out", type=Path, required=True, metavar="RUN", help="folder for the run")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
 
     before = parser.add_argument_group("instead of training").add_argument
-    before("--plan", action="store_true",
-           help="estimate memory, FLOPs and hours from config.json and the records")
+    before("--plan", action="store_true", help="estimate memory, disk space, FLOPs and hours")
     before("--card", choices=GPUS, help="the GPU to estimate for (default: a100)")
     before("--check-data", action="store_true", help="read and decode everything once, list all errors")
     before("--show", type=int, metavar="N", help="print record N in colors: image, prompt, answer, end")
 
     recipe = parser.add_argument_group("the recipe; defaults for stage 1, stage 2").add_argument
-    recipe("--epochs", type=int, help="default: 1, 15")
-    recipe("--batch-size", type=int, metavar="N", help="records in a step (default: 64, 32)")
-    recipe("--lr", type=float, help="peak learning rate (default: 1e-3, 2e-5; with LoRA 2e-4)")
-    recipe("--clip", type=float, metavar="NORM", help="largest norm of the gradient (default: 1)")
-    recipe("--max-length", type=int, default=2048, metavar="T", help="tokens a record (default: %(default)s)")
+    recipe("--epochs", type=positive, help="default: 1, 15")
+    recipe("--batch-size", type=positive, metavar="N", help="records in a step (default: 64, 32)")
+    recipe("--lr", type=rate, help="peak learning rate (default: 1e-3, 2e-5; with LoRA 2e-4)")
+    recipe("--clip", type=rate, metavar="NORM", help="largest norm of the gradient (default: 1)")
+    recipe("--max-length", type=positive, metavar="T", help="tokens a record (default: 2048, anyres 4096)")
     recipe("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain, the model's")
     recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
-    recipe("--image-mode", choices=("pad", "crop", "anyres"), help="default: pad")
-    recipe("--prune", choices=("none", *PRUNING), help="reduce each image's tokens (default: the model's)")
-    recipe("--lora-rank", type=int, metavar="R", help="train LoRA of this rank instead of all weights")
-    recipe("--lora-alpha", type=float, metavar="A", help="scale LoRA by A / R (default: 2 R)")
+    recipe("--image-mode", choices=("pad", "crop", "anyres"), help="default: the model's, or pad")
+    recipe("--prune", choices=("none", *PRUNING), help="reduce each tile's tokens (default: the model's)")
+    recipe("--keep-tokens", type=positive, metavar="N", help="tokens of a tile after --prune")
+    recipe("--lora-rank", type=positive, metavar="R", help="train LoRA of this rank instead of all weights")
+    recipe("--lora-alpha", type=rate, metavar="A", help="scale LoRA by A / R (default: 2 R)")
     recipe("--lora-vision", action="store_true", help="LoRA in the vision tower, too")
+    recipe("--quantize", choices=("int8", "int4"), help="keep the frozen language model in few bits (QLoRA)")
     recipe("--seed", type=int, default=0, help="default: %(default)s")
 
     fitting = parser.add_argument_group("memory and speed").add_argument
-    fitting("--micro-batch-size", type=int, metavar="N", help="records at once (default: as many as fit)")
-    fitting("--checkpoint-blocks", type=int, metavar="N",
-            help="decoder layers with activation checkpointing (default: as few as possible)")
-    fitting("--in-backward", action="store_true",
-            help="update each weight in the backward pass, so that only one gradient exists at a time")
+    fitting("--micro-batch-size", type=positive, metavar="N", help="records at once (default: what fits)")
+    fitting("--checkpoint-blocks", type=count, metavar="N", help="layers with activation checkpointing")
+    fitting("--in-backward", action="store_true", help="update each weight when its gradient is complete")
     fitting("--compile", action="store_true", help="torch.compile each layer and the update, for GPUs")
     fitting("--device", choices=devices(), help="default: cuda if there is one, else cpu")
-    fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    fitting("--workers", type=int, default=8 if torch.cuda.is_available() else 0, metavar="N",
-            help="processes that decode images (default: %(default)s)")
-    fitting("--save-every", type=int, default=500, metavar="STEPS", help="default: %(default)s")
+    fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where a GPU supports it")
+    fitting("--workers", type=count, default=workers, metavar="N", help="for images (default: %(default)s)")
+    fitting("--save-every", type=positive, default=500, metavar="STEPS", help="default: %(default)s")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -985,12 +1028,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     recipe = RECIPE["lora" if args.lora_rank else str(args.stage)]
     batch_size = args.batch_size or recipe["batch_size"]
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     for applies, sentence in (
             (bool(args.init) == bool(args.vision and args.language),
              "give either --init, or --vision and --language"),
+            (missing.get(args.device.split(":")[0]), f"--device {args.device} is not available here"),
             (args.card and not args.plan, "--card is the GPU of a --plan"),
+            ((args.val_images or args.val_every) and not args.val, "--val-images and --val-every need --val"),
             (args.lora_rank and args.stage == 1, "--lora-rank is for stage 2"),
             (not args.lora_rank and (args.lora_alpha or args.lora_vision), "--lora-... needs --lora-rank"),
+            (args.quantize and not args.lora_rank, "--quantize needs --lora-rank: frozen weights only"),
+            (args.quantize and PROCESSES > 1, "--quantize works in one process only"),
             (args.in_backward and args.clip, "--in-backward updates before the norm for --clip is known"),
             (args.in_backward and args.micro_batch_size not in (None, batch_size),
              "--in-backward does not add up gradients: --micro-batch-size must be the whole batch")):
@@ -998,12 +1047,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(sentence)
     if args.plan and args.card is None:
         args.card = "a100"
-    cuda = torch.cuda.is_available()
-    on_gpu = args.card != "cpu" if args.plan else cuda
+    dtype = default_dtype(args.device, args.quantize or "none")
+    if args.plan and args.card != "cpu":
+        dtype = "bfloat16"
     defaults = recipe | {
         "clip": None if args.in_backward else 1.0, "lora_alpha": 2 * (args.lora_rank or 0),
-        "template": "plain" if args.stage == 1 else None, "device": "cuda" if cuda else "cpu",
-        "dtype": "bfloat16" if on_gpu else "float32"}
+        "template": "plain" if args.stage == 1 else None, "val_every": 100,
+        "dtype": "bfloat16" if dtype == "bfloat16" else "float32"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1015,16 +1065,18 @@ def main() -> None:
         from tests import toy
         return toy.play(run_stage, parse)
     args = parse()
-    if PROCESSES > 1:                        # torchrun: each process has its own GPU, or CPU cores
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    if PROCESSES == 1:
+        return run_stage(args)
+    if is_cuda(args.device):                 # torchrun: each process has its own GPU, or CPU cores
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(hours=3))      # longer than the first process writes 60 GB
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
         run_stage(args)
+        dist.barrier()                       # none leaves while another one still communicates
     finally:
-        if PROCESSES > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

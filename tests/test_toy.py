@@ -10,7 +10,7 @@ import pytest
 from eval import parse_choice, question, read_scienceqa
 from llava import Llava, LlavaConfig, Processor
 from tests import toy
-from train import read_records
+from train import parse, read_records
 
 
 def test_toy_scienceqa_has_the_layout_of_the_published_one(tmp_path):
@@ -74,13 +74,26 @@ def test_the_toy_models_open_and_the_captions_are_records(tmp_path):
 def test_draw_losses_draws_a_panel_per_run(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        lines = (json.dumps({"loss": 3 / i}) + "\n" for i in range(1, 40))
+        lines = (json.dumps({"loss": 3 / i} | ({"val_loss": 1} if name == "two" and i % 9 == 0 else {})) + "\n"
+                 for i in range(1, 40))
         (tmp_path / name / "log.jsonl").write_text("".join(lines))
     toy.draw_losses([tmp_path / "one", tmp_path / "two"], tmp_path / "loss.png")
     image = np.asarray(toy.Image.open(tmp_path / "loss.png"))
     assert image.shape == (260, 840, 3)
     drawn = (image == (0x20, 0x50, 0xb0)).all(-1)
     assert drawn[:, :420].sum() > 100 and drawn[:, 420:].sum() > 100
+    red = (image == (0xc0, 0x20, 0x20)).all(-1)
+    assert red[:, :420].sum() == 0 and red[:, 420:].sum() > 100
+
+
+def test_the_toy_run_is_in_float32_and_logs_the_validation_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "build", lambda *_: toy.write_scienceqa(
+        tmp_path / "scienceqa", sizes=(("train", 8), ("val", 8), ("test", 8))))
+    monkeypatch.setattr(toy, "draw_losses", lambda *_: 1 / 0)             # after both stages
+    runs = []
+    with pytest.raises(ZeroDivisionError):
+        toy.play(runs.append, parse, tmp_path, tmp_path / "runs")
+    assert [args.dtype for args in runs] == ["float32"] * 2 and runs[1].val.exists()
 
 
 def test_a_toy_answer_can_be_parsed():

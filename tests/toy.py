@@ -6,6 +6,7 @@ makes from a seed, in a minute or two on two cores:
 
     scienceqa/        problems.json, pid_splits.json, images/{split}/{id}/image.png
     pretrain.json     captions for stage 1, their images in pretrain/
+    coco/             captions_train2014.json and instances_train2014.json, their images in train2014/
     clip/             a vision tower, pretrained to tell which caption belongs to which image
     mistral/ llama/   two language models of equal depth, pretrained on text alone
 
@@ -25,6 +26,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def make_scene(rng: random.Random) -> dict[str, str]:
             "shape": rng.choice(SHAPES), "place": rng.choice(list(PLACES))}
 
 
-def draw(scene: dict[str, str], rng: random.Random) -> Image.Image:
+def draw(scene: dict[str, str], rng: random.Random, boxes: list | None = None) -> Image.Image:
     image = Image.new("RGB", (64, 64), tuple(rng.randint(215, 255) for _ in range(3)))
     pen, count, turn = ImageDraw.Draw(image), COUNTS.index(scene["count"]) + 1, rng.random() * math.tau
     for i in range(count):
@@ -77,6 +79,9 @@ def draw(scene: dict[str, str], rng: random.Random) -> Image.Image:
         if count > 1:                        # in a ring around the middle
             x += round(9 * math.cos(turn + math.tau * i / count))
             y += round(9 * math.sin(turn + math.tau * i / count))
+        if boxes is not None:                # [x, y, width, height], as COCO has them
+            half = r // 3 if scene["shape"] == "bar" else r
+            boxes.append([x - r, y - half, 2 * r, 2 * half])
         fill = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLORS[scene["color"]])
         if scene["shape"] == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -178,6 +183,76 @@ def write_captions(folder: Path, size: int = 6000) -> None:
             {"from": "human", "value": "Describe the picture in a few words.\n<image>"},
             {"from": "gpt", "value": caption(scene)}]})
     write_json(folder.parent / "pretrain.json", records)
+
+
+def write_coco(folder: Path, size: int = 200, images: bool = True) -> None:
+    """Scenes in the layout of COCO: captions_train2014.json, instances_train2014.json, train2014/."""
+    rng, entries, captions, instances = random.Random(6), [], [], []
+    (folder / "train2014").mkdir(parents=True)
+    for i in range(1, size + 1):
+        scene, boxes, name = make_scene(rng), [], f"{i:06}.png"
+        image = draw(scene, rng, boxes)
+        if images:
+            image.save(folder / "train2014" / name)
+        entries.append({"id": i, "file_name": name, "width": 64, "height": 64})
+        for text in (caption(scene), f"a map with {scene['color']} {noun(scene)}",
+                     f"{scene['count']} {noun(scene)} drawn in the {scene['place']} of a map"):
+            captions.append({"id": len(captions), "image_id": i, "caption": text})
+        for box in boxes:
+            instances.append({"id": len(instances), "image_id": i, "bbox": box,
+                              "category_id": SHAPES.index(scene["shape"])})
+    categories = [{"id": i, "name": shape} for i, shape in enumerate(SHAPES)]
+    write_json(folder / "captions_train2014.json", {"images": entries, "annotations": captions})
+    write_json(folder / "instances_train2014.json", {
+        "images": entries, "annotations": instances, "categories": categories})
+
+
+class Teacher(ThreadingHTTPServer):
+    """A local stand-in for a text-only language model: it answers from the captions and boxes that it is
+    sent and never sees an image. `prompts` holds the last message of each request; `edit(text)` may
+    change a reply, and `status` refuses all requests."""
+
+    def __init__(self, port: int = 0, edit=str):
+        super().__init__(("127.0.0.1", port), TeacherHandler)
+        self.prompts, self.edit, self.status = [], edit, 200
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class TeacherHandler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.prompts.append(body["messages"][-1]["content"])
+        text = self.server.edit(teach(body["messages"][0]["content"], body["messages"][-1]["content"]))
+        reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def teach(system: str, symbolic: str) -> str:
+    """A reply of the kind that the system message wants, made of the words in the symbolic image."""
+    captions, _, boxes = symbolic.partition("\n\n")
+    words = captions.split()
+    count, color, place = (next(word for word in words if word in known)
+                           for known in (COUNTS, COLORS, PLACES))
+    shape = next(shape for shape in SHAPES if shape in captions)
+    if "detailed description" in system:
+        tops = [json.loads(line.partition(": ")[2])[1] for line in boxes.splitlines()]
+        half = "upper" if max(tops) < 0.5 else "lower"
+        return (f"The color is {color}. The shape is a {shape}. The number is {count}. They lie in the "
+                f"{place}, and something of them is in the {half} half.")
+    if "reasoning" in system:
+        pairs = [("Which way is the middle of the map from here?",
+                  f"They lie in the {place}. Opposite to {place} is {OPPOSITE[place]}.")]
+    else:
+        pairs = [("What color do you see?", f"The color is {color}."),
+                 ("Which shape do you see?", f"The shape is a {shape}."),
+                 ("How many are there?", f"The number is {count}.")]
+    return "\n===\n".join(f"Question:\n{asked}\n===\nAnswer:\n{answered}" for asked, answered in pairs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -310,11 +385,11 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
     return tokenizer
 
 
-def build(folder: Path, parts=("scienceqa", "pretrain", "clip", "mistral", "llama")) -> None:
+def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama")) -> None:
     """Build the parts that are missing; each appears complete or not at all."""
     torch.set_num_threads(1)                 # the matrices are too small for a second thread
     tokenizer = make_tokenizer()
-    write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "clip": write_clip,
+    write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco, "clip": write_clip,
              "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer),
              "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer)}
     for part in parts:
@@ -334,11 +409,13 @@ def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None
     began = time.perf_counter()
     build(data, ("scienceqa", "pretrain", "clip", "mistral"))
     shutil.rmtree(runs, ignore_errors=True)
-    write_json(runs / "train.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", "train")])
+    for split in ("train", "val"):
+        write_json(runs / f"{split}.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", split)])
     for flags in (f"--stage 1 --vision {data}/clip --language {data}/mistral --lr 6e-3 --epochs 5 "
-                  f"--data {data}/pretrain.json --images {data}/pretrain --out {runs}/stage1",
+                  f"--data {data}/pretrain.json --images {data}/pretrain --out {runs}/stage1 --dtype float32",
                   f"--stage 2 --init {runs}/stage1 --lr 1e-3 --epochs 12 "
-                  f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2"):
+                  f"--data {runs}/train.json --images {data}/scienceqa/images/train --out {runs}/stage2 "
+                  f"--val {runs}/val.json --val-images {data}/scienceqa/images/val --dtype float32"):
         print(f"\n$ python train.py {flags}")
         run_stage(parse(flags.split()))
     draw_losses([runs / "stage1", runs / "stage2"], runs / "loss.png")
@@ -356,16 +433,19 @@ def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None
 
 
 def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 260) -> None:
-    """Draw a panel per run: the loss of every step, pale, and its running mean."""
+    """Draw a panel per run: the loss of every step, pale, its running mean, and red the validation loss."""
     image = Image.new("RGB", (width * len(runs), height), "white")
     for i, folder in enumerate(runs):
-        losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines]
+        validation = [(step, line["val_loss"]) for step, line in enumerate(lines) if "val_loss" in line]
         means = list(accumulate(losses, lambda mean, loss: mean + 0.1 * (loss - mean)))
         panel = Image.new("RGB", (width, height), "white")
         pen, right, bottom, top = ImageDraw.Draw(panel), width - 15, height - 25, max(losses)
-        for values, color, thickness in ((losses, "#c8d8f0", 1), (means, "#2050b0", 2)):
+        for points, color, thickness in ((enumerate(losses), "#c8d8f0", 1), (enumerate(means), "#2050b0", 2),
+                                         (validation, "#c02020", 2)):
             pen.line([(50 + (right - 50) * step / len(losses), bottom - (bottom - 30) * value / top)
-                      for step, value in enumerate(values)], color, thickness)
+                      for step, value in points], color, thickness)
         pen.line([(50, 30), (50, bottom), (right, bottom)], "black")
         pen.text((50, 8), f"{folder.name}: loss, {len(losses)} steps, at the end {means[-1]:.3f}", "black")
         for share in (0.0, 0.5, 1.0):
@@ -375,4 +455,6 @@ def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 26
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--teacher"]:       # python tests/toy.py --teacher 8000
+        Teacher(int(sys.argv[2])).serve_forever()
     build(Path(sys.argv[1] if len(sys.argv) > 1 else "data/toy"))
