@@ -688,7 +688,7 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
         for e in content["annotations"]:
             if text := " ".join(e["caption"].split()):
                 images[str(e["image_id"])][1].append(text)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file} is neither a COCO captions file nor a list of {{image, caption}}: "
                         f"{error!r}") from None
     return images
@@ -709,7 +709,9 @@ def read_boxes(file: Path) -> dict[str, list[str]]:
             corners = [x / width, y / height, (x + w) / width, (y + h) / height]
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
             boxes[str(e["image_id"])].append(f"{names[e['category_id']]}: {corners}")
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{file} is not a COCO instances file: {error!r}") from None
     return boxes
 

@@ -44,6 +44,7 @@ def world(tmp_path_factory):
     Image.new("RGB", (40, 30), "red").save(folder / "images/good.png")
     records = [{"id": str(i), "image": "good.png", "conversations": TURNS} for i in range(4)]
     llava.write_json(folder / "records.json", records)
+    llava.write_json(folder / "captions.json", [{"image": "good.png", "caption": "A red wall."}])
     splits = json.loads((folder / "scienceqa/pid_splits.json").read_text())
     lines = [json.dumps({"question_id": name, "prompt": "", "text": "A"}) for name in splits["test"]]
     (folder / "answers.jsonl").write_text("\n".join(lines) + "\n")
@@ -502,8 +503,50 @@ def test_a_bad_list_of_ids_is_refused(task, content, message, world, tmp_path, m
 def test_bad_captions_are_refused(content, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "captions.json").write_text(content)
     words = ["--scienceqa", world / "scienceqa", "--method", "guided", "--keep", 5, "--out", tmp_path / "set.json",
-             "--captions", tmp_path / "captions.json"]
+             "--image-text", tmp_path / "captions.json"]
     refused("prune", words, "captions.json", (world, tmp_path), monkeypatch, capsys)
+
+
+CAPTIONS = {                                 # files of captions, for --expand and --generate
+    "missing": (None, "is missing"), "cut": ("[", "not valid JSON"), "number": ("7", "neither a COCO captions file"),
+    "null": ("null", "neither"), "list of numbers": ("[3]", "neither"), "no caption": ('[{"image": "a.png"}]', "neither"),
+    "no name": ('[{"image": "", "caption": "x"}]', "neither"), "name is a number": (
+        '[{"image": 5, "caption": "x"}]', "neither"), "caption is a list": (
+        '[{"image": "a.png", "caption": []}]', "neither"), "COCO without images": ('{"annotations": []}', "neither"),
+    "COCO of an unknown image": ('{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "neither"),
+    "COCO images are numbers": ('{"images": [1], "annotations": []}', "neither")}
+COCO = '{"images": [{"id": 1, "width": 10, "height": %s}], "categories": [{"id": 1, "name": "cat"}], "annotations": [%s]}'
+BOXES = {
+    "missing": (None, "is missing"), "cut": ("{", "not valid JSON"), "list": ("[]", "not a COCO instances file"),
+    "box of two": (COCO % (10, '{"bbox": [1, 2], "image_id": 1, "category_id": 1}'), "not a COCO instances file"),
+    "box of texts": (COCO % (10, '{"bbox": "abcd", "image_id": 1, "category_id": 1}'), "not a COCO instances file"),
+    "box outside": (COCO % (10, '{"bbox": [5, 5, 9, 9], "image_id": 1, "category_id": 1}'), "is not inside image 1"),
+    "unknown category": (COCO % (10, '{"bbox": [1, 1, 1, 1], "image_id": 1, "category_id": 9}'), "not a COCO"),
+    "unknown image": (COCO % (10, '{"bbox": [1, 1, 1, 1], "image_id": 9, "category_id": 1}'), "not a COCO"),
+    "no height": (COCO % (0, '{"bbox": [0, 0, 0, 0], "image_id": 1, "category_id": 1}'), "not a COCO")}
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+@pytest.mark.parametrize("task", ["--expand", "--generate"])
+def test_bad_caption_files_are_refused(task, name, world, tmp_path, monkeypatch, capsys):
+    content, message = CAPTIONS[name]
+    file = tmp_path / "captions.json"
+    if content is not None:
+        file.write_text(content)
+    words = [task, file] if task == "--expand" else [task, "conversation", "--captions", file, "--judge-model", "m",
+                                                     "--dry-run"]
+    refused("prune", [*words, "--out", tmp_path / "out.json"], message, (world, tmp_path), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_bad_box_files_are_refused(name, world, tmp_path, monkeypatch, capsys):
+    content, message = BOXES[name]
+    (tmp_path / "captions.json").write_text('[{"image": "1.png", "caption": "A cat."}]')
+    if content is not None:
+        (tmp_path / "boxes.json").write_text(content)
+    words = ["--generate", "detail", "--captions", tmp_path / "captions.json", "--boxes", tmp_path / "boxes.json",
+             "--judge-model", "m", "--dry-run", "--out", tmp_path / "out.json"]
+    refused("prune", words, message, (world, tmp_path), monkeypatch, capsys)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -533,6 +576,12 @@ IMPOSSIBLE = [                               # program, flags, words of argparse
         "--device gpu")],
     ("train", "--stage 2 --data d --out o --init i --lora-alpha 3", "--lora-... needs --lora-rank"),
     ("train", "--stage 1 --data d --out o --init i --lora-rank 4", "--lora-rank"),
+    ("train", "--stage 1 --data d --out o --init i --val-every 4", "--val"),
+    ("train", "--stage 1 --data d --out o --init i --val v --val-every 0", "--val-every"),
+    ("prune", "--generate conversation --out o --captions c", "--judge-model"),
+    ("prune", "--generate detail --out o --captions c --judge-model m", "--boxes"),
+    ("prune", "--expand c", "--out"), ("prune", "--expand c --out o --style long", "--style"),
+    ("prune", "--expand c --out o --limit 0", "--limit"), ("prune", "--expand c --out o --workers 0", "--workers"),
     ("eval", "", "--scienceqa"), ("eval", "--scienceqa d", "--model"), ("eval", "--model m", "--scienceqa"),
     ("eval", "--scienceqa d --model m --predictions p", "--predictions"),
     ("eval", "--scienceqa d --model m --batch-size 0", "--batch-size"),
@@ -576,8 +625,13 @@ def mistakes(world: Path, out: Path) -> dict[str, tuple[str, list, str]]:
         "another tokenizer": ("llava", [*llava_, "--tokenizer", world / "images"], "has no tokenizer.json"),
         "run in a file": ("train", [*train_, "--out", world / "records.json"], "records.json"),
         "records are a folder": ("train", [*train_, "--data", world], str(world)),
+        "no validation records": ("train", [*train_, "--val", out / "none.json"], "none.json is missing"),
+        "no validation images": ("train", [*train_, "--val", world / "records.json", "--val-images", out / "none"],
+                                 "there is no image"),
+        "no teacher": ("prune", ["--generate", "conversation", "--captions", world / "captions.json", "--judge-model",
+                                 "m", "--judge", "ftp://x", "--out", out / "out.json"], "--judge"),
         "no images": ("train", [*train_, "--images", out / "none"], "there is no image"),
-        "no room for an answer": ("train", [*train_, "--max-length", 5], "0 records with an answer"),
+        "no room for an answer": ("train", [*train_, "--max-length", 5], "within --max-length 5"),
         "a record too many": ("train", [*train_, "--show", 99], "--show 99"),
         "a record below 0": ("train", [*train_, "--show", -1], "--show -1"),
         "another split": ("eval", [*eval_, "--split", "holdout"], "has no split 'holdout'"),

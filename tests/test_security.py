@@ -185,7 +185,7 @@ def test_keys_are_never_shown(status, monkeypatch, capsys, caplog):
 
 
 def test_the_key_is_read_from_the_environment_in_one_place_and_is_no_flag():
-    reads = [where for where, name, node in calls() if "API_KEY" in ast.unparse(node) and "environ" in name]
+    reads = {where for where, name, node in calls() if "API_KEY" in ast.unparse(node) and "environ" in name}
     assert len(reads) <= 1
     for module in (llava, train, evaluation, prune):
         assert "--api-key" not in Path(module.__file__).read_text()
