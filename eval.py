@@ -100,8 +100,8 @@ def check_problem(problem, where: str) -> None:
     if not re.fullmatch(r"grade\d+", problem["grade"]):
         raise UserError(f"{where}: grade {problem['grade']!r} is not grade1 to grade12")
     for name in (problem["split"], problem["image"] or "image.png"):
-        if Path(name).name != name:
-            raise UserError(f"{where}: {name!r} is not the name of a split or of an image in its folder")
+        if Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{where}: {name!r} is not the name of a file or folder in images")
 
 
 def question(problem: dict, wording: str = "qcm") -> str:

@@ -566,7 +566,7 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
         state[name] = tensor.to(device, dtype, copy=quantize != "none")   # copied, so that files are unmapped
         return
     if dtype not in (torch.bfloat16, torch.float32):
-        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not {dtype}: change --dtype")
+        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not {dtype}: use --dtype bfloat16")
     bits = 4 if quantize == "int4" and "lm_head" not in name else 8
     model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
 
@@ -1065,9 +1065,9 @@ def fetch(source: str, weights: bool = True) -> Path:
     download = partial(snapshot_download, repo, revision=revision or None, ignore_patterns="*/*")
     patterns = ["model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin"]
     try:
-        folder = Path(download(allow_patterns=["*.json", *patterns] if weights else "*.json"))
+        folder = Path(download(allow_patterns=["*.json", *patterns] if weights else ["*.json"]))
         if weights and not list(folder.glob("model*.safetensors")):
-            download(allow_patterns="pytorch_model*.bin")
+            download(allow_patterns=["pytorch_model*.bin"])
         return folder
     except (OSError, ValueError) as error:
         raise OSError(f"{source} is not a local folder and could not be downloaded: "
@@ -1467,7 +1467,7 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
     for i, message in enumerate(messages):
         text, role = message["content"], ("user", "assistant")[i % 2]
         if message["role"] != role:
-            raise UserError(f"message {i + 1} must be of the {role}: user and assistant alternate")
+            raise UserError(f"message {i + 1} has the role {message['role']}: user and assistant alternate")
         if role == "assistant":
             pieces.append((text + {"plain": "\n", "mistral_instruct": " ", "v1": ""}[template], True))
             if template != "plain":
