@@ -160,8 +160,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
     if device == "cpu" or (device in ("cuda", "meta") and half):
         return SlidingWindow.apply(q, k, v, window)
-    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)   # no flash kernel
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))            # [B, H, T, D]
+    return masked_attention(q, k, v, window)                              # no flash kernel
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same with an explicit mask [T, T] and heads repeated in memory, for MPS and float32 on CUDA."""
+    T, heads = q.shape[2], q.shape[1] // k.shape[1]
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)   # [B, H, T, D]
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 

@@ -28,7 +28,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
@@ -393,14 +393,16 @@ def write_random(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96, seed: int = 0) -> None:
+def write_clip(folder: Path, patch_size: int = 16, steps: int = 700, size: int = 6000, batch: int = 96,
+               seed: int = 0) -> None:
     """A vision tower trained with CLIP's loss: which caption of the batch belongs to which image?"""
     torch.manual_seed(3 + 10 * seed)
     rng, words = random.Random(3), [*COUNTS, *COLORS, *SHAPES, *PLACES]
     scenes = [make_scene(rng) for _ in range(size)]
     pixels = torch.stack([torch.from_numpy(np.array(draw(s, rng))).permute(2, 0, 1) for s in scenes])
     texts = torch.tensor([[words.index(word) for word in scene.values()] for scene in scenes])
-    tower, bag_of_words = VisionTower(VISION), nn.EmbeddingBag(len(words), 48)
+    config = replace(VISION, patch_size=patch_size)
+    tower, bag_of_words = VisionTower(config), nn.EmbeddingBag(len(words), 48)
     project, scale = nn.Linear(VISION.hidden_size, 48, bias=False), nn.Parameter(torch.tensor(2.3))
 
     def loss_of_batch() -> torch.Tensor:
@@ -419,7 +421,7 @@ def write_clip(folder: Path, steps: int = 700, size: int = 6000, batch: int = 96
     tensors |= {"text_model.embeddings.token_embedding.weight": bag_of_words.weight.detach(),
                 "visual_projection.weight": project.weight.detach(), "logit_scale": scale.detach()}
     write_json(folder / "config.json", {"model_type": "clip", "vision_config": {
-        "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **asdict(VISION)}})
+        "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **asdict(config)}})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -493,11 +495,13 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
 
 
 def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama", "benchmarks"),
-          seed: int = 0) -> None:
-    """Build the parts that are missing; each appears complete or not at all. `seed` is for the models."""
+          patch_size: int = 16, seed: int = 0) -> None:
+    """Build the parts that are missing; each appears complete or not at all. With patch_size 8 the vision
+    tower has 64 patches instead of 16; `seed` is for the pretrained models."""
     torch.set_num_threads(1)                 # the matrices are too small for a second thread
     tokenizer = make_tokenizer()
-    write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco, "clip": write_clip,
+    write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco,
+             "clip": partial(write_clip, patch_size=patch_size),
              "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer),
              "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer),
              "benchmarks": write_benchmarks}
@@ -524,7 +528,7 @@ def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
     """Train both stages, then answer the test questions, with each image and with it replaced by white.
     `seed` pretrains other toy models; the records and their order stay the same."""
     began = time.perf_counter()
-    build(data, ("scienceqa", "pretrain", "clip", "mistral"), seed)
+    build(data, ("scienceqa", "pretrain", "clip", "mistral"), seed=seed)
     shutil.rmtree(runs, ignore_errors=True)
     for split in ("train", "val"):
         write_json(runs / f"{split}.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", split)])
