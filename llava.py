@@ -115,6 +115,11 @@ class LlavaConfig:
         if self.image_mode == "anyres" and not self.grids:               # as released
             tiles, S = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), self.vision.image_size
             object.__setattr__(self, "grids", tuple((S * w, S * h) for w, h in tiles))
+        if self.image_mode == "anyres":
+            if any(side < 1 or side % self.vision.image_size for grid in self.grids for side in grid):
+                raise UserError(f"AnyRes grids {self.grids} do not consist of tiles of the vision tower's size")
+        require(vars(self), "LlavaConfig", image_mode=("pad", "crop", "anyres"),
+                projector=("mlp2x_gelu", "linear"), template=("mistral_instruct", "v1", "plain"))
         check_token_budget(self)
 
 
@@ -630,7 +635,7 @@ def check_token_budget(config: LlavaConfig) -> None:
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
     if N is not None and name not in BUDGETED:
         raise UserError(f"--keep-tokens works with --prune {', '.join(BUDGETED)}, not with {name}")
-    if N is not None and not least <= N <= side**2:
+    if N is not None and not (isinstance(N, int) and least <= N <= side**2):
         raise UserError(f"--keep-tokens {N} is not between {least} and the {side**2} patches of a tile")
     if name == "pool" and max(pooled_size(N)) > side:
         raise UserError(f"--prune pool needs --keep-tokens that is a product of two numbers up to {side}, "
@@ -683,11 +688,16 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
     if paper:
         weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
         directions = keys
-    similarity = (directions[kept] @ directions.T).scatter(1, kept[:, None], -torch.inf)
-    near = similarity.topk(min(32, len(keys) - 1)).indices                # [m, 32]
-    mix = torch.zeros_like(similarity).scatter(1, near, attention[near])
-    mix = mix.scatter(1, kept[:, None], weight_of_kept[kept, None])       # [m, P]
-    return mix if paper else torch.cat((mix, attention.index_fill(0, kept, 0)[None]))
+    rest = torch.ones_like(attention).index_fill(0, kept, 0).nonzero()[:, 0]
+    rest = rest[len(kept) + len(rest) - len(keys):]      # as many less as are kept twice, as released
+    order = torch.cat((kept, rest))                                       # [P]
+    similarity = (directions[kept] @ directions[order].T).fill_diagonal_(-torch.inf)     # [m, P]
+    near = order[similarity.topk(min(32, len(keys) - 1)).indices]         # [m, 32]
+    mix = torch.zeros_like(similarity).scatter_add(1, near, attention[near])
+    mix = mix.scatter_add(1, kept[:, None], weight_of_kept[kept, None])
+    if paper:
+        return mix
+    return torch.cat((mix, torch.zeros_like(attention).index_put((rest,), attention[rest])[None]))
 
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
@@ -1146,29 +1156,35 @@ def weight_files(folder: Path) -> list[Path]:
                                "non_lora_trainables.bin") if (folder / name).exists()]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{whole}.index.json").exists():
-            require(content := read_json(index), index, "weight_map")
-            names += sorted(set(content["weight_map"].values()))
+            shards = require(read_json(index), index, "weight_map")["weight_map"]
+            if not isinstance(shards, dict) or any(Path(str(x)).name != x for x in shards.values()):
+                raise UserError(f"{index}: weight_map gives a tensor what is not a file of the same folder")
+            names += sorted(set(shards.values()))
             break
         if (folder / whole).exists():
             names.append(whole)
             break
-    if outside := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{folder}: its index names {outside[0]}, which is not a file of the same folder")
     return [folder / name for name in names]
 
 
-def open_checkpoint(source: str, weights: bool = True, bases=()) -> tuple[dict, dict[str, StoredTensor], str]:
+def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
+                    ) -> tuple[dict, dict[str, StoredTensor], str]:
     """A folder or hub id as fields of LlavaConfig, tensors by the names here, and its exact name. A
     checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
     bases in its configs: they are opened first, and it is laid over them. `bases` replaces the bases that
-    a run folder names, for when they have moved."""
+    a run folder names, for when they have moved; `parents` are those whose base this is."""
     folder = fetch(source, weights)
     name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
+    if name in parents:
+        raise UserError(f"{name} is named as a base of itself in its config.json")
     own, adapter, file = {}, {}, folder / "adapter_config.json"
-    require(raw := read_json(folder / "config.json"), folder / "config.json")
+    raw = require(read_json(folder / "config.json"), folder / "config.json")
+    check_kinds(raw, folder / "config.json")
     if list(folder.glob("adapter_*")):
-        require(adapter := read_json(file), file, "r", "lora_alpha", "base_model_name_or_path",
-                use_rslora=(False,), use_dora=(False,))
+        adapter = require(read_json(file), file, "r", "lora_alpha", "base_model_name_or_path",
+                          use_rslora=(False,), use_dora=(False,))
+        if not all(isinstance(adapter[x], int | float) and adapter[x] > 0 for x in ("r", "lora_alpha")):
+            raise UserError(f"{file}: r and lora_alpha must be positive numbers")
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
             own[rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)] = tensor
@@ -1176,7 +1192,7 @@ def open_checkpoint(source: str, weights: bool = True, bases=()) -> tuple[dict, 
     parts, stored = {}, {}
     for base, needed in name_bases(folder, raw, adapter, own, weights, list(bases)).items():
         try:
-            more, tensors, _ = open_checkpoint(base, needed)
+            more, tensors, _ = open_checkpoint(base, needed, parents=(*parents, name))
         except OSError as error:
             raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): "
                           "give the new place of every base in config.json with --base") from None
@@ -1203,7 +1219,7 @@ def open_checkpoint(source: str, weights: bool = True, bases=()) -> tuple[dict, 
 def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], weights: bool,
                moved: list[str]) -> dict[str, bool]:
     """The checkpoints that complete `folder`, each with whether its weights are needed."""
-    named = raw.get("bases", [])
+    named = list(map(str, raw.get("bases", [])))
     if moved and len(moved) != len(named):
         raise UserError(f"{folder} has {len(named)} bases ({', '.join(named) or 'none'}), but --base names "
                         f"{len(moved)}: name each once, in this order")
@@ -1245,8 +1261,28 @@ def read_config(raw: dict, file: Path) -> dict:
         found = {"text": text, "image_token_id": text.vocab_size}
     else:
         raise UserError(f"{file}: model_type {kind!r} is none of llava, llava_next, mistral, llama and clip")
-    found = {"template": TEMPLATES[found["text"].model_type], "grids": ()} | found | raw.get("llava.py", {})
-    return found | {"grids": tuple(map(tuple, found["grids"]))}
+    ours = raw.get("llava.py", {})
+    if unknown := ours.keys() - EXTRA_FIELDS:
+        raise UserError(f"{file}: llava.py has no field {min(unknown)}")
+    found = {"template": TEMPLATES[found["text"].model_type]} | found | ours
+    return found | {"grids": tuple(read_grids(found.get("grids"), file))}
+
+
+def read_grids(grids, file: Path) -> list[tuple[int, int]]:
+    try:                                     # liuhaotian's files also have them as a text
+        return [(int(a), int(b)) for a, b in (json.loads(grids) if isinstance(grids, str) else grids or ())]
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{file}: the AnyRes grids {grids!r} are not pairs of whole numbers") from None
+
+
+def check_kinds(raw: dict, file: Path) -> None:
+    """Raise UserError for a key whose value has another JSON type than the code here takes for granted."""
+    for kind, keys in ((str, ("model_type", "mm_vision_tower")), (list, ("bases",)),
+                       (int, ("image_token_index", "image_token_id")),
+                       (dict, ("text_config", "vision_config", "llava.py")),
+                       (dict | None, ("rope_parameters", "rope_scaling"))):
+        if wrong := [key for key in keys if key in raw and not isinstance(raw[key], kind)]:
+            raise UserError(f"{file}: {wrong[0]} is {raw[wrong[0]]!r}, which is of the wrong type")
 
 
 def read_hf_config(raw: dict, file: Path) -> dict:
@@ -1259,7 +1295,7 @@ def read_hf_config(raw: dict, file: Path) -> dict:
             "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
             "vision_feature_layer": raw.get("vision_feature_layer", -2), "hf_preprocessing": True,
             "image_mode": "anyres" if raw["model_type"] == "llava_next" else "crop",
-            "grids": [(w, h) for h, w in raw.get("image_grid_pinpoints") or ()]}
+            "grids": [(w, h) for h, w in read_grids(raw.get("image_grid_pinpoints"), file)]}
 
 
 def read_liuhaotian_config(raw: dict, file: Path) -> dict:
@@ -1274,11 +1310,12 @@ def read_liuhaotian_config(raw: dict, file: Path) -> dict:
             "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
             "projector": raw.get("mm_projector_type", "linear"),
             "image_mode": "crop" if mode == "square" else mode,
-            "grids": json.loads(str(raw.get("image_grid_pinpoints") or []))}
+            "grids": read_grids(raw.get("image_grid_pinpoints"), file)}
 
 
 def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
     """The dataclass of a config.json; only a nested config may leave out sizes, as in transformers."""
+    check_kinds(raw, file)
     if kind not in HF_DEFAULTS:
         raise UserError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
     raw, default = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {}), HF_DEFAULTS[kind]
@@ -1372,9 +1409,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def open_image(file: Path) -> Image.Image:
     """The first frame in its own mode: to_rgb converts it, differently for each publisher. Raises
-    OSError for files that are missing, damaged, or so large that decoding them could fill the memory."""
+    OSError for files that are missing, damaged, or so large that decoding them could fill the memory;
+    so could the square that pads a long image, or its enlarged center."""
     try:
         with Image.open(file) as image:
+            if max(image.size) > min(13_000, 500 * min(image.size)):
+                raise ValueError(f"{image.width} x {image.height} pixels are too many or too narrow")
+            if image.format == "EPS":
+                raise ValueError("EPS is a program, which is not executed")
             return image.copy()
     except FileNotFoundError:
         raise OSError(f"there is no image {file}") from None
@@ -1467,7 +1509,7 @@ class Processor:
             raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has one, such as "
                           "--tokenizer llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
         if settings_file.exists():
-            settings = read_json(settings_file)
+            settings = require(read_json(settings_file), settings_file)
         try:
             return cls(file.read_text(encoding="utf-8"), config, settings.get("legacy") is not False)
         except Exception as error:           # tokenizers raises nothing more specific
@@ -1572,9 +1614,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help=f"tokens to keep of each tile, with --prune {', '.join(BUDGETED)}")
     add("--quantize", default="none", choices=("none", "int8", "int4"),
         help="store the linear layers of the language model in 8 or 4 bits (default: %(default)s)")
-    add("--device", default=device, help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--device", default=device, choices=devices(), help="default: %(default)s")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="default: bfloat16 on a GPU that supports it or with --quantize, float32 on a CPU")
+
+
+def devices() -> list[str]:
+    """The devices that torch can use here."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found = {"cuda": len(gpus) > 0, "mps": torch.backends.mps.is_available()}
+    return ["cpu", *(name for name, there in found.items() if there), *gpus]
 
 
 def default_dtype(device: str, quantize: str = "none") -> str:
@@ -1722,8 +1771,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.prompt = args.image.pop()
     if args.save and (args.prompt or args.image):
         parser.error("--save writes the model and asks nothing: leave out the question and --image")
-    if args.show_kept and not args.image:
-        parser.error("--show-kept needs an --image")
+    if args.show_kept and not (args.image and Path(args.show_kept).suffix in Image.registered_extensions()):
+        parser.error("--show-kept needs an --image, and as its own value an image file such as kept.png")
     return args
 
 

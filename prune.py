@@ -43,7 +43,8 @@ from tqdm import tqdm
 from eval import (answer, append, chat, collate, fingerprint, grade, judge_url, question, read_answers,
                   read_scienceqa, to_record)
 from llava import (IGNORE, TEMPLATES, Llava, Processor, UserError, add_model_flags, atomic_write,
-                   command_line, farthest_points, load_model, open_image, read_json, write_json)
+                   command_line, farthest_points, load_model, number, open_image, read_json, require,
+                   write_json)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,8 +137,10 @@ def difficulty_signs(problems: list[dict], args) -> dict[str, np.ndarray]:
              "numbers in the solution": [len(re.findall(r"\d+", p["solution"])) for p in problems],
              "grade": [int(p["grade"].removeprefix("grade")) for p in problems]}
     if args.image_text:                      # {id: text}, or ScienceQA's own {"captions": {id: text}}
-        texts = read_json(args.image_text)
+        texts = require(read_json(args.image_text), args.image_text)
         texts = texts.get("captions", texts)
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise UserError(f"{args.image_text} does not give a text for each question id")
         signs["words in the image"] = [len(texts.get(p["id"], "").split()) for p in problems]
     if args.method == "guided" and args.model:
         signs["loss"] = measure(problems, args, "loss")[:, 0]
@@ -685,7 +688,7 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
         for e in content["annotations"]:
             if text := " ".join(e["caption"].split()):
                 images[str(e["image_id"])][1].append(text)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file} is neither a COCO captions file nor a list of {{image, caption}}: "
                         f"{error!r}") from None
     return images
@@ -706,7 +709,9 @@ def read_boxes(file: Path) -> dict[str, list[str]]:
             corners = [x / width, y / height, (x + w) / width, (y + h) / height]
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
             boxes[str(e["image_id"])].append(f"{names[e['category_id']]}: {corners}")
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{file} is not a COCO instances file: {error!r}") from None
     return boxes
 
@@ -894,7 +899,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", metavar="ID", help="the LLaVA that maxmin and gain measure with; guided: adds its loss")
     add("--layer", type=int, default=-1, metavar="L", help="maxmin: 0 the embeddings, -1 the last (default)")
     add("--pooling", default="last", choices=("last", "mean"), help="maxmin: the prompt's last token or mean")
-    add("--batch-size", type=int, default=16, metavar="N", help="questions at once (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
     add("--cache", type=Path, metavar="DIR", help="for states, losses and gains (default: beside --out)")
     add("--picture", type=Path, metavar="FILE", help="draw the report")
     add_task_flags(add)
@@ -935,6 +940,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             (len(lists) > 1 and not args.study, "several lists need --study"),
             (not (args.scienceqa or args.report or makes), "--scienceqa is needed"),
             (not (args.study or args.report or args.out), "--out is needed"),
+            (args.picture and args.picture.suffix not in Image.registered_extensions(),
+             "--picture needs the name of an image file, such as report.png"),
             (args.study and not (args.pretrain and args.vision and args.language),
              "--study needs --pretrain, --vision and --language"),
             (args.generate and not (args.captions and args.judge_model),

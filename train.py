@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from eval import language_flops, peak_memory, projector_flops, vision_flops
 from llava import (IGNORE, FROM_PUBLISHED, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, TextConfig,
-                   UserError, atomic_write, command_line, count_image_tokens, count_tiles, default_dtype,
+                   UserError, atomic_write, command_line, count_image_tokens, count_tiles, default_dtype, devices,
                    first_line, hf_config, number, open_checkpoint, open_file, open_image, read_json,
                    rename_key, save_sharded, write_json)
 
@@ -316,6 +316,7 @@ def read_record(record: dict, folder: Path) -> dict:
         speaker, role = ("gpt", "assistant") if i % 2 else ("human", "user")
         if turn["from"] != speaker:
             raise UserError(f"turn {i + 1} is from {turn['from']!r}; it must be from {speaker!r}")
+        turn["value"].encode()               # ValueError: half of a surrogate pair
         if speaker == "gpt" and not turn["value"].strip():
             raise UserError("an answer is empty")
         messages.append({"role": role, "content": turn["value"]})
@@ -384,7 +385,10 @@ def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
     """(height, width) of a record's images; files are opened only if the size decides the token count."""
     if config.image_mode != "anyres":
         return [(0, 0)] * len(record["images"])
-    return [Image.open(file).size[::-1] for file in record["images"]]     # reads the header only
+    try:
+        return [Image.open(file).size[::-1] for file in record["images"]]            # reads the header only
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{', '.join(map(str, record['images']))}: not a readable image: {error}") from None
 
 
 def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
@@ -1005,7 +1009,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     fitting("--checkpoint-blocks", type=count, metavar="N", help="layers with activation checkpointing")
     fitting("--in-backward", action="store_true", help="update each weight when its gradient is complete")
     fitting("--compile", action="store_true", help="torch.compile each layer and the update, for GPUs")
-    fitting("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
+    fitting("--device", choices=devices(), help="default: cuda if there is one, else cpu")
     fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where a GPU supports it")
     fitting("--workers", type=count, default=workers, metavar="N", help="for images (default: %(default)s)")
     fitting("--save-every", type=positive, default=500, metavar="STEPS", help="default: %(default)s")

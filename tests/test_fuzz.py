@@ -1,0 +1,244 @@
+"""Seeded fuzzing of everything that reads a file or a model's answer: whatever the bytes are, the reader
+returns something sound or raises UserError or OSError with one line, in bounded time.
+
+    LLAVA_FUZZ_ROUNDS=10000 python -m pytest tests/test_fuzz.py            # more than the usual 200 each
+"""
+
+import json
+import os
+import random
+import shutil
+import string
+import struct
+import time
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+import eval as evaluation
+import llava
+import train
+from llava import LlavaConfig, UserError
+from tests import toy
+
+ROUNDS = int(os.environ.get("LLAVA_FUZZ_ROUNDS", 200))
+SECONDS = 2.0                                # of processor time that one reading may take
+STRANGE = [None, True, False, 0, -1, 1, 2**70, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", " ", "x", "\0",
+           "\ud800", "<image>", "<image>" * 3, "../x", "/etc/passwd", "a" * 5000, [], [[]], [None], {}, {"a": 1},
+           {"": []}, ["good.png"], [1, 2], "human", "gpt", "grade1", "E"]
+
+
+def mutate(content, rng: random.Random):
+    """A copy of a JSON value with one to three places replaced, removed, doubled or swapped."""
+    content = json.loads(json.dumps(content))
+    for _ in range(rng.randint(1, 3)):
+        places = list(walk(content))
+        if not places:
+            return deepcopy(rng.choice(STRANGE))
+        parent, key = rng.choice(places)
+        action = rng.random()
+        if action < 0.6:
+            parent[key] = deepcopy(rng.choice(STRANGE))
+        elif action < 0.8:
+            del parent[key]
+        elif isinstance(parent, list):
+            parent.insert(key, deepcopy(parent[key]))
+        else:
+            parent[rng.choice(["image", "x", "", str(key).upper()])] = deepcopy(parent[key])
+    return content
+
+
+def walk(content):
+    """(container, key) of every value inside a JSON value."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield content, key
+        yield from walk(value)
+
+
+def damage(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, removed or inserted, or the end cut off."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at, action = rng.randrange(len(content) + 1), rng.random()
+        if action < 0.4 and at < len(content):
+            content[at] = rng.randrange(256)
+        elif action < 0.6:
+            content[at:at] = rng.randbytes(rng.randint(1, 8))
+        elif action < 0.8:
+            del content[at:at + rng.randint(1, 30)]
+        else:
+            del content[at:]
+    return bytes(content)
+
+
+def as_bytes(content, rng: random.Random) -> bytes:
+    """The JSON value mutated, then sometimes also its bytes."""
+    content = json.dumps(mutate(content, rng)).encode()
+    return damage(content, rng) if rng.random() < 0.2 else content
+
+
+def fuzz(read, seed: int, rounds: int = ROUNDS) -> tuple[int, int]:
+    """Call read(rng) several times with new random numbers: how often it returned and refused."""
+    accepted = refused = 0
+    for number in range(rounds):
+        rng, began = random.Random(f"{seed} {number}"), time.process_time()
+        try:
+            read(rng)
+            accepted += 1
+        except (UserError, OSError) as error:
+            refused += 1
+            assert str(error) and len(str(error).splitlines()) == 1, str(error)
+        assert time.process_time() - began < SECONDS, f"round {number}"
+    return accepted, refused
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_record_reader_returns_sound_records_or_refuses(seed, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/good.png").write_bytes(b"an image is not decoded here")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    sound = [{"id": "1", "image": "good.png", "conversations": turns * 2},
+             {"id": 2, "conversations": [{"from": "human", "value": "Why?"}, turns[1]]}]
+    sound[0]["conversations"][2] = {"from": "human", "value": "And?"}
+    file, images = tmp_path / "records.json", tmp_path / "images"
+
+    def read(rng):
+        file.write_bytes(as_bytes(sound, rng))
+        for record in train.read_records(file, images):
+            texts = [message["content"] for message in record["messages"]]
+            assert len(texts) >= 2 and all(isinstance(text, str) and text.encode() is not None for text in texts)
+            assert [m["role"] for m in record["messages"]] == [["user", "assistant"][i % 2] for i in range(len(texts))]
+            assert sum(text.count("<image>") for text in texts) == len(record["images"])
+            assert all(image.resolve().is_relative_to(images) for image in record["images"])
+
+    accepted, refused = fuzz(read, seed)
+    assert accepted and refused
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_scienceqa_reader_returns_sound_problems_or_refuses(seed, tmp_path):
+    toy.write_scienceqa(tmp_path, sizes=(("test", 4),))
+    contents = {name: json.loads((tmp_path / name).read_text()) for name in ("problems.json", "pid_splits.json")}
+
+    def read(rng):
+        for name, content in contents.items():
+            (tmp_path / name).write_text(json.dumps(content))
+        name = "problems.json" if rng.random() < 0.8 else "pid_splits.json"
+        (tmp_path / name).write_bytes(as_bytes(contents[name], rng))
+        problems = evaluation.read_scienceqa(tmp_path, "test")
+        table = evaluation.score(problems, {p["id"]: "A" for p in problems})
+        assert table["questions"] == len(problems) and table["missing"] == 0
+        for p in problems:
+            record = evaluation.to_record(p)
+            assert ("image" in record) == ("<image>" in record["conversations"][0]["value"].splitlines()[-1:])
+            assert p["file"] is None or len(p["file"].relative_to(tmp_path / "images").parts) == 3
+            assert ".." not in str(p["file"]).split("/")
+
+    accepted, refused = fuzz(read, seed)
+    assert accepted and refused
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_answer_file_reader_returns_texts_or_refuses(seed, tmp_path):
+    lines, file = [{"question_id": str(i), "prompt": "What?", "text": "A"} for i in range(3)], tmp_path / "a.jsonl"
+
+    def read(rng):
+        parts = [as_bytes(line, rng) if rng.random() < 0.4 else json.dumps(line).encode() for line in lines]
+        file.write_bytes(b"\n".join(parts))
+        texts = evaluation.read_answers(file)
+        assert all(isinstance(key, str) and isinstance(text, str) for key, text in texts.items())
+
+    accepted, refused = fuzz(read, seed)
+    assert accepted and refused
+
+
+def random_text(rng: random.Random) -> str:
+    pieces = ["The answer is ", "the answer is ", "Answer: ", "A", "B", "E", "Z", "(A)", "A. ", ".", "\n", " ", "",
+              "yes", "No", "not", "é", "\0", "\ud800", "中", "1", "-1", "<image>", "</s>", string.printable]
+    return "".join(rng.choice(pieces) for _ in range(rng.randint(0, 8)))
+
+
+def test_the_answer_parser_gives_an_option_or_none():
+    found = set()
+
+    def parse(rng):
+        choices = rng.randint(1, 5)
+        option = evaluation.parse_choice(random_text(rng), choices)
+        assert option is None or option in range(-1, choices)
+        found.add(option)
+
+    accepted, refused = fuzz(parse, 0, 5 * ROUNDS)
+    assert refused == 0 and found >= {None, -1, 0, 1, 4}
+
+
+def configs() -> dict[str, dict]:
+    """config.json files in the layouts that llava.py reads; the liuhaotian one needs ./clip."""
+    text, vision = asdict(llava.TextConfig(**toy.MISTRAL)), asdict(toy.VISION)
+    hf = llava.hf_config(LlavaConfig(toy.VISION, llava.TextConfig(**toy.MISTRAL), image_mode="anyres"), whole=True)
+    theirs = {name: value for name, value in hf.items() if name != "llava.py"}
+    own = text | {"model_type": "llava_mistral", "mm_vision_tower": "clip", "mm_hidden_size": 64,
+                  "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "anyres",
+                  "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": [[64, 128], [128, 64]]}
+    return {"ours": hf | {"bases": []}, "llava-hf": theirs, "liuhaotian": own, "mistral": text | {"rope_scaling": None},
+            "clip": {"model_type": "clip", "vision_config": vision}}
+
+
+@pytest.mark.parametrize("layout", configs())
+def test_config_json_gives_a_configuration_or_is_refused(layout, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    raw = configs()[layout]
+    llava.write_json(Path("clip/config.json"), configs()["clip"])
+    Path("model").mkdir()
+
+    def read(rng):
+        Path("model/config.json").write_bytes(as_bytes(raw, rng))
+        parts, stored, _ = llava.open_checkpoint("model", weights=False)
+        if {"text", "vision"} <= parts.keys():
+            config = LlavaConfig(**parts)
+            assert config.vision.hidden_size > 0 and config.template in ("mistral_instruct", "v1", "plain")
+        assert not stored
+
+    accepted, refused = fuzz(read, seed=2)
+    assert accepted and refused
+
+
+def test_safetensors_files_give_tensors_or_are_refused(tmp_path):
+    content = save({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)})
+    header = json.loads(content[8:8 + struct.unpack("<Q", content[:8])[0]])
+    data, file = content[8 + struct.unpack("<Q", content[:8])[0]:], tmp_path / "model.safetensors"
+
+    def read(rng):
+        kind = rng.random()
+        text = json.dumps(mutate(header, rng) if kind < 0.5 else header).encode()
+        length = len(text) if kind < 0.7 else rng.choice([0, 1, 8, len(text) - 1, 10**8, 2**31, 2**63, 2**64 - 1])
+        whole = struct.pack("<Q", length) + text + data
+        file.write_bytes(damage(whole, rng) if kind > 0.85 else whole)
+        tensors = llava.open_file(file)
+        assert all(t.numel() >= 0 and t.clone() is not None for t in tensors.values())
+        del tensors                          # unmaps the file before the next one is written
+
+    accepted, refused = fuzz(read, seed=3)
+    assert accepted and refused
+
+
+def test_a_damaged_checkpoint_opens_or_is_refused(tmp_path):
+    """All files of a model folder, damaged at random."""
+    toy.write_random(tmp_path / "sound")
+
+    def read(rng):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(tmp_path / "sound", tmp_path / "model")
+        file = rng.choice(["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+        content = (tmp_path / "model" / file).read_bytes()
+        (tmp_path / "model" / file).write_bytes(damage(content[:2000], rng) + content[2000:])
+        model = llava.Llava.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        llava.Processor.from_pretrained(tmp_path / "model", model.config)
+
+    refused = fuzz(read, 4, ROUNDS // 10)[1]
+    assert refused

@@ -1,0 +1,271 @@
+"""The authors' released code as a witness: ids, labels, pixels, embeddings and merged tokens.
+
+    git clone https://github.com/haotian-liu/LLaVA /tmp/LLaVA
+    git clone https://github.com/42Shawn/LLaVA-PruMerge /tmp/PruMerge
+    LLAVA_REPO=/tmp/LLaVA PRUMERGE_REPO=/tmp/PruMerge python -m pytest tests/test_released.py
+
+Each test is skipped without its checkout. LLAVA_TEST_TOKENIZER=FOLDER compares with the tokenizer.json of
+that folder instead of the toy one. The released code is imported as it is; only modules that it imports
+and does not use here (its trainer, matplotlib) are replaced by empty ones.
+"""
+
+import importlib
+import os
+import random
+import sys
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import llava
+import train
+from llava import IGNORE, Llava, LlavaConfig, Processor, TextConfig, VisionConfig
+from tests import toy
+
+transformers = pytest.importorskip("transformers")
+LLAVA, PRUMERGE = os.environ.get("LLAVA_REPO"), os.environ.get("PRUMERGE_REPO")
+needs_llava = pytest.mark.skipif(not LLAVA, reason="LLAVA_REPO names no checkout of haotian-liu/LLaVA")
+needs_prumerge = pytest.mark.skipif(not PRUMERGE, reason="PRUMERGE_REPO names no checkout of 42Shawn/LLaVA-PruMerge")
+RELEASED = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+THEIR_IMAGE = -200                           # the released code's id of <image>
+
+
+@contextmanager
+def released(repository: str, **stubs: ModuleType):
+    """A function that imports modules of the released package `llava`, whose name is also our file's."""
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "llava"}
+    for name in ours:
+        del sys.modules[name]
+    replaced = {name: sys.modules.get(name) for name in stubs}
+    for name in ("llava", "llava.model", "llava.train"):                  # without their __init__.py
+        package = ModuleType(name)
+        package.__path__ = [str(Path(repository, *name.split(".")))]
+        sys.modules[name] = package
+    sys.modules.update(stubs)
+    try:
+        yield importlib.import_module
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "llava"]:
+            del sys.modules[name]
+        for name, module in replaced.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+        sys.modules.update(ours)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ids and labels
+
+
+@pytest.fixture(scope="module")
+def their_train():
+    trainer = ModuleType("llava.train.llava_trainer")
+    trainer.LLaVATrainer = object
+    with released(LLAVA, **{"llava.train.llava_trainer": trainer}) as load:
+        yield load("llava.train.train")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """tokenizer.json as our Processor and as transformers open it, the latter with <s> in front."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    if source := os.environ.get("LLAVA_TEST_TOKENIZER"):
+        (folder / "tokenizer.json").write_bytes(Path(source, "tokenizer.json").read_bytes())
+    else:
+        toy.make_tokenizer().save(str(folder / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>",
+                                                  eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+    theirs.model_max_length, theirs.legacy = 4096, True
+    return (folder / "tokenizer.json").read_text(), WithStart(theirs)
+
+
+class WithStart:
+    """A tokenizer that puts <s> in front of every text, as LLaMA's does."""
+
+    def __init__(self, tokenizer):
+        self.inner, self.bos_token_id, self.pad_token_id = tokenizer, tokenizer.bos_token_id, tokenizer.pad_token_id
+        self.legacy, self.model_max_length = True, 4096
+
+    def __call__(self, text, return_tensors=None, **_):
+        texts = [text] if isinstance(text, str) else text
+        ids = [[self.bos_token_id, *self.inner(t, add_special_tokens=False).input_ids] for t in texts]
+        if return_tensors:
+            ids = torch.tensor(ids)
+        return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
+
+
+def scienceqa_records(count: int = 60) -> list[dict]:
+    rng = random.Random(7)
+    problems = [toy.image_problem(toy.make_scene(rng), rng) if i % 2 else toy.text_problem(rng) for i in range(count)]
+    return [toy.to_record(p | {"id": str(i), "split": "train"}) for i, p in enumerate(problems)]
+
+
+@needs_llava
+@pytest.mark.parametrize("template", ["mistral_instruct", "v1", "plain"])
+def test_released_ids_and_labels(template, their_train, tokenizers):
+    tokenizer_json, tokenizer = tokenizers
+    size = tokenizer.inner.vocab_size
+    ours = Processor(tokenizer_json, LlavaConfig(text=TextConfig(vocab_size=size), image_token_id=THEIR_IMAGE,
+                                                 template=template))
+    conversation = their_train.conversation_lib
+    conversation.default_conversation = conversation.conv_templates[template]
+    flags = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
+    supervised = compared = 0
+    for record in scienceqa_records():
+        has_image = "image" in record
+        if template == "plain" and not has_image:
+            continue                         # the released stage 1 has an image in every record
+        sources = [deepcopy(record["conversations"])]
+        if has_image:
+            sources = their_train.preprocess_multimodal(sources, flags)
+        theirs = their_train.preprocess(sources, tokenizer, has_image=has_image)
+        messages = [{"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]}
+                    for turn in record["conversations"]]
+        ids, labels = ours.tokenize(messages)
+        assert ids == theirs["input_ids"][0].tolist(), record["id"]
+        assert labels == theirs["labels"][0].tolist(), record["id"]
+        supervised += len(labels) - labels.count(IGNORE)
+        compared += 1
+    assert compared >= 30 and supervised > 5 * compared
+
+
+# ---------------------------------------------------------------------------------------------
+# Pixels and spliced embeddings
+
+
+def random_images(count: int = 40) -> list[Image.Image]:
+    noise = np.random.RandomState(5)
+    sizes = noise.randint(20, 900, (count, 2)).tolist() + [[336, 336], [672, 336], [1, 30], [999, 40], [335, 337]]
+    return [Image.fromarray(noise.randint(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
+
+
+def clip_processor(side: int = 336):
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    return kind(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+@needs_llava
+@pytest.mark.parametrize("mode", ["pad", "crop", "anyres"])
+def test_released_pixels(mode):
+    config = LlavaConfig(image_mode=mode)
+    processor = Processor(toy.make_tokenizer().to_str(), config)
+    theirs = SimpleNamespace(image_aspect_ratio={"crop": None}.get(mode, mode), image_grid_pinpoints=RELEASED)
+    with released(LLAVA) as load:
+        process = load("llava.mm_utils").process_images
+        for image in random_images():
+            wanted = process([image], clip_processor(), theirs)[0]
+            if mode != "anyres":
+                wanted = wanted[None]
+            found = llava.normalize(processor.pixels(image))
+            assert found.shape == wanted.shape, image.size
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5, msg=str(image.size))   # a step is 0.014
+
+
+@needs_llava
+@pytest.mark.parametrize("mode", ["pad", "crop", "anyres"])
+def test_released_splice(mode):
+    """Embeddings and labels of rows with padding, with their prepare_inputs_labels_for_multimodal."""
+    torch.manual_seed(0)
+    vision = VisionConfig(16, 20, 2, 2, 28, 7)
+    text = TextConfig(vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+                      num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+    grids = [(28, 56), (56, 28), (56, 56), (84, 28), (28, 84)]
+    ours = Llava(LlavaConfig(vision, text, image_token_id=60, image_mode=mode, grids=tuple(grids))).eval()
+    processor, noise = Processor(toy.make_tokenizer().to_str(), ours.config), np.random.RandomState(3)
+
+    class Tower:
+        num_patches_per_side, config = vision.side, SimpleNamespace(image_size=28)
+
+        def __call__(self, images):
+            return ours.vision_tower(images, -2)[:, 1:]
+
+    with released(LLAVA) as load:
+        arch = load("llava.model.llava_arch")
+        parts = SimpleNamespace(get_vision_tower=Tower, mm_projector=ours.projector,
+                                embed_tokens=ours.language_model.embed_tokens,
+                                image_newline=getattr(ours, "image_newline", None))
+        theirs = type("Model", (arch.LlavaMetaForCausalLM,), {"get_model": lambda self: parts})()
+        theirs.model, theirs.device = parts, torch.device("cpu")
+        theirs.config = SimpleNamespace(
+            mm_patch_merge_type="spatial_unpad" if mode == "anyres" else "flat", image_aspect_ratio=mode,
+            image_grid_pinpoints=[list(grid) for grid in grids])
+        for _ in range(25):
+            images = [Image.fromarray(noise.randint(0, 256, (*noise.randint(5, 120, 2), 3), np.uint8)) for _ in "abc"]
+            pixels = [llava.normalize(processor.pixels(image)) for image in images]
+            ids = torch.from_numpy(noise.randint(1, 60, (2, 12)))
+            ids[0, [2, 7]] = ids[1, 5] = 60
+            mask = torch.ones(2, 12, dtype=torch.bool)
+            mask[1, 9:] = False
+            labels = ids.masked_fill((ids == 60) | ~mask | (torch.arange(12) < 4), IGNORE)
+            with torch.no_grad():
+                *_, wanted_x, wanted_labels = theirs.prepare_inputs_labels_for_multimodal(
+                    ids.masked_fill(ids == 60, THEIR_IMAGE), None, mask, None, labels, pixels,
+                    [image.size for image in images])
+                x, _, found_labels = ours.splice(ids, pixels, [(i.height, i.width) for i in images], mask, labels)
+            assert x.shape == wanted_x.shape and torch.equal(found_labels, wanted_labels), [i.size for i in images]
+            torch.testing.assert_close(x, wanted_x, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# PruMerge
+
+
+@needs_prumerge
+@pytest.mark.parametrize("name, method, flags", [
+    ("prumerge", "token_prune_merge_advanced", {"if_adaptive": True}),
+    ("prumerge+", "token_prune_merge_advanced_plus", {"if_adaptive": True}),
+    ("prumerge-fixed", "token_prune_merge_advanced", {"if_adaptive": False, "reduction_ratio": 1 / 8}),
+    ("prumerge+-fixed", "token_prune_merge_advanced_plus", {"if_adaptive": False, "reduction_ratio": 1 / 8})])
+def test_released_prumerge(name, method, flags):
+    """Tokens of 576 patches. The 24 layers are theirs: layer 23 is written into the released code."""
+    vision = VisionConfig(48, 64, 24, 3, 336, 14)
+    text = TextConfig(vocab_size=8, hidden_size=48, intermediate_size=8, num_hidden_layers=0,
+                      num_attention_heads=1, num_key_value_heads=1, head_dim=48)
+    torch.manual_seed(0)
+    ours = Llava(LlavaConfig(vision, text, image_token_id=8, prune=name)).eval()
+    for p in ours.vision_tower.parameters():
+        nn.init.normal_(p, std=0.2) if p.ndim > 1 else None
+    ours.projector = nn.Identity()
+    plot = ModuleType("matplotlib.pyplot")
+    package = ModuleType("matplotlib")
+    package.pyplot = plot
+    with released(PRUMERGE, matplotlib=package, **{"matplotlib.pyplot": plot}) as load:
+        tower_class = load("llava.model.multimodal_encoder.clip_encoder").CLIPVisionTower
+        theirs = tower_class.__new__(tower_class)
+        nn.Module.__init__(theirs)
+        theirs.select_layer, theirs.select_feature = -2, "patch"
+        theirs.vision_tower = HiddenStates(ours.vision_tower)
+        for seed in range(4):
+            x = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                wanted = getattr(theirs, method)(x, **flags)[0]
+                found = ours.encode_images([x], [(336, 336)])[0]
+            assert found.shape == wanted.shape
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            assert len(found) > 4
+
+
+class HiddenStates(nn.Module):
+    """Our vision tower behind the names that the released code uses of transformers' CLIPVisionModel."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.tower, self.device, self.dtype = tower, torch.device("cpu"), torch.float32
+        layers = [SimpleNamespace(self_attn=SimpleNamespace(**{n: layer.self_attn[n] for n in ("q_proj", "k_proj")}))
+                  for layer in tower.layers]
+        self.vision_model = SimpleNamespace(encoder=SimpleNamespace(layers=layers))
+
+    def forward(self, images, output_hidden_states):
+        states = self.tower(images, -2)
+        last = self.tower.layers[-1]
+        last(states)                         # for the hooks on q_proj and k_proj
+        return SimpleNamespace(hidden_states=[states, None])
