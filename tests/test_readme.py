@@ -117,6 +117,8 @@ def test_the_command_runs(command, toy_folder, endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", endpoint)
     monkeypatch.setattr("builtins.input", lambda _: "")      # an empty line ends a conversation
     words = [TOY.get(word, word) for word in shlex.split(command)[1:]]
+    if words[0] == "train.py":
+        words += ["--epochs", "1"]
     monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *words[1:]])
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

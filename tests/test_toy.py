@@ -87,7 +87,7 @@ def test_draw_losses_draws_a_panel_per_run(tmp_path):
 
 
 def test_the_toy_run_is_in_float32_and_logs_the_validation_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "build", lambda *_: toy.write_scienceqa(
+    monkeypatch.setattr(toy, "build", lambda *_, **__: toy.write_scienceqa(
         tmp_path / "scienceqa", sizes=(("train", 8), ("val", 8), ("test", 8))))
     monkeypatch.setattr(toy, "draw_losses", lambda *_: 1 / 0)             # after both stages
     runs = []

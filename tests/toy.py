@@ -497,7 +497,7 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
 def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama", "benchmarks"),
           patch_size: int = 16, seed: int = 0) -> None:
     """Build the parts that are missing; each appears complete or not at all. With patch_size 8 the vision
-    tower has 64 patches instead of 16; `seed` is for the models."""
+    tower has 64 patches instead of 16; `seed` is for the pretrained models."""
     torch.set_num_threads(1)                 # the matrices are too small for a second thread
     tokenizer = make_tokenizer()
     write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco,
@@ -528,7 +528,7 @@ def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
     """Train both stages, then answer the test questions, with each image and with it replaced by white.
     `seed` pretrains other toy models; the records and their order stay the same."""
     began = time.perf_counter()
-    build(data, ("scienceqa", "pretrain", "clip", "mistral"), seed)
+    build(data, ("scienceqa", "pretrain", "clip", "mistral"), seed=seed)
     shutil.rmtree(runs, ignore_errors=True)
     for split in ("train", "val"):
         write_json(runs / f"{split}.json", [to_record(p) for p in read_scienceqa(data / "scienceqa", split)])
