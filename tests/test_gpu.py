@@ -5,6 +5,7 @@ so that their logic is tested; with one, everything is.
 """
 
 import json
+import os
 
 import pytest
 import torch
@@ -115,8 +116,12 @@ def test_batches_for_a_gpu_come_from_pinned_memory(toy_folder, tmp_path, device,
     assert pinned == {device == "cuda"}
 
 
-@pytest.mark.parametrize("more", ["--stage 1", "--stage 2", "--stage 2 --in-backward",
-                                  "--stage 2 --checkpoint-blocks 8", "--stage 2 --lora-rank 8"])
+PEAKS = ["--stage 2 --lora-rank 8"]
+if torch.cuda.is_available() or os.environ.get("LLAVA_TEST_ALL"):
+    PEAKS += ["--stage 1", "--stage 2", "--stage 2 --in-backward", "--stage 2 --checkpoint-blocks 8"]
+
+
+@pytest.mark.parametrize("more", PEAKS)
 def test_peak_memory_is_within_8_percent_of_the_estimate(device, more, monkeypatch):
     monkeypatch.setattr(train, "ALLOCATOR_OVERHEAD", 1)      # count the tensors only
     C = 1024 if device == "cuda" else 128                    # a GPU also holds workspaces of some MB
