@@ -68,22 +68,20 @@ COLUMNS = {                                  # ScienceQA's official table; TXT a
 def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None = None,
                    wording: str = "qcm") -> list[dict]:
     """The problems of a split in published order, each with its "id", its "prompt" and, in "file", the path
-    of its image or None."""
-    folder, selected = Path(folder), []
-    files = folder / "problems.json", folder / "pid_splits.json"
-    problems, splits = (require(read_json(file), file) for file in files)
-    if not isinstance(splits.get(split, []), list):
-        raise UserError(f"{folder / 'pid_splits.json'}: split {split!r} is not a list of question ids")
+    of its image or None; `pictures` selects those with an image ("only"), without one ("none") or all."""
+    listed, ids_file, selected = Path(folder, "problems.json"), Path(folder, "pid_splits.json"), []
+    problems, splits = (require(read_json(file), file) for file in (listed, ids_file))
     if split not in splits:
-        raise UserError(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}")
+        raise UserError(f"{ids_file} has no split {split!r}, only {', '.join(splits)}")
+    if not isinstance(splits[split], list):
+        raise UserError(f"{ids_file}: split {split!r} is not a list of question ids")
     for i in splits[split]:
-        if str(i) != i or i not in problems:
-            raise UserError(f"{folder / 'problems.json'} lacks question {i} of split {split!r}")
-        p, file = problems[i], None
-        check_problem(p, f"{folder / 'problems.json'}, question {i}")
-        if p["image"]:
-            file = folder / "images" / p["split"] / i / p["image"]
-        if pictures == "any" or (pictures == "only") == bool(p["image"]):
+        if not isinstance(i, str) or i not in problems:
+            raise UserError(f"{listed} lacks question {i} of split {split!r}")
+        p = problems[i]
+        check_problem(p, f"{listed}, question {i}")
+        file = Path(folder, "images", p["split"], i, p["image"]) if p["image"] else None
+        if {"any": True, "only": p["image"], "none": not p["image"]}[pictures]:
             selected.append(p | {"id": i, "question_id": i, "prompt": question(p, wording), "file": file})
     return selected[:limit]
 
@@ -105,8 +103,8 @@ def check_problem(problem, where: str) -> None:
 
 
 def question(problem: dict, wording: str = "qcm") -> str:
-    """The prompt of a problem: "qcm" (question, context, options) as in training on ScienceQA, "letter" as
-    LLaVA-1.5 is asked. As in LLaVA's scripts, double spaces are halved once; "qcm" drops "Question: "."""
+    """The prompt of a problem: "qcm" (question, context, options) as in training on ScienceQA, "letter" as in
+    LLaVA-1.5's evaluation. As in LLaVA's scripts, two spaces become one, and "qcm" drops "Question: "."""
     if wording == "letter":
         image = "<image>\n" if problem["image"] else ""
         hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
@@ -151,8 +149,8 @@ def grade(problems: list[dict], texts: dict[str, str]) -> list[bool]:
 
 
 def score(problems: list[dict], texts: dict[str, str]) -> dict[str, float]:
-    """Percent correct in each column, with two decimals; the number of questions; the number of answers that
-    are missing or "unread" (unreadable), which count as wrong, and of those to other questions."""
+    """Percent correct in each column, with two decimals, and how many questions there are. Answers that are
+    missing or "unread" (unreadable) count as wrong; "elsewhere" counts answers to other questions."""
     table = {}
     for column, belongs in COLUMNS.items():
         correct = grade([p for p in problems if belongs(p)], texts)
@@ -183,16 +181,14 @@ def print_table(tables: dict[str, dict]) -> None:
               f"{table['missing']} missing, {table['elsewhere']} to other questions")
 
 
-def interval(correct_a: list[bool], correct_b: list[bool] | None = None, draws: int = 10000,
-             seed: int = 0) -> tuple[float, float, float]:
+def interval(correct_a: list[bool], correct_b: list[bool] | None = None) -> tuple[float, float, float]:
     """Percent correct, or with correct_b the points by which a leads on the same questions, and the bounds of
-    its 95% bootstrap interval. The counts of the outcomes in a resample are multinomial."""
+    its 95% bootstrap interval (10,000 resamples: how often each outcome occurs in one is multinomial)."""
     outcomes = np.asarray(correct_a, int)
     if correct_b is not None:
         outcomes = outcomes - np.asarray(correct_b, int)
-    values, counts = np.unique(outcomes, return_counts=True)
-    n = len(outcomes)
-    means = np.random.default_rng(seed).multinomial(n, counts / n, draws) @ values * 100 / n
+    (values, counts), n = np.unique(outcomes, return_counts=True), len(outcomes)
+    means = np.random.default_rng(0).multinomial(n, counts / n, 10000) @ values * 100 / n
     low, high = np.percentile(means, (2.5, 97.5))
     return 100 * float(outcomes.mean()), float(low), float(high)
 
@@ -204,7 +200,7 @@ def compare(problems: list[dict], files: list[str]) -> None:
         raise UserError(f"{' and '.join(files)} answer different questions: {len(alone)} are in one of them "
                         f"only, such as {alone[0]} in {files[0] if alone[0] in a else files[1]}")
     print_table({file: score(problems, texts) for file, texts in zip(files, (a, b))})
-    columns = ([p for p in problems if belongs(p)] for belongs in COLUMNS.values())
+    columns = [[p for p in problems if belongs(p)] for belongs in COLUMNS.values()]
     lead = [interval(grade(some, a), grade(some, b)) if some else (None,) * 3 for some in columns]
     print("\nPoints by which the first file leads, and its 95% interval over 10,000 resampled tests:")
     print_columns(dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
@@ -255,7 +251,8 @@ def read_answers(file) -> dict[str, str]:
 
 
 def complete_lines(file: Path) -> bytes:
-    """The content of a file to which lines are appended, without a last line that an interrupt cut short."""
+    """The content of a file to which lines are appended, without a last line that an interrupt cut short.
+    UserError if that last line is not the start of an answer or of a review."""
     content = file.read_bytes() if file.exists() else b""
     start, newline, rest = content.rpartition(b"\n")
     try:
@@ -293,9 +290,9 @@ def generate_answers(model: Llava, processor: Processor, problems: list[dict], b
     """Each problem with its prompt and the model's greedy answer, the longest problems first: the rows of a
     batch have similar lengths, and a batch that does not fit in memory fails at once.
 
-    blank replaces every image by white (control: what is still right does not need the image); options takes
-    the most probable option instead of generating text; message(problem) is the text for the model, with
-    <image>; tally["tokens"] counts the generated tokens.
+    blank replaces every image by white (control: questions that are still answered correctly do not need it);
+    options takes the most probable option instead of generating text; message(problem) is the model's input,
+    with <image>; tally["tokens"] counts the generated tokens.
     """
     problems = sorted(problems, key=lambda p: (bool(p["image"]), len(message(p))), reverse=True)
     bar = tqdm(total=len(problems), desc="answering", unit="question")
@@ -340,9 +337,9 @@ def collate(inputs: list[dict], ending=()) -> dict:
 def score_options(model: Llava, processor: Processor, problems: list[dict], inputs: list[dict]) -> list[str]:
     """For each problem "The answer is X" with the most probable option X.
 
-    These texts differ in their last token only, so one prefill gives the logits of all options, and no option
-    gains from being short. The logits are float32: in bfloat16 close ones are equal, and the first would win.
-    This asks for an answer without the reasoning of LEA: compare its accuracies with each other only.
+    These texts differ in their last token only, so one prefill gives the logits of all options. The logits
+    are float32: in bfloat16 close ones become equal, and the first would win. The model answers without LEA's
+    reasoning, so these accuracies cannot be compared with those of generated answers.
     """
     ids = [processor.encode(f"The answer is {letter}") for letter in LETTERS]
     if any(i[:-1] != ids[0][:-1] for i in ids):
@@ -366,7 +363,7 @@ def fingerprint(model: Llava, processor: Processor) -> str:
 
 
 def resume(file: Path, problems: list[dict], made: dict, unique: bool) -> list[dict]:
-    """The answers in `file`. UserError if one of them was made with another prompt or with other settings."""
+    """The answers in `file`. UserError if one was made with another prompt or other settings than `made`."""
     content, prompts = complete_lines(file), defaultdict(set)
     for p in problems:
         prompts[by_id(p)].add(p["prompt"])
@@ -467,11 +464,9 @@ def strip_lines(text: str) -> str:
 
 
 def leave_one_out(text: str, humans: list[dict]) -> float:
-    """The accuracy of an answer: the mean, over the human left out, of min(1, equal human answers / 3). As in
-    the official code, all records that equal the one left out are left out with it."""
+    """The accuracy of an answer: min(1, equal human answers / 3), computed without each human in turn and
+    averaged. As in the official code, records equal to the one left out are left out with it."""
     equal = [human for human in humans if human["answer"] == text]
-    if not equal:
-        return 0.0
     return sum(min(1, sum(other != human for other in equal) / 3) for human in humans) / len(humans)
 
 
@@ -554,7 +549,7 @@ def textvqa_key(entry: dict) -> tuple[str, str]:
 
 
 def score_textvqa(questions: list[dict]) -> dict:
-    """The mean over all answers that are there; a doubled answer counts twice, as officially."""
+    """The mean over the answers that exist; a question answered twice counts twice, as officially."""
     accuracies = []
     for q in questions:
         humans = [record | {"answer": normalize_m4c(record["answer"])} for record in q["truth"][0]]
@@ -583,7 +578,7 @@ def parse_pope(text: str) -> bool:
 
 
 def score_pope(questions: list[dict]) -> dict:
-    """Counts and rates of each set over the answers that are there, and 100 x the mean F1."""
+    """Counts and rates of each set over the answers that exist, and 100 x the mean F1."""
     sets = {q["category"]: Counter() for q in questions}
     for q in questions:
         if q["text"] is not None:
@@ -698,7 +693,7 @@ def parse_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def score_mmbench(questions: list[dict]) -> dict:
-    """circular: percent of the questions that are right in every rotation; one_pass: percent of the rows."""
+    """Percent correct: "circular" of questions, in every rotation; "one_pass" of rows; of l2-categories."""
     groups, categories, rows = defaultdict(list), defaultdict(list), []
     for q in sorted(questions, key=lambda q: q["question_id"]):
         rows.append(q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"])
@@ -763,9 +758,11 @@ BOXES = ": captions, one a line, then objects, each as category: [left, top, rig
 def read_llavabench(args: Args, questions: list[dict]) -> dict:
     """Question id -> the description of its image, its reference answer, and the name of its category."""
     contexts = {c["image"]: c for c in read_lines(args.annotations[0], "image")}
-    references, truth = read_lines(args.annotations[1], "question_id", "text", unique=True), {}
-    references = {by_id(r): r for r in references}
-    for q in (q for q in questions if q["image"] in contexts and by_id(q) in references):
+    references = read_lines(args.annotations[1], "question_id", "text", unique=True)
+    references, truth = {by_id(r): r for r in references}, {}
+    for q in questions:
+        if q["image"] not in contexts or by_id(q) not in references:
+            continue
         context, kind, detail = contexts[q["image"]], str(q.get("category")), ""
         try:
             if "caption" in context:         # in the wild: one text or a list of texts
@@ -925,13 +922,13 @@ def retry_after(header: str | None, default: float) -> float:
 
 @dataclass
 class Benchmark:
-    """What a benchmark differs in; adding one is adding an entry to BENCHMARKS."""
+    """The functions and constants of one benchmark."""
     read: Callable[[Args], list[dict]]       # its questions
     truth: Callable[[Args, list[dict]], dict] | None     # key -> what scoring needs of --annotations
     score: Callable[[list[dict]], dict] | None           # the figures
-    suffix: str = ""                         # what the model gets after the prompt
-    key: Callable[[dict], object] = by_id    # equal for a question and its answers
-    doubled: str = "the last one counts"     # what happens to a second answer
+    suffix: str = ""                         # appended to the prompt that the model gets
+    key: Callable[[dict], object] = by_id    # the same for a question and its answers
+    doubled: str = "the last one counts"     # what happens if a question has several answers
     upload: Callable[[Path, list[dict]], None] | None = None
     max_new_tokens: int = 128
 
