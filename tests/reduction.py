@@ -69,13 +69,14 @@ def summarize(data: Path, out: Path, seeds: int) -> None:
     def accuracy(runs: dict) -> prune.Cell:
         return prune.accuracy_cell(np.stack(list(runs.values()))) if runs else prune.Cell("-")
 
-    columns = ["trainings", *(f"{n} of 64" for n in BUDGETS), "trained with 16", "ahead, 16 of 64", "ahead, trained"]
+    columns = ["trainings", "all 64", *(f"{n} of 64" for n in BUDGETS), "trained with 16", "ahead, 16 of 64", "ahead, trained"]
     whole = correct("none", "none.jsonl")
-    rows = {"all 64 tokens": [prune.Cell(str(len(whole))), accuracy(whole), *[prune.Cell("-")] * 5]}
+    rows = {"none": [prune.Cell(str(len(whole))), accuracy(whole), *[prune.Cell("-")] * 6]}
     for method in METHODS:
         runs = [correct("none", f"{method}-{n}.jsonl") for n in BUDGETS]
         trained = correct(method, "trained.jsonl")
-        rows[method] = [prune.Cell(f"{len(runs[1])}, {len(trained)}"), *map(accuracy, runs), accuracy(trained)]
+        rows[method] = [prune.Cell(f"{len(runs[1])}, {len(trained)}"), prune.Cell("-"), *map(accuracy, runs),
+                        accuracy(trained)]
         if method == "random":
             at_16, at_16_trained = runs[1], trained
         rows[method] += [prune.difference_cell(runs[1], at_16), prune.difference_cell(trained, at_16_trained)]
