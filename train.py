@@ -656,7 +656,7 @@ Load = namedtuple("Load", "tokens supervised tiles")         # of a micro-batch;
 
 
 def largest_load(samples: Samples, batches: list[list[int]], micro_batch_size: int) -> Load:
-    """The most of each in the first, longest micro-batch of any process in any of `batches`."""
+    """The maximum of each field over the longest micro-batch of each process in each of `batches`."""
     loads = []
     for share in [batch[rank::PROCESSES] or batch[:1] for batch in batches for rank in range(PROCESSES)]:
         micro = sorted(share, key=lambda i: -samples.lengths[i])[:micro_batch_size]
@@ -667,8 +667,7 @@ def largest_load(samples: Samples, batches: list[list[int]], micro_batch_size: i
 
 
 def estimate_memory(model: Llava, load: Load, args: argparse.Namespace) -> dict[str, float]:
-    """Bytes on one device, by use; "peak" is the most that is needed at once.
- The
+    """Bytes on one device, by use; "peak" is the most that is needed at once. The
     model may be on device meta. Tests hold the estimate within 8% of the measured bytes."""
     text, size = model.config.text, 2 if args.dtype == "bfloat16" else 4
     on_cpu = args.card == "cpu" or not (args.card or is_cuda(args.device))
@@ -765,7 +764,7 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list[list[int]],
 
 def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args, utilisation=0.5) -> None:
     """Print the estimated memory, disk space, FLOPs and hours on the GPU --card. A backward pass costs
-    as much as a forward pass, and once more for trainable layers."""
+    as much as a forward pass, and for layers with trainable weights twice as much."""
     print_summary(args, samples, steps, None, model)
     config, (speed, memory), bf16 = model.config, GPUS[args.card], args.dtype == "bfloat16"
     passes = 2 + args.checkpoint_blocks / config.text.num_hidden_layers
@@ -964,9 +963,7 @@ def load_trained(model: Llava, folder: Path) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    positive, count, rate = number(int, 1), number(int, 0), number(float, 0)
-    workers = 8 if torch.cuda.is_available() else 0
-    add = parser.add_argument
+    add, positive = parser.add_argument, number(int, 1)
     add("--stage", type=int, choices=(1, 2), required=True, help="1: projector; 2: also the language model")
     add("--vision", metavar="ID", help="a CLIP: folder or hub id")
     add("--language", metavar="ID", help="a Mistral, LLaMA or Vicuna: folder or hub id")
@@ -987,6 +984,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     before("--check-data", action="store_true", help="read and decode everything once, list all errors")
     before("--show", type=int, metavar="N", help="print record N in colors: image, prompt, answer, end")
 
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    positive, count, rate = number(int, 1), number(int, 0), number(float, 0)
     recipe = parser.add_argument_group("the recipe; defaults for stage 1, stage 2").add_argument
     recipe("--epochs", type=positive, help="default: 1, 15")
     recipe("--batch-size", type=positive, metavar="N", help="records in a step (default: 64, 32)")
@@ -1011,6 +1011,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     fitting("--compile", action="store_true", help="torch.compile each layer and the update, for GPUs")
     fitting("--device", choices=devices(), help="default: cuda if there is one, else cpu")
     fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where a GPU supports it")
+    workers = 8 if torch.cuda.is_available() else 0
     fitting("--workers", type=count, default=workers, metavar="N", help="for images (default: %(default)s)")
     fitting("--save-every", type=positive, default=500, metavar="STEPS", help="default: %(default)s")
 
@@ -1019,6 +1020,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
+    add_recipe_flags(parser)
     args = parser.parse_args(argv)
     recipe = RECIPE["lora" if args.lora_rank else str(args.stage)]
     batch_size = args.batch_size or recipe["batch_size"]
