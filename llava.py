@@ -1198,22 +1198,26 @@ def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
                           "give the new place of every base in config.json with --base") from None
         parts, stored = parts | more, stored | tensors
     parts |= read_config(raw, folder / "config.json")
-    for key, tensor in own.items():
-        if key.endswith("lora_A.weight"):
-            target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
-            fits = b is not None and target in stored
-            if not fits or (b.shape[0], tensor.shape[1]) != stored[target].tensor.shape:
-                raise UserError(f"{folder}: {key} has no matching lora_B, or no matching weight in the base")
-            scale = adapter["lora_alpha"] / adapter["r"]
-            stored[target] = stored[target]._replace(lora=(tensor, b, scale))
-        elif not key.endswith("lora_B.weight"):
-            stored[key] = StoredTensor(tensor)
+    stored |= {key: StoredTensor(tensor) for key, tensor in own.items() if "lora_" not in key}
+    add_lora(stored, own, adapter, folder)
     embedding = stored.get("language_model.embed_tokens.weight")
     if embedding and raw.get("text_config", raw).get("tie_word_embeddings", False):
         stored.setdefault("language_model.lm_head.weight", StoredTensor(embedding.tensor.clone()))
     if parts.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
         stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return parts, stored, name
+
+
+def add_lora(stored: dict[str, StoredTensor], own: dict[str, Tensor], adapter: dict, folder: Path) -> None:
+    """Add the LoRA tensors of `own` to the stored tensors that they change."""
+    for key, a in own.items():
+        if not key.endswith("lora_A.weight"):
+            continue
+        target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
+        fits = b is not None and target in stored
+        if not fits or (b.shape[0], a.shape[1]) != stored[target].tensor.shape:
+            raise UserError(f"{folder}: {key} has no matching lora_B, or no matching weight in the base")
+        stored[target] = stored[target]._replace(lora=(a, b, adapter["lora_alpha"] / adapter["r"]))
 
 
 def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], weights: bool,

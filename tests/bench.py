@@ -237,7 +237,7 @@ def two_steps(args, name: str, model, **how) -> None:
     step()                                   # the moments are there from its beginning
 
 
-def foretold(args) -> float:
+def estimated_peak(args) -> float:
     """The GiB that train.py --plan expects of the same step, and an empty process."""
     with torch.device("meta"):
         sketch = Llava(make_config(args))
@@ -266,7 +266,7 @@ def beside_transformers(args) -> None:
         exactly = argparse.Namespace(**vars(args) | {"dtype": "float32"})
         sizes.append(peaks(args.device, partial(build_theirs, exactly),
                            partial(two_steps, args, "transformers", mixed=True)))
-    plan, models = foretold(args), {name: SIDES[name].build(args) for name in names}
+    plan, models = estimated_peak(args), {name: SIDES[name].build(args) for name in names}
     one, few, taken = make_inputs(args, 1), make_inputs(args, args.rows), {}
     if both:
         share_weights(*models.values())
@@ -284,7 +284,7 @@ def beside_transformers(args) -> None:
         rows.append([what, *map(ms, t.values()), *(ratio(t["transformers"], t["llava.py"]) if both else ())])
     (_, ours), *others = sizes
     rows.append(["stage-2 step, peak, GiB", f"{ours:.2f}", *["", "", ""] * both])
-    rows.append(["  as --plan foretells it", f"{plan:.2f}", *["", "", ""] * both])
+    rows.append(["  estimate of --plan", f"{plan:.2f}", *["", "", ""] * both])
     for what, (_, size) in zip(("  AdamW on bf16 weights", "  AdamW on float32 weights"), others):
         rows.append([what, "", f"{size:.2f}", f"{size / ours:.2f}", ""])
     table(rows)

@@ -358,7 +358,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_as_it_was(opened, tmp_path,
 
 
 # ---------------------------------------------------------------------------------------------
-# Bad input: one sentence that names the culprit
+# Bad input: one sentence that names what is wrong
 
 
 def refused(*words: str, **source) -> str:

@@ -1,8 +1,8 @@
 """The authors' released code as a witness: ids, labels, pixels, embeddings and merged tokens.
 
-    git clone https://github.com/haotian-liu/LLaVA /tmp/LLaVA
-    git clone https://github.com/42Shawn/LLaVA-PruMerge /tmp/PruMerge
-    LLAVA_REPO=/tmp/LLaVA PRUMERGE_REPO=/tmp/PruMerge python -m pytest tests/test_released.py
+    git clone https://github.com/haotian-liu/LLaVA ../LLaVA
+    git clone https://github.com/42Shawn/LLaVA-PruMerge ../PruMerge
+    LLAVA_REPO=../LLaVA PRUMERGE_REPO=../PruMerge python -m pytest tests/test_released.py
 
 Each test is skipped without its checkout. LLAVA_TEST_TOKENIZER=FOLDER compares with the tokenizer.json of
 that folder instead of the toy one. The released code is imported as it is; only modules that it imports

@@ -23,7 +23,7 @@ TEMPLATES = ("mistral_instruct", "v1", "plain")
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
-    """The doll's house's tokenizer with a template, legacy or not."""
+    """The toy tokenizer with a template, legacy or not."""
     tokenizer = make_tokenizer()
 
     def open_processor(template: str, legacy: bool | None = True) -> Processor:
