@@ -158,7 +158,7 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> like q.
     Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
-    with T² up to the window and with T beyond it. The choice of the kernel is made here alone."""
+    with T² up to the window and with T beyond it. Only this function chooses the kernel."""
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -169,7 +169,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """The same with an explicit mask [T, T] and heads repeated in memory, for MPS and float32 on CUDA."""
+    """Like causal_attention, with an explicit mask [T, T] and heads repeated in memory, for MPS and float32 on CUDA."""
     T, heads = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)   # [B, H, T, D]
@@ -460,7 +460,8 @@ def unpack_tinygemm(packed: Tensor) -> Tensor:
 
 def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [O, I] -> uint8 [I, O] of 0...15, bf16 scales and middles [I / GROUP, O, 2] of groups:
-    first from the range, then FITS times by least squares from what was rounded with the last ones."""
+    first from the range; then FITS times they are fitted to the rounded values by least squares, and the
+    values are rounded again."""
     w = w.T.contiguous().unflatten(0, (-1, GROUP))                        # [I / GROUP, GROUP, O]
     low, high, mean_w = w.amin(1), w.amax(1), w.mean(1)                   # aminmax is 10 times slower
     scale, middle = (high - low) / 15, low + (high - low) * 8 / 15
@@ -1344,8 +1345,9 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
     if kind == "llama":
         found.setdefault("num_key_value_heads", heads)
     config = replace(default, **found)
-    if getattr(config, whole) % getattr(config, part):
-        raise UserError(f"{file}: {whole} is not a multiple of {part}")
+    large, small = getattr(config, whole), getattr(config, part)
+    if large % small:
+        raise UserError(f"{file}: {whole} is {large}, which is not a multiple of {part}, {small}")
     return config
 
 
@@ -1597,9 +1599,11 @@ def command_line(main) -> None:
 def number(kind: type, least: float, most: float = math.inf):
     """An argparse type: an int or float from `least` to `most`."""
     def parse(text: str) -> int | float:
-        if not least <= kind(text) <= most:  # argparse reports the ValueError of kind
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return kind(text)
+        value = kind(text)                   # argparse reports the ValueError
+        if not least <= value <= most or value == math.inf:
+            limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
+        return value
 
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
