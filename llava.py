@@ -112,12 +112,13 @@ class LlavaConfig:
     keep_tokens: int | None = None           # tokens to keep of each tile, for the methods of BUDGETED
 
     def __post_init__(self):
-        if self.image_mode == "anyres" and not self.grids:               # as released
-            tiles, S = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), self.vision.image_size
-            object.__setattr__(self, "grids", tuple((S * w, S * h) for w, h in tiles))
+        S = self.vision.image_size
         if self.image_mode == "anyres":
-            if any(side < 1 or side % self.vision.image_size for grid in self.grids for side in grid):
-                raise UserError(f"AnyRes grids {self.grids} do not consist of tiles of the vision tower's size")
+            if not self.grids:               # as released
+                tiles = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+                object.__setattr__(self, "grids", tuple((S * w, S * h) for w, h in tiles))
+            if any(side < 1 or side % S for grid in self.grids for side in grid):
+                raise UserError(f"the sides of the AnyRes grids {self.grids} are not multiples of {S}")
         require(vars(self), "LlavaConfig", image_mode=("pad", "crop", "anyres"),
                 projector=("mlp2x_gelu", "linear"), template=("mistral_instruct", "v1", "plain"))
         check_token_budget(self)
@@ -169,7 +170,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Like causal_attention, with an explicit mask [T, T] and heads repeated in memory, for MPS and float32 on CUDA."""
+    """Like causal_attention, with an explicit mask [T, T] and heads repeated in memory, for devices without
+    a flash kernel: MPS, and CUDA in float32."""
     T, heads = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)   # [B, H, T, D]
@@ -232,7 +234,9 @@ class SlidingWindow(torch.autograd.Function):
 
 def cut_blocks(x: Tensor, W: int) -> Tensor:
     """[B, heads, T, D] -> [B, n, heads, W, D]; the last block is filled with zeros at its end."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % W)).unflatten(2, (-1, W)).transpose(1, 2)
+    if x.shape[2] % W:
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % W))
+    return x.unflatten(2, (-1, W)).transpose(1, 2)
 
 
 def triangle_b(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -459,9 +463,9 @@ def unpack_tinygemm(packed: Tensor) -> Tensor:
 
 
 def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [O, I] -> uint8 [I, O] of 0...15, bf16 scales and middles [I / GROUP, O, 2] of groups:
-    first from the range; then FITS times they are fitted to the rounded values by least squares, and the
-    values are rounded again."""
+    """float32 w [O, I] -> uint8 q [I, O] of 0...15 and bf16 (scale, middle) [I / GROUP, O, 2], such that
+    w is about (q - 8) * scale + middle. The first scale and middle follow from the range of each group.
+    Then FITS times: fit both to the present q by least squares, and round again."""
     w = w.T.contiguous().unflatten(0, (-1, GROUP))                        # [I / GROUP, GROUP, O]
     low, high, mean_w = w.amin(1), w.amax(1), w.mean(1)                   # aminmax is 10 times slower
     scale, middle = (high - low) / 15, low + (high - low) * 8 / 15
@@ -478,13 +482,15 @@ def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer. 8 bits: W = q * scale of the row; 4 bits (5 with scales): W = (q - 8) *
-    scale + middle of GROUP columns. Its buffers are no parameters and not in the state_dict. Few tokens
-    in bf16 go to torch's kernels; all other products use blocks of dequantised rows."""
+    """A frozen linear layer. 8 bits: W = q * scale, with one scale per row. 4 bits: W = (q - 8) * scale +
+    middle, with one pair per GROUP columns, which adds a fifth bit. The buffers are not in the state_dict.
+    Up to `kernel_tokens` tokens in bf16 are multiplied by torch's kernel; for more tokens, and where there
+    is no kernel, blocks of `block_rows` rows are dequantised and multiplied one after another."""
 
     def __init__(self, weight: Tensor, bits: int, device="cpu", name: str = "a layer"):
         super().__init__()
-        self.bits, (self.out_features, self.in_features), device = bits, weight.shape, torch.device(device)
+        self.bits, device = bits, torch.device(device)
+        self.out_features, self.in_features = weight.shape
         if bits == 4 and (self.in_features % GROUP or self.out_features % 64):
             raise UserError(f"{name} is {list(weight.shape)}, but 4 bits need a multiple of 64 rows and "
                             f"of {GROUP} columns: use --quantize int8")
@@ -492,10 +498,12 @@ class QuantizedLinear(nn.Module):
                          and self.in_features % 128 == 0
                          and torch.cuda.get_device_capability(device) >= (8, 0))         # never run on a GPU
         kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
-        self.few = 0                        # tokens for the kernel; with more, blocks are faster
-        if kernel or self.tinygemm:
-            self.few = 128 if self.tinygemm else 32 if bits == 4 else 16
-        self.rows = max(1, 2**15 // self.in_features) * 64                # of a block that fits in a cache
+        self.kernel_tokens = 0               # with more tokens than this, blocks are faster
+        if self.tinygemm:
+            self.kernel_tokens = 128
+        elif kernel:
+            self.kernel_tokens = 32 if bits == 4 else 16
+        self.block_rows = max(1, 2**15 // self.in_features) * 64          # a block fits in the CPU's cache
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in weight.split(128)])
         self.register_buffer("q", torch.cat(q), persistent=False)
         self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
@@ -511,15 +519,15 @@ class QuantizedLinear(nn.Module):
         return pack_int4(q, kernel_half() or 32), scale
 
     def block(self, start: int, dtype: torch.dtype) -> Tensor:
-        """Rows start ... start + rows of W, as columns [I, n]."""
+        """Rows start ... start + block_rows of W, dequantised, as columns [I, n]."""
         if self.bits == 8:
-            q, scale = (t[start:start + self.rows].to(dtype) for t in (self.q, self.scale))
+            q, scale = (t[start:start + self.block_rows].to(dtype) for t in (self.q, self.scale))
             return (q * scale[:, None]).T
         height = self.out_features // len(self.q)                         # rows that lie together in q
-        q = self.q[start // height:(start + self.rows) // height]
+        q = self.q[start // height:(start + self.block_rows) // height]
         q = unpack_tinygemm(q) if self.tinygemm else torch.cat((q & 15, q >> 4), 2).transpose(0, 1)
         q = q.to(dtype, memory_format=torch.contiguous_format).view(-1, GROUP, q.shape[1:].numel())
-        scale, middle = self.scale[:, None, start:start + self.rows].to(dtype).unbind(3)
+        scale, middle = self.scale[:, None, start:start + self.block_rows].to(dtype).unbind(3)
         scale, offset = scale.contiguous(), middle - 8 * scale            # [I / GROUP, 1, n]
         return torch.addcmul(offset, q, scale, out=q).flatten(0, 1)
 
@@ -527,8 +535,8 @@ class QuantizedLinear(nn.Module):
         return x @ self.block(start, x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        learning, count = x.requires_grad and torch.is_grad_enabled(), x.shape[:-1].numel()
-        if x.dtype == torch.bfloat16 and 0 < count <= self.few and not learning:
+        needs_grad, tokens = x.requires_grad and torch.is_grad_enabled(), x.shape[:-1].numel()
+        if x.dtype == torch.bfloat16 and 0 < tokens <= self.kernel_tokens and not needs_grad:
             y = x.flatten(0, -2).contiguous()
             if self.bits == 8:
                 y = torch.ops.aten._weight_int8pack_mm(y, self.q, self.scale)
@@ -538,10 +546,10 @@ class QuantizedLinear(nn.Module):
                 q = self.q.view(self.out_features, -1)
                 y = torch.ops.aten._weight_int4pack_mm_for_cpu(y, q, GROUP, self.scale)
             return y.unflatten(0, x.shape[:-1])
-        # without AVX-512 products in bf16 are 8 times slower than in float32
+        # A CPU without AVX-512 multiplies bf16 matrices 8 times slower than float32 ones.
         slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-        wide, starts = x.float() if slow else x, range(0, self.out_features, self.rows)
-        if learning:                         # backward dequantises each block again
+        wide, starts = x.float() if slow else x, range(0, self.out_features, self.block_rows)
+        if needs_grad:                       # backward dequantises each block again
             parts = [checkpoint(self.multiply_block, wide, start, use_reentrant=False) for start in starts]
         else:
             parts = [self.multiply_block(wide, start) for start in starts]
@@ -566,8 +574,6 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
     if quantize == "none" or not re.fullmatch(QUANTIZED, name):
         state[name] = tensor.to(device, dtype, copy=quantize != "none")   # copied, so that files are unmapped
         return
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise UserError(f"{name}: {quantize} works in bfloat16 and float32, not {dtype}: use --dtype bfloat16")
     bits = 4 if quantize == "int4" and "lm_head" not in name else 8
     model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
 
@@ -672,7 +678,7 @@ def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = 
     if plus and ratio is None:
         even = torch.arange(0, P - 1, max(1, P // count // 3), device=kept.device)
         kept = torch.cat((kept, even[~torch.isin(even, kept)]))
-    elif plus:                               # as released: some are there twice
+    elif plus:                               # as released: it may repeat some of the strongest patches
         kept = torch.cat((kept, torch.arange(P // count // 2, P - 1, P // count, device=kept.device)))
     return kept.sort().values if paper else kept
 
@@ -683,14 +689,14 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
     attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
     chosen patch gets the attention-weighted sum of its 32 most similar patches added; the last token is
     that sum over all patches not chosen. This is the released code; the `paper` does not normalise keys,
-    weights a chosen patch like its neighbours and has no last token."""
+    weights a chosen patch by its attention, like its neighbours, and has no last token."""
     kept = choose_patches(attention, plus, ratio, paper, None if budget is None else budget - 1)
     weight_of_kept, directions = torch.ones_like(attention), F.normalize(keys, dim=-1)
     if paper:
         weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
         directions = keys
     rest = torch.ones_like(attention).index_fill(0, kept, 0).nonzero()[:, 0]
-    rest = rest[len(kept) + len(rest) - len(keys):]      # as many less as are kept twice, as released
+    rest = rest[len(kept) + len(rest) - len(keys):]      # as released: one less for each repeated patch
     order = torch.cat((kept, rest))                                       # [P]
     similarity = (directions[kept] @ directions[order].T).fill_diagonal_(-torch.inf)     # [m, P]
     near = order[similarity.topk(min(32, len(keys) - 1)).indices]         # [m, 32]
@@ -803,7 +809,8 @@ class Llava(nn.Module):
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
         """The projected tokens [n, C] that the method `prune` keeps of each tile, from its pixels
         [N, 3, S, S] and the tower's states [N, 1+P, C]."""
-        keep, tiles = replace(self.config, prune=prune).keep_tokens, []   # replace checks the budget
+        config = replace(self.config, prune=prune)                        # calls check_token_budget
+        keep, tiles = config.keep_tokens, []
         attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
         for i, patches in enumerate(states[:, 1:]):                       # [P, C]
             if prune == "random":
@@ -934,6 +941,9 @@ class Llava(nn.Module):
         so there is never a second copy in memory."""
         if quantize not in ("none", "int8", "int4"):
             raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
+        if quantize != "none" and dtype not in (torch.bfloat16, torch.float32):
+            raise UserError(f"the layers of language_model in {quantize} work in bfloat16 and float32, not "
+                            f"{dtype}: use --dtype bfloat16")
         if (path_or_repo_id is None) == (vision is None or language is None):
             raise UserError("name one LLaVA, or a vision tower and a language model")
         parts, stored, bases = {}, {}, []
@@ -1155,58 +1165,58 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of a checkpoint: parts such as a projector, and the model in one file or in shards."""
     names = [name for name in ("adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin",
                                "non_lora_trainables.bin") if (folder / name).exists()]
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if (index := folder / f"{whole}.index.json").exists():
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (index := folder / f"{name}.index.json").exists():
             shards = require(read_json(index), index, "weight_map")["weight_map"]
             if not isinstance(shards, dict) or any(Path(str(x)).name != x for x in shards.values()):
                 raise UserError(f"{index}: weight_map gives a tensor what is not a file of the same folder")
             names += sorted(set(shards.values()))
             break
-        if (folder / whole).exists():
-            names.append(whole)
+        if (folder / name).exists():
+            names.append(name)
             break
     return [folder / name for name in names]
 
 
 def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
                     ) -> tuple[dict, dict[str, StoredTensor], str]:
-    """A folder or hub id as fields of LlavaConfig, tensors by the names here, and its exact name. A
+    """Open a folder or hub id: fields of LlavaConfig, tensors by the names here, and its exact name. A
     checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
-    bases in its configs: they are opened first, and it is laid over them. `bases` replaces the bases that
-    a run folder names, for when they have moved; `parents` are those whose base this is."""
+    bases in its configs. They are opened first, and its own tensors and fields replace theirs. `bases`: new
+    places of the bases that a run folder names; `parents`: the checkpoints whose base this one is."""
     folder = fetch(source, weights)
     name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
     if name in parents:
         raise UserError(f"{name} is named as a base of itself in its config.json")
-    own, adapter, file = {}, {}, folder / "adapter_config.json"
-    raw = require(read_json(folder / "config.json"), folder / "config.json")
-    check_kinds(raw, folder / "config.json")
+    config_file, adapter_file = folder / "config.json", folder / "adapter_config.json"
+    raw, adapter, tensors = require(read_json(config_file), config_file), {}, {}
+    check_kinds(raw, config_file)
     if list(folder.glob("adapter_*")):
-        adapter = require(read_json(file), file, "r", "lora_alpha", "base_model_name_or_path",
+        adapter = require(read_json(adapter_file), adapter_file, "r", "lora_alpha", "base_model_name_or_path",
                           use_rslora=(False,), use_dora=(False,))
         if not all(isinstance(adapter[x], int | float) and adapter[x] > 0 for x in ("r", "lora_alpha")):
-            raise UserError(f"{file}: r and lora_alpha must be positive numbers")
+            raise UserError(f"{adapter_file}: r and lora_alpha must be positive numbers")
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
-            own[rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)] = tensor
-    own.pop(None, None)                      # tensors that LLaVA does not need
-    parts, stored = {}, {}
-    for base, needed in name_bases(folder, raw, adapter, own, weights, list(bases)).items():
+            tensors[rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)] = tensor
+    tensors.pop(None, None)                  # tensors that LLaVA does not need
+    found, stored = {}, {}
+    for base, needed in name_bases(folder, raw, adapter, tensors, weights, list(bases)).items():
         try:
-            more, tensors, _ = open_checkpoint(base, needed, parents=(*parents, name))
+            base_fields, base_stored, _ = open_checkpoint(base, needed, parents=(*parents, name))
         except OSError as error:
             raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): "
                           "give the new place of every base in config.json with --base") from None
-        parts, stored = parts | more, stored | tensors
-    parts |= read_config(raw, folder / "config.json")
-    stored |= {key: StoredTensor(tensor) for key, tensor in own.items() if "lora_" not in key}
-    add_lora(stored, own, adapter, folder)
+        found, stored = found | base_fields, stored | base_stored
+    found |= read_config(raw, config_file)
+    stored |= {key: StoredTensor(tensor) for key, tensor in tensors.items() if "lora_" not in key}
+    add_lora(stored, tensors, adapter, folder)
     embedding = stored.get("language_model.embed_tokens.weight")
     if embedding and raw.get("text_config", raw).get("tie_word_embeddings", False):
         stored.setdefault("language_model.lm_head.weight", StoredTensor(embedding.tensor.clone()))
-    if parts.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
+    if found.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
         stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
-    return parts, stored, name
+    return found, stored, name
 
 
 def add_lora(stored: dict[str, StoredTensor], own: dict[str, Tensor], adapter: dict, folder: Path) -> None:
@@ -1338,16 +1348,19 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
         if type(value) not in kinds or not 0 < value < math.inf:
             raise UserError(f"{file}: {name} is {value!r}; it must be a positive {what}")
     heads = found.get("num_attention_heads", default.num_attention_heads)
-    whole, part = "hidden_size", "num_attention_heads"
-    if kind != "clip":
-        found.setdefault("head_dim", found.get("hidden_size", default.hidden_size) // heads)
-        whole, part = "num_attention_heads", "num_key_value_heads"
     if kind == "llama":
         found.setdefault("num_key_value_heads", heads)
+    if kind != "clip":
+        found.setdefault("head_dim", found.get("hidden_size", default.hidden_size) // heads)
     config = replace(default, **found)
-    large, small = getattr(config, whole), getattr(config, part)
-    if large % small:
-        raise UserError(f"{file}: {whole} is {large}, which is not a multiple of {part}, {small}")
+    multiple, divisor = "hidden_size", "num_attention_heads"
+    if kind != "clip":
+        multiple, divisor = "num_attention_heads", "num_key_value_heads"
+        if config.head_dim % 2:
+            raise UserError(f"{file}: head_dim is {config.head_dim}, but rotary embeddings need an even size")
+    if getattr(config, multiple) % getattr(config, divisor):
+        raise UserError(f"{file}: {multiple} is {getattr(config, multiple)}, which is not a multiple of "
+                        f"{divisor}, {getattr(config, divisor)}")
     return config
 
 
@@ -1497,7 +1510,10 @@ class Processor:
 
     def __init__(self, tokenizer_json: str, config: LlavaConfig, legacy: bool = True):
         self.config, self.tokenizer_json, self.legacy = config, tokenizer_json, legacy
-        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        try:
+            self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        except Exception as error:           # tokenizers raises nothing more specific
+            raise UserError(f"the tokenizer cannot be read: {first_line(error)}") from None
         self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))
         if None in (self.bos, self.eos):
             raise UserError("the tokenizer has no <s> or no </s>: it is not one of LLaMA or Mistral")
@@ -1518,8 +1534,8 @@ class Processor:
             settings = require(read_json(settings_file), settings_file)
         try:
             return cls(file.read_text(encoding="utf-8"), config, settings.get("legacy") is not False)
-        except Exception as error:           # tokenizers raises nothing more specific
-            raise UserError(f"{file} does not work: {first_line(error)}") from None
+        except (UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: {first_line(error)}") from None
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Token ids of a text; SentencePiece puts a space before the first word."""
@@ -1685,34 +1701,36 @@ def print_trace(model: Llava, inputs: dict) -> None:
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
         cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         **dict.fromkeys(packed, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
-    ends = []                                # when each module ends: itself, its output, total FLOPs, time
+    records = []                             # when a module ends: it, its output, FLOPs so far, time
 
-    def record(module: nn.Module, _, y: Tensor) -> None:
-        if y.is_cuda:
+    def record(module: nn.Module | None, _=None, y: Tensor | None = None) -> None:
+        if y is not None and y.is_cuda:
             torch.cuda.synchronize()
-        ends.append((module, list(y.shape), y.dtype, counter.get_total_flops(), time.perf_counter()))
+        records.append((module, y, counter.get_total_flops(), time.perf_counter()))
 
     def print_row(name: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{name:33}{str(shape):>20}", *cells, sep="")
 
     handles = [module.register_forward_hook(record) for module in names]
-    for context in (counter, nullcontext()):
-        ends.append((None, None, None, 0, time.perf_counter()))
-        with context:
-            list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
-    for handle in handles:
-        handle.remove()
+    try:
+        for context in (counter, nullcontext()):
+            record(None)                     # the start
+            with context:
+                list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
+    finally:
+        for handle in handles:
+            handle.remove()
     print_row("module", "shape", "dtype", "parameters", "GFLOP", "ms", "bits of each", "MB")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
         print_row(f"image {width} x {height}", list(tiles.shape), tiles.dtype)
     print_row("input_ids", list(inputs["input_ids"].shape), inputs["input_ids"].dtype)
-    counted, timed = ends[:len(ends) // 2], ends[len(ends) // 2:]
+    counted, timed = records[:len(records) // 2], records[len(records) // 2:]
     for i in range(1, len(counted)):
-        module, shape, dtype, flops, _ = counted[i]
-        gflop, ms = (flops - counted[i - 1][3]) / 1e9, 1e3 * (timed[i][4] - timed[i - 1][4])
+        module, y, flops, _ = counted[i]
+        gflop, ms = (flops - counted[i - 1][2]) / 1e9, 1e3 * (timed[i][3] - timed[i - 1][3])
         weights, size = count_weights(module)
-        print_row(names[module], shape, dtype, f"{weights:,}", f"{gflop:.3f}", f"{ms:.2f}",
+        print_row(names[module], list(y.shape), y.dtype, f"{weights:,}", f"{gflop:.3f}", f"{ms:.2f}",
                   f"{8 * size / max(1, weights):.1f}", f"{size / 1e6:,.1f}")
     kernels = {str(op) for op in counter.get_flop_counts()["Global"] if "attention" in str(op)}
     print(f"attention kernels: {', '.join(sorted(kernels)) or 'none'}\n")
@@ -1733,7 +1751,7 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
         return Image.fromarray(values).resize((S, S), Image.NEAREST)
 
     for i, (tile, attention, keys) in enumerate(zip(tiles, *model.cls_attention(states))):
-        tint = torch.full((side**2, 3), 96)
+        colors = torch.full((side**2, 3), 96)
         if config.prune == "random":
             kept = random_patches(pixels[i], N, side**2)
         elif config.prune == "divprune":
@@ -1743,11 +1761,11 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
             kept = choose_patches(attention, budget=None if N is None else N - 1, **variant)
             merged = prumerge(attention, keys, budget=N, **variant)[:len(kept)].cpu() > 0     # [m, P]
             hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
-            tint = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], tint)
-        clear = torch.zeros(side**2).index_fill(0, kept.cpu(), 255)
+            colors = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], colors)
+        mask = torch.zeros(side**2).index_fill(0, kept.cpu(), 255)
         image = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
-        dark = Image.blend(image, enlarge(tint), 0.6)
-        canvas.paste(Image.composite(image, dark, enlarge(clear)), (0, i * S))
+        dark = Image.blend(image, enlarge(colors), 0.6)
+        canvas.paste(Image.composite(image, dark, enlarge(mask)), (0, i * S))
         canvas.paste(enlarge(255 * attention / attention.max()), (S, i * S))
     scale = math.ceil(336 / S)
     return canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST)

@@ -4,7 +4,7 @@ CLIP-L/14-336 and of the first layers of Mistral-7B.
     python tests/bench.py                    answers and training steps, beside transformers
     python tests/bench.py --window           tokens past the window, in time and memory
     python tests/bench.py --prune            what fewer visual tokens save
-    python tests/bench.py --load --layers 32 memory to open a whole checkpoint, which it writes first
+    python tests/bench.py --load --layers 32 memory to save and open a whole checkpoint
     python tests/bench.py --quantize         the language model in 8 and 4 bits; with --model FOLDER
                                              --text FILE its perplexity, too
     python tests/bench.py --gguf FILE --model FOLDER       converts a LLaMA to FOLDER (package gguf)
@@ -347,6 +347,12 @@ def attend(attention: Callable, qkv: list[Tensor], window: int, training: bool) 
 
 
 def beyond_the_window(args) -> None:
+    if args.layers:
+        window_growth(args)
+    window_attention(args)
+
+
+def window_growth(args) -> None:
     lengths, build = (16384, 4096), partial(build_ours, args)
     sizes = [peaks(args.device, build, partial(prefill_words, args, n)) for n in lengths]
     sizes.append(peaks(args.device, build, partial(prefill_with_band, args, lengths[0])))
@@ -356,6 +362,9 @@ def beyond_the_window(args) -> None:
            ["prefill, ms", *map(ms, taken.values()), *ratio(*taken.values())],
            ["peak less the model, MiB", f"{most:.0f}", f"{least:.0f}", f"{most / least:.2f}", ""],
            ["  with a band mask", f"{band:.0f}", "", "", ""]])
+
+
+def window_attention(args) -> None:
     W = 4096 // args.shrink
     qkv = [torch.randn(1, 2 * W, heads, 128).to(args.device, getattr(torch, args.dtype)).transpose(1, 2)
            for heads in (8, 2, 2)]
@@ -424,15 +433,31 @@ def spread_attention(model: Llava, states: Tensor, spread: float = 0.9) -> None:
 
 
 def opening(args) -> None:
-    """The memory to open a checkpoint of random weights and to answer about a picture, beside its size."""
+    """A checkpoint of random weights: the memory to save it in shards, to open it and to answer about an
+    image, and the time to open it with and without a cast."""
+    shard = 3 * 10**8
     with tempfile.TemporaryDirectory() as folder:
-        peaks(args.device, partial(build_ours, args), partial(Llava.save_pretrained, folder=folder))
-        size = Path(folder, "model.safetensors").stat().st_size / 2**30
+        save = partial(Llava.save_pretrained, folder=folder, shard_bytes=shard)
+        built, saved = peaks(args.device, partial(build_ours, args), save)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 2**30
+        print(f"{size:.2f} GiB of weights, saved in shards of {shard / 2**30:.2f} GiB: at the peak "
+              f"{(saved - built) * 2**30 / shard:.2f} shards more than the model takes")
         how = {"dtype": getattr(torch, args.dtype), "device": args.device}
         opened, answered = peaks(args.device, partial(Llava.from_pretrained, folder, **how),
                                  partial(answer_once, question(make_inputs(args, 1)["llava.py"])))
-    print(f"{size:.2f} GiB of weights: {opened:.2f} GiB at the peak when they are open, {answered:.2f} "
-          f"({answered / size:.3f} of their size) when the picture is answered")
+        print(f"{opened:.2f} GiB at the peak when they are open, {answered:.2f} ({answered / size:.3f} of "
+              "their size) when the question is answered")
+        runs = {dtype: partial(open_and_read, folder, dtype, args.device)
+                for dtype in (torch.float16, torch.bfloat16)}
+        seconds = paired(runs, args.repeats, "opening")
+    table([["", "with a cast", "as stored", "times", "range"],
+           ["open, read all weights, ms", *map(ms, seconds.values()), *ratio(*seconds.values())]])
+
+
+def open_and_read(folder: str, dtype: torch.dtype, device: str) -> None:
+    """As stored, a file is mapped and its weights are read at their first use: here."""
+    for weight in Llava.from_pretrained(folder, dtype=dtype, device=device).parameters():
+        weight.view(torch.int16).amax()
 
 
 def answer_once(inputs: dict, model: Llava) -> None:
@@ -512,7 +537,8 @@ def open_decoder(folder: Path, quantize: str, dtype: torch.dtype, shuffle=False)
 
 
 def dequantized(layer: llava.QuantizedLinear) -> Tensor:
-    return torch.cat([layer.block(i, torch.float32) for i in range(0, layer.out_features, layer.rows)], 1).T
+    starts = range(0, layer.out_features, layer.block_rows)
+    return torch.cat([layer.block(start, torch.float32) for start in starts], 1).T
 
 
 @torch.inference_mode()
@@ -612,7 +638,8 @@ def parse() -> argparse.Namespace:
     mode.add_argument("--load", action="store_true", help="the memory that opening takes")
     mode.add_argument("--quantize", action="store_true", help="the language model in 8 and 4 bits")
     mode.add_argument("--alone", action="store_true", help="without transformers, where two do not fit")
-    add("--layers", type=int, default=4, metavar="N", help="of the decoder (default: %(default)s; all: 32)")
+    add("--layers", type=int, default=4, metavar="N",
+        help="of the decoder (default: %(default)s; all: 32; with --window 0: only attention)")
     add("--vision-layers", type=int, default=24, metavar="N", help="of the tower (default: %(default)s, all)")
     add("--tokens", type=int, metavar="T", help="576 and text (default: 640; with --prune 628)")
     add("--rows", type=int, default=2, metavar="B", help="of a training step (default: %(default)s)")
