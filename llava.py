@@ -102,7 +102,7 @@ class LlavaConfig:
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     vision_feature_layer: int = -2           # the tower's hidden states before its last layer
-    image_token_id: int = 32000              # stands for one whole image in input_ids
+    image_token_id: int = 32000              # the id of <image>: one whole image in input_ids
     projector: str = "mlp2x_gelu"            # or "linear": LLaVA 1
     image_mode: str = "pad"                  # or "crop": LLaVA 1; "anyres": LLaVA 1.6
     grids: tuple[tuple[int, int], ...] = ()  # AnyRes: the (width, height) to choose from, in order
@@ -158,7 +158,7 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> like q.
-    Rows are padded on the right, where causality hides the padding: no mask is needed. The cost grows
+    Padding is on the right; a causal query never sees it, so no mask is needed. The cost grows
     with T² up to the window and with T beyond it. Only this function chooses the kernel."""
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
@@ -181,8 +181,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 class SlidingWindow(torch.autograd.Function):
     """Attention past the window as two causal triangles, each computed by the flash kernel.
 
-    The rows are cut into blocks of W tokens. A query sees the `a` of its own block and the `b` of the
-    block before. For W = 4, queries down, keys across:
+    The rows are cut into blocks of W tokens. A query sees the keys marked `a` in its own block and `b` in
+    the block before. For W = 4, queries down, keys across:
 
                   block 0    block 1    block 2
                   0 1 2 3    4 5 6 7    8 9 ..          `a`: query and key in the same block,
@@ -198,16 +198,16 @@ class SlidingWindow(torch.autograd.Function):
     a softmax over its own keys and the log-sum-exp (lse) of its scores, which is the logarithm of the
     denominator. With both, the two outputs are averaged by their shares of the common denominator.
     Backward calls the kernel's backward once per triangle, with the merged output and the merged lse:
-    then its exp(qk - lse) are the probabilities of the common softmax, and the gradients add up.
+    in it, exp(qk - lse) is then the common softmax, and the gradients are added.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
         blocks = [cut_blocks(x, W) for x in (q, k, v)]                    # [B, n, heads, W, D]
         out, lse, *random_state = flash(*blocks)
-        if W > 1:                            # a window of 1 has no `b`, and the kernel no length 0
+        if W > 1:                            # W = 1: there is no `b`, and the kernel rejects length 0
             out_b, lse_b, *_ = flash(*(x.flip(3) for x in triangle_b(*blocks)))
-            out_a, lse_a = out[:, 1:, :, :-1], lse[:, 1:, :, :-1]         # the queries that have a `b`
+            out_a, lse_a = out[:, 1:, :, :-1], lse[:, 1:, :, :-1]         # views: out and lse change, too
             lse_b = lse_b.flip(3)
             share = (lse_b - lse_a).sigmoid()                             # of `b` in the denominator
             out_a.lerp_(out_b.flip(3), share[..., None].to(out.dtype))
@@ -278,7 +278,7 @@ class KVCache:
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention over right-padded prompts of `lengths` [B] tokens; stores k, v [B, K, T, D].
         Each slot gets the newest position that belongs to it. With S = 4 and a prompt of 6 tokens, the
-        slots hold positions 4, 5, 2, 3. A slot without a token gets position 0, which decoding masks."""
+        slots hold positions 4, 5, 2, 3. An unused slot gets a copy of position 0; decoding masks the slot."""
         last, slot = self.lengths[:, None] - 1, torch.arange(self.slots, device=k.device)
         newest = (last - (last - slot) % self.slots).clamp(min=0)         # [B, S]
         index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
@@ -287,8 +287,8 @@ class KVCache:
 
     def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows, slot, filled) -> Tensor:
         """Attention of one new token per row, q [B, H, 1, D], to itself and the cache. k, v [B, K, 1, D] are
-        stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots in use. The H / K query heads
-        that share a key head are the rows of one product."""
+        stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots in use. The H / K query
+        heads of a key head are treated as H / K query positions."""
         self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
         groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
         return F.scaled_dot_product_attention(groups, self.k, self.v, filled).view_as(q)
@@ -336,7 +336,7 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Mistral or LLaMA. It reads embeddings, because image tokens have no ids, and the caller applies
+    """Mistral or LLaMA. It reads embeddings, because image features have no ids, and the caller applies
     lm_head, because few positions need logits."""
 
     def __init__(self, config: TextConfig):
@@ -348,8 +348,8 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, x: Tensor, select: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Embeddings x [B, T, C] -> hidden states [B, T, C] after the final norm; with `select`, an
-        index (rows [n], columns [n]), only those of these positions, [n, C]."""
+        """Embeddings x [B, T, C] -> hidden states [B, T, C] after the final norm; with
+        `select` = (rows [n], columns [n]), only the states [n, C] of these positions."""
         attend = partial(causal_attention, window=self.config.sliding_window)
         positions = torch.arange(x.shape[1], device=x.device)
         return self.run_layers(x, positions, [attend] * len(self.layers), select)
@@ -432,12 +432,12 @@ class VisionTower(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # 4. Weights in 8 and 4 bits of the language model
 
-
 GROUP, FITS = 32, 5                          # int4: columns that share a scale; rounds of least squares
 
 
 def pack_int4(q: Tensor, half: int) -> Tensor:
-    """uint8 [I, O] of 0...15 -> [O / 2h, I, h]: a byte holds one of h rows and one of the next h."""
+    """uint8 q [I, O] of 0...15 -> [O / 2h, I, h], with h = half: a byte holds the outputs o and o + h of an
+    input, o in its low four bits. I: inputs, O: outputs of the layer."""
     low, high = q.unflatten(1, (-1, 2, half)).unbind(2)                   # [I, O / 2h, h] each
     return (low | high << 4).transpose(0, 1).contiguous()
 
@@ -483,9 +483,9 @@ def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
 
 class QuantizedLinear(nn.Module):
     """A frozen linear layer. 8 bits: W = q * scale, with one scale per row. 4 bits: W = (q - 8) * scale +
-    middle, with one pair per GROUP columns, which adds a fifth bit. The buffers are not in the state_dict.
-    Up to `kernel_tokens` tokens in bf16 are multiplied by torch's kernel; for more tokens, and where there
-    is no kernel, blocks of `block_rows` rows are dequantised and multiplied one after another."""
+    middle, with one bf16 pair per GROUP columns: 1 more bit per weight. The buffers are not
+    in the state_dict. Up to `kernel_tokens` tokens in bf16 are multiplied by torch's kernel; for more
+    tokens, and without a kernel, blocks of `block_rows` rows are dequantised and multiplied in turn."""
 
     def __init__(self, weight: Tensor, bits: int, device="cpu", name: str = "a layer"):
         super().__init__()
@@ -570,9 +570,9 @@ QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
 
 
 def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, device, dtype) -> None:
-    """Put a tensor that was read into `state`, or quantised into a layer of the model."""
+    """Store a tensor in `state`, or quantise it into a layer of the model."""
     if quantize == "none" or not re.fullmatch(QUANTIZED, name):
-        state[name] = tensor.to(device, dtype, copy=quantize != "none")   # copied, so that files are unmapped
+        state[name] = tensor.to(device, dtype, copy=quantize != "none")   # a copy: its file is unmapped
         return
     bits = 4 if quantize == "int4" and "lm_head" not in name else 8
     model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
@@ -582,9 +582,9 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
 # 5. AnyRes tiling and token reduction
 
 def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
-    """The (width, height) of `grids` that preserves most pixels of a (height, width) image, and of
-    those the one that wastes least. The first of equals wins: LLaVA lists (width, height) and
-    transformers reads the same list as (height, width), so they differ on some small images."""
+    """The (width, height) of `grids` that keeps the most pixels of a (height, width) image; of equals the
+    one with the least padding, then the first. transformers reads the same list as (height, width), so it
+    chooses otherwise for some small images."""
     def merit(grid):
         scale = min(grid[0] / size[1], grid[1] / size[0])
         preserved = min(int(size[1] * scale) * int(size[0] * scale), size[1] * size[0])
@@ -656,15 +656,15 @@ def max_tile_tokens(config: LlavaConfig) -> int:
     if config.keep_tokens is not None:
         return config.keep_tokens
     if "ratio" in variant:
-        return len(choose_patches(torch.zeros(patches), **variant)) + 1
+        return len(choose_patches(torch.zeros(patches), **variant)) + 1   # the same for any attention
     return patches + 1 if "plus" in variant else max(1, patches // 4) + 1
 
 
 def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = None,
                    paper: bool = False, budget: int | None = None) -> Tensor:
     """PruMerge's choice: indices [m] of patches by attention [P], strongest first: the outliers, the
-    share `ratio`, or exactly `budget`. With `plus` an even sample of the others follows, which with
-    `budget` is half of it. The paper keeps the order of the image."""
+    share `ratio`, or exactly `budget`. With `plus`, evenly spaced others follow; with `budget` they are
+    half of the budget. `paper` sorts the indices."""
     P, order = len(attention), attention.argsort(descending=True, stable=True)
     if budget is not None:
         sampled = budget // 2 if plus else 0
@@ -686,8 +686,8 @@ def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = 
 def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float | None = None,
              paper: bool = False, budget: int | None = None) -> Tensor:
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
-    attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. Each
-    chosen patch gets the attention-weighted sum of its 32 most similar patches added; the last token is
+    attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. To each
+    chosen patch the attention-weighted sum of its 32 most similar patches is added. The last token is
     that sum over all patches not chosen. This is the released code; the `paper` does not normalise keys,
     weights a chosen patch by its attention, like its neighbours, and has no last token."""
     kept = choose_patches(attention, plus, ratio, paper, None if budget is None else budget - 1)
@@ -696,7 +696,7 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
         weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
         directions = keys
     rest = torch.ones_like(attention).index_fill(0, kept, 0).nonzero()[:, 0]
-    rest = rest[len(kept) + len(rest) - len(keys):]      # as released: one less for each repeated patch
+    rest = rest[len(kept) + len(rest) - len(keys):]      # as released; now len(kept) + len(rest) = P
     order = torch.cat((kept, rest))                                       # [P]
     similarity = (directions[kept] @ directions[order].T).fill_diagonal_(-torch.inf)     # [m, P]
     near = order[similarity.topk(min(32, len(keys) - 1)).indices]         # [m, 32]
@@ -741,8 +741,8 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
     """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each the
     point farthest from its nearest selected point, the lowest index of equals; start None is the point
     nearest the mean. Raises UserError for points that are not finite. One matrix-vector product per
-    selection: |a - b|² = |a|² - 2ab + |b|². Against cancellation the point nearest the mean becomes the
-    origin; unlike the mean it leaves equal distances equal."""
+    selection: |a - b|² = |a|² - 2ab + |b|². To reduce cancellation the point nearest the mean becomes
+    the origin; subtracting the mean would make equal distances differ."""
     if not 0 < k <= len(x):
         raise UserError(f"{k} of {len(x)} points cannot be selected")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -768,7 +768,7 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
 # 6. LLaVA
 
 class Llava(nn.Module):
-    """A language model that reads the projected patches of a vision tower in place of image tokens."""
+    """A language model that reads the projected patches of an image in place of its id."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -839,8 +839,8 @@ class Llava(nn.Module):
         of the others as one map, row by row, without padding and with a newline after each row."""
         side, columns = self.config.vision.side, choose_grid(size, self.config.grids)[0]
         x = tiles[1:].unflatten(0, (-1, columns // self.config.vision.image_size))
-        x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-        x = x[anyres_window(self.config, size)]                           # [rows, columns, C]
+        x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)     # [rows, columns, C]
+        x = x[anyres_window(self.config, size)]                           # without padding
         x = torch.cat((x, self.image_newline.expand(len(x), 1, -1)), dim=1)
         return torch.cat((tiles[0], x.flatten(0, 1)))
 
@@ -944,7 +944,8 @@ class Llava(nn.Module):
         if quantize != "none" and dtype not in (torch.bfloat16, torch.float32):
             raise UserError(f"the layers of language_model in {quantize} work in bfloat16 and float32, not "
                             f"{dtype}: use --dtype bfloat16")
-        if (path_or_repo_id is None) == (vision is None or language is None):
+        given = tuple(source is not None for source in (path_or_repo_id, vision, language))
+        if given not in ((True, False, False), (False, True, True)):
             raise UserError("name one LLaVA, or a vision tower and a language model")
         parts, stored, bases = {}, {}, []
         for source in [path_or_repo_id] if path_or_repo_id else [vision, language]:
@@ -961,11 +962,11 @@ class Llava(nn.Module):
         elif config.image_mode == "anyres" and parts.get("image_mode") != "anyres":      # to be trained
             state = {"image_newline": fresh_connector(config)["image_newline"]}
         if config.image_mode != "anyres":
-            stored.pop("image_newline", None)                             # of an AnyRes checkpoint
+            stored.pop("image_newline", None)                             # unused without AnyRes
         check_tensors(model.state_dict(), state, stored, " and ".join(bases))
         state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
         for name in tqdm(list(stored), desc="opening", delay=2, leave=False):
-            tensor = stored.pop(name).read(dtype)                         # the last one unmaps its file
+            tensor = stored.pop(name).read(dtype)                         # its last tensor unmaps a file
             place_tensor(model, state, name, tensor, quantize, device, dtype)
         model.load_state_dict(state, assign=True)
         model.bases = bases
@@ -994,9 +995,10 @@ class Llava(nn.Module):
                 continue
             tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
             tensor = tensor.detach().cpu().contiguous()
+            # The rows of <image> and padding are the mean row, which is never the most probable token.
             if whole and name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
-                mean = tensor.float().mean(0).to(tensor.dtype)            # of <image> and padding: never the
-                tensor = torch.cat((tensor, mean.expand(rows - len(tensor), -1)))        # most probable token
+                mean = tensor.float().mean(0).to(tensor.dtype)
+                tensor = torch.cat((tensor, mean.expand(rows - len(tensor), -1)))
             yield rename_key(name, TO_HF), tensor
         if whole and self.config.projector == "linear":      # llava-hf always has a second layer
             bias = self.projector[0].bias.detach().cpu()
@@ -1169,7 +1171,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (index := folder / f"{name}.index.json").exists():
             shards = require(read_json(index), index, "weight_map")["weight_map"]
             if not isinstance(shards, dict) or any(Path(str(x)).name != x for x in shards.values()):
-                raise UserError(f"{index}: weight_map gives a tensor what is not a file of the same folder")
+                raise UserError(f"{index}: weight_map names something that is not a file of the same folder")
             names += sorted(set(shards.values()))
             break
         if (folder / name).exists():
@@ -1180,7 +1182,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
                     ) -> tuple[dict, dict[str, StoredTensor], str]:
-    """Open a folder or hub id: fields of LlavaConfig, tensors by the names here, and its exact name. A
+    """Return the LlavaConfig fields, the tensors by the names here, and the exact name of a source. A
     checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
     bases in its configs. They are opened first, and its own tensors and fields replace theirs. `bases`: new
     places of the bases that a run folder names; `parents`: the checkpoints whose base this one is."""
@@ -1225,8 +1227,7 @@ def add_lora(stored: dict[str, StoredTensor], own: dict[str, Tensor], adapter: d
         if not key.endswith("lora_A.weight"):
             continue
         target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
-        fits = b is not None and target in stored
-        if not fits or (b.shape[0], a.shape[1]) != stored[target].tensor.shape:
+        if b is None or target not in stored or (b.shape[0], a.shape[1]) != stored[target].tensor.shape:
             raise UserError(f"{folder}: {key} has no matching lora_B, or no matching weight in the base")
         stored[target] = stored[target]._replace(lora=(a, b, adapter["lora_alpha"] / adapter["r"]))
 
@@ -1291,7 +1292,7 @@ def read_grids(grids, file: Path) -> list[tuple[int, int]]:
 
 
 def check_kinds(raw: dict, file: Path) -> None:
-    """Raise UserError for a key whose value has another JSON type than the code here takes for granted."""
+    """Raise UserError for a key whose value has the wrong JSON type."""
     for kind, keys in ((str, ("model_type", "mm_vision_tower")), (list, ("bases",)),
                        (int, ("image_token_index", "image_token_id")),
                        (dict, ("text_config", "vision_config", "llava.py")),
@@ -1341,11 +1342,10 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
     if not nested:
         require(found, file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, value in found.items():
-        usual = getattr(default, name)
-        if value is None:
-            continue
-        kinds, what = ((int, float), "number") if isinstance(usual, float) else ((int,), "whole number")
-        if type(value) not in kinds or not 0 < value < math.inf:
+        kinds, what = (int,), "whole number"
+        if isinstance(getattr(default, name), float):
+            kinds, what = (int, float), "number"
+        if value is not None and (type(value) not in kinds or not 0 < value < math.inf):
             raise UserError(f"{file}: {name} is {value!r}; it must be a positive {what}")
     heads = found.get("num_attention_heads", default.num_attention_heads)
     if kind == "llama":
@@ -1407,7 +1407,7 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
         write_part()
         if len(parts) == 1:
             os.replace(parts[0], file)
-            index.unlink(missing_ok=True)    # of earlier shards
+            index.unlink(missing_ok=True)    # the index of earlier shards
             return
         names = [f"{file.stem}-{i + 1:05}-of-{len(parts):05}{file.suffix}" for i in range(len(parts))]
         for part, name in zip(parts, names):
@@ -1428,8 +1428,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def open_image(file: Path) -> Image.Image:
     """The first frame in its own mode: to_rgb converts it, differently for each publisher. Raises
-    OSError for files that are missing, damaged, or so large that decoding them could fill the memory;
-    so could the square that pads a long image, or its enlarged center."""
+    OSError for files that are missing, damaged, or so large or so narrow that the decoded, padded or
+    enlarged image could fill the memory."""
     try:
         with Image.open(file) as image:
             if max(image.size) > min(13_000, 500 * min(image.size)):
@@ -1453,7 +1453,7 @@ def to_rgb(image: Image.Image, config: LlavaConfig) -> Image.Image:
 def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
     """An RGB image as squares of image_size; resized in 8 bits, bicubic, as for CLIP's training."""
     S, (w, h) = config.vision.image_size, image.size
-    if config.image_mode == "pad":           # to a square, with the mean color, truncated as in LLaVA
+    if config.image_mode == "pad":           # to a square of CLIP's mean color, int() as in LLaVA
         canvas = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * mean) for mean in CLIP_MEAN))
         canvas.paste(image, ((canvas.width - w) // 2, (canvas.height - h) // 2))
         return [canvas.resize((S, S), Image.BICUBIC)]
@@ -1462,7 +1462,10 @@ def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
         left, top = (w - S) // 2, (h - S) // 2
         return [image.resize((w, h), Image.BICUBIC).crop((left, top, left + S, top + S))]
     W, H = choose_grid((h, w), config.grids)
-    inner = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
+    if W / w < H / h:                        # the width decides the scale
+        inner = W, min(math.ceil(h * (W / w)), H)
+    else:
+        inner = min(math.ceil(w * (H / h)), W), H
     canvas = Image.new("RGB", (W, H))        # black
     canvas.paste(image.resize(inner, Image.BICUBIC), ((W - inner[0]) // 2, (H - inner[1]) // 2))
     corners = [(x, y) for y in range(0, H, S) for x in range(0, W, S)]
@@ -1517,7 +1520,7 @@ class Processor:
         self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))
         if None in (self.bos, self.eos):
             raise UserError("the tokenizer has no <s> or no </s>: it is not one of LLaMA or Mistral")
-        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode adds the first one
+        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode adds the leading one
         self.tokenizer.pre_tokenizer = None
 
     @classmethod
@@ -1651,7 +1654,7 @@ def devices() -> list[str]:
 
 
 def default_dtype(device: str, quantize: str = "none") -> str:
-    """bfloat16 with few bits and on a GPU that computes in it, float16 on other GPUs, float32 on a CPU."""
+    """bfloat16 with --quantize or on a GPU that supports it, float16 on other GPUs, float32 on a CPU."""
     if quantize != "none":
         return "bfloat16"
     if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -1701,7 +1704,7 @@ def print_trace(model: Llava, inputs: dict) -> None:
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
         cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         **dict.fromkeys(packed, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
-    records = []                             # when a module ends: it, its output, FLOPs so far, time
+    records = []                             # (module, output, FLOPs so far, time) of each call
 
     def record(module: nn.Module | None, _=None, y: Tensor | None = None) -> None:
         if y is not None and y.is_cuda:
@@ -1715,7 +1718,7 @@ def print_trace(model: Llava, inputs: dict) -> None:
     handles = [module.register_forward_hook(record) for module in names]
     try:
         for context in (counter, nullcontext()):
-            record(None)                     # the start
+            record(None)                     # the time before the first module
             with context:
                 list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
     finally:
@@ -1792,7 +1795,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser)
     args = parser.parse_args(argv)
     if args.prompt is None and len(args.image) > 1:
-        last = args.image[-1]                # the question, unless it is a file, perhaps a misspelt one
+        last = args.image[-1]                # the question, unless it looks like a file name
         if not os.path.exists(last) and Path(last).suffix.lower() not in Image.registered_extensions():
             args.prompt = args.image.pop()
     if args.save and (args.prompt or args.image):

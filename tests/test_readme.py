@@ -41,6 +41,8 @@ TOY = {                                      # what a name in the README stands 
     "data/ScienceQA/images/val": "data/toy/scienceqa/images/val",
     "cat.jpg": "data/toy/pretrain/00000.png",
     "data/toy/scienceqa/images/test/1373/image.png": "data/toy/pretrain/00000.png",
+    "own.json": "data/toy/pretrain.json",
+    "own_images": "data/toy/pretrain",
     "1000": "8",                             # --keep
     "int4": "int8",                          # the toy layers have 96 rows, and 4 bits need multiples of 64
     "captions.json": "data/toy/coco/captions_train2014.json",

@@ -197,7 +197,7 @@ def test_an_anyres_model_works_in_another_image_mode_without_its_newline(random_
     ("sliding_window", 0, "text_config"), ("sliding_window", -4, "text_config"), ("hidden_size", "big", "text_config"),
     ("num_attention_heads", 0, "text_config"), ("num_key_value_heads", 2, "text_config"),
     ("num_attention_heads", 3, "vision_config"), ("num_hidden_layers", 1.5, "vision_config"),
-    ("rope_theta", -1, "text_config")])
+    ("rope_theta", -1, "text_config"), ("head_dim", 33, "text_config")])
 def test_an_impossible_size_in_a_config_is_named(random_model, tmp_path, field, value, where):
     shutil.copytree(random_model, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
