@@ -90,13 +90,12 @@ def choose_gain(problems: list[dict], k: int, args) -> dict[int, str]:
 
 
 def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
-    """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every
-    subject, prefer difficult questions) as rules; they approximate the authors' choice by hand.
+    """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every subject,
+    prefer difficult questions) as rules, which approximate the authors' choice by hand.
 
-    One question at a time: first of its subject, of its topic, of its skill; then topics in proportion
-    to the square root of their size. Questions without an image get at most 15% of k, new subjects and
-    topics aside. Within a topic, a text that refers to the image comes first, then a question text that
-    was not chosen yet, then the most difficult question.
+    One question at a time: the first of each subject, topic and skill, then topics in proportion to the
+    square root of their size. Apart from new subjects and topics, at most 15% have no image. Within a topic:
+    texts that refer to the image first, then question texts not chosen yet, then the most difficult.
     """
     signs = difficulty_signs(problems, args)
     difficulty = sum(percentiles(values) for values in signs.values()) / len(signs)       # [N]
@@ -109,6 +108,7 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
     topic_size = np.bincount(group["topic"])[group["topic"]]
     free, kept = np.ones(len(problems), bool), {}
     for _ in range(k):
+        # without an image only while the questions still to choose can reach the share of images
         text_allowed = has_image[list(kept)].sum() + k - len(kept) - 1 >= IMAGE_SHARE * k
         first_of = {"subject": chosen_of["subject"] == 0, "topic": chosen_of["topic"] == 0,
                     "skill": (chosen_of["skill"] == 0) & (has_image | text_allowed)}
@@ -118,12 +118,12 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
                     -chosen_of["question"], difficulty):
             candidates = candidates[key[candidates] == key[candidates].max()]
         i = int(candidates[0])
-        news = [f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]]
-        news.append(f"number {chosen_of['topic'][i] + 1:.0f} of the {topic_size[i]} of topic "
-                    f"{problems[i]['topic']}")
+        number = f"{chosen_of['topic'][i] + 1:.0f} of the {topic_size[i]}"
+        reasons = [f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]]
+        reasons.append(f"number {number} of topic {problems[i]['topic']}")
         image = ("it has no image", "it has an image", "its text refers to the image")[need[i]]
-        kept[i] = f"{news[0]}; {image}; more difficult than {difficulty[i]:.0%}: " + ", ".join(
-            f"{name} {values[i]:.4g}" for name, values in signs.items())
+        found = ", ".join(f"{name} {values[i]:.4g}" for name, values in signs.items())
+        kept[i] = f"{reasons[0]}; {image}; more difficult than {difficulty[i]:.0%}: {found}"
         free[i] = False
         for field in group:
             chosen_of[field][group[field] == group[field][i]] += 1
@@ -178,8 +178,7 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
     if file.exists():
         saved = read_json(notes)
         if different := [name for name in settings if saved.get(name) != settings[name]]:
-            raise UserError(f"{file} differs in {' and '.join(different)} from this call: name another "
-                            "--cache")
+            raise UserError(f"{file} differs in {' and '.join(different)}: name another --cache")
     else:
         write_json(notes, settings)
         width = 1 if what in ("loss", "gain") else model.config.text.hidden_size
@@ -199,11 +198,11 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
 
 def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], model: Llava,
                     processor: Processor, args, what: str) -> None:
-    """Fill the missing rows, the longest prompts first, so that a batch has rows of similar length."""
+    """Fill the missing rows, longest prompts first: the prompts of a batch have similar lengths."""
     if what not in ("loss", "gain"):
         cut_layers(model, args.layer)
-    order = sorted(missing, key=lambda i: (bool(problems[i]["image"]), len(question(problems[i]))),
-                   reverse=True)
+    length = {i: (bool(problems[i]["image"]), len(question(problems[i]))) for i in missing}
+    order = sorted(missing, key=length.get, reverse=True)
     bar = tqdm(total=len(rows), initial=len(rows) - len(order), desc=f"measuring {what}", unit="question")
     for start in range(0, len(order), args.batch_size):
         batch = order[start:start + args.batch_size]
@@ -215,8 +214,8 @@ def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], 
 
 
 def cut_layers(model: Llava, layer: int) -> None:
-    """Remove the layers after `layer`, counted as in transformers' hidden_states: 0 is the embeddings,
-    -1 the last layer, the only one whose states pass the final norm."""
+    """Remove the layers after `layer`, counted as in transformers' hidden_states: 0 is the embeddings, -1
+    the last layer. Only the last layer's states pass the final norm."""
     layers = model.language_model.layers
     if not -len(layers) - 1 <= layer <= len(layers):
         raise UserError(f"--layer {layer}: the language model has {len(layers)} layers")
@@ -278,9 +277,8 @@ def count_cell(n: int, total: int) -> Cell:
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
-    """How the questions of each set are distributed over the values of each field, and how many
-    values of the first set (the whole) occur at all. There are hundreds of categories and skills:
-    their values are only counted."""
+    """The share of each field's values in each set, and how many values of the first set (the whole) occur.
+    There are hundreds of categories and skills: they get only the second row."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]
@@ -313,8 +311,9 @@ def print_cells(columns: list[str], rows: dict[str, list[Cell]]) -> None:
         print(f"{name:{left}}", *(f"{text:>{width}}" for text, width in zip(texts, widths)), sep="  ")
 
 
-def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path, height: int = 24) -> None:
+def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path) -> None:
     """The table as an image: a bar behind each cell, and a line at its bottom for an interval."""
+    height = 24                              # of a row, in pixels
     measured = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
     left = 20 + int(max(map(measured, rows)))
     full = 20 + int(max(measured(t) for t in [*columns, *(c.text for row in rows.values() for c in row)]))
@@ -327,8 +326,8 @@ def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path, heig
         for i, cell in enumerate(row):
             x = left + (full + 10) * i
             if cell.share != cell.origin:
-                ends = sorted((x + full * cell.origin, x + full * cell.share))
-                pen.rectangle((ends[0], top, ends[1], foot), "#b4cbee")
+                begin, end = sorted((cell.origin, cell.share))
+                pen.rectangle((x + full * begin, top, x + full * end, foot), "#b4cbee")
             if cell.origin > 0:
                 pen.line([(x + full * cell.origin, top), (x + full * cell.origin, foot)], "#808080")
             if cell.interval:
@@ -375,8 +374,7 @@ def read_problems(args) -> list[dict]:
 
 
 def choose(args) -> None:
-    problems, method = read_problems(args), args.method or "from-list"
-    k = 1000 if args.keep is None else args.keep
+    problems, method, k = read_problems(args), args.method or "from-list", args.keep
     subjects = len({p["subject"] for p in problems})
     if method not in ("all", "from-list") and not 0 < k <= len(problems):
         raise UserError(f"--keep {k} is not between 1 and the {len(problems)} questions to choose from")
@@ -419,8 +417,9 @@ def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dic
     if not has_gain or (args.cache / f"{args.pooling}.npy").exists():
         states = measure(problems, args, args.pooling)
         least = {name: float(F.pdist(states[i]).min()) for name, i in kept.items() if name != "whole"}
-        rows["smallest distance"] = [Cell("-")] * (len(kept) - len(least)) + [
-            Cell(f"{x:.4g}", x / max(1e-9, *least.values())) for x in least.values()]
+        largest = max(1e-9, *least.values())
+        rows["smallest distance"] = [Cell(f"{least[name]:.4g}", least[name] / largest) if name in least
+                                     else Cell("-") for name in kept]
     if has_gain:
         gains = [measure(problems, args, "gain")[i, 0] for i in kept.values()]
         rows["mean gain of the image"] = [Cell(f"{x.mean():.3f}") for x in gains]
@@ -431,19 +430,17 @@ def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dic
 # ---------------------------------------------------------------------------------------------
 # 4. The study: train on each choice with several seeds, evaluate, compare
 
-VARIANTS = {                                 # name: (method, additional flags of train.py)
-    "all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)),       # one epoch of all: about as many
-    "random": ("random", ()), "stratified": ("stratified", ()),           # steps as 12 of a twelfth
-    "maxmin": ("maxmin", ()), "guided": ("guided", ()),
-    "guided, plain": ("guided", ("--template", "plain")),                 # as Miao et al.: drops the question
-    "gain": ("gain", ())}
+# Name: (method, additional flags of train.py). One epoch of all has about as many steps as 12 epochs of a
+# twelfth. The template "plain" drops the question, as Miao et al. do.
+VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "random": ("random", ()),
+            "stratified": ("stratified", ()), "maxmin": ("maxmin", ()), "guided": ("guided", ()),
+            "guided, plain": ("guided", ("--template", "plain")), "gain": ("gain", ())}
 
 
 def study(args) -> None:
-    """Train each language model on each variant with each seed, and evaluate all of them on the test
-    questions, with the images and with white images instead. Every step is a command that is printed.
-    A finished command is not repeated, so the study can be interrupted, split with --variants, and
-    extended with more seeds; the table contains everything in the folder that is finished."""
+    """Train each language model on each variant with each seed, and evaluate each with the images and with
+    white images. Every step is a printed command; a finished one is not repeated, so a study can be
+    interrupted, split with --variants, and extended. The table shows every finished training."""
     names = [Path(language.partition("@")[0]).name for language in args.language]
     variants = VARIANTS | {file.stem: (file, ()) for file in args.from_list or []}
     if unknown := [name for name in args.variants or [] if name not in variants]:
@@ -461,8 +458,7 @@ def study(args) -> None:
             method, recipe = variants[variant]
             records = make_choice(args, method, seed, args.study / names[-1], shared)
             for name in names:
-                folder = run_folder(args, name, variant, seed)
-                train_and_evaluate(args, folder, records, seed, recipe, shared)
+                train_and_evaluate(args, run_folder(args, name, variant, seed), records, seed, recipe, shared)
     summarize(args, names, list(variants))
 
 
@@ -501,10 +497,10 @@ def run_command(program: str, *flags) -> None:
     """Run one of the project's programs unless its --out, the last flag, is finished already."""
     out, words = flags[-1], [str(flag) for flag in flags]
     done, line = done_file(out), shlex.join(["python", program, *words])
-    if done.exists() and done.read_text() != line:
-        raise UserError(f"{out} was made by another command: remove it and {done}, or name another --study; "
-                        f"it was {done.read_text()}")
     if done.exists():
+        if (made := done.read_text()) != line:
+            raise UserError(f"{out} was made by another command, {made}: remove it and {done}, or name "
+                            "another --study")
         return
     print(f"\n$ {line}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -524,8 +520,8 @@ def done_file(out: Path) -> Path:
 
 
 def summarize(args, names: list[str], variants: list[str]) -> None:
-    """Percent correct with 95% intervals, and differences paired by seed and question, of all finished
-    trainings: printed, drawn, and written as Markdown."""
+    """Print, draw and write as Markdown: percent correct of all finished trainings with 95% intervals, and
+    differences paired by seed and question."""
     test, runs, rows = read_scienceqa(args.scienceqa, "test"), {}, {}
     images = [i for i, p in enumerate(test) if p["image"]]
     columns = ["trainings", "all questions", "with image", "image replaced by white", "ahead of random",
@@ -533,12 +529,12 @@ def summarize(args, names: list[str], variants: list[str]) -> None:
     for variant in dict.fromkeys(["random", *variants]):     # random first: others are compared with it
         for name in names:
             folders = {seed: run_folder(args, name, variant, seed) for seed in range(args.seeds)}
-            folders = {seed: folder for seed, folder in folders.items()     # blank.jsonl is made last
-                       if done_file(folder / "blank.jsonl").exists()}
+            folders = {seed: folder for seed, folder in folders.items()
+                       if done_file(folder / "blank.jsonl").exists()}     # the last file of a training
             if not folders:
                 continue
-            mine = {seed: correct(test, folder / "test.jsonl") for seed, folder in folders.items()}
-            runs[name, variant] = mine       # seed -> [N]
+            mine = {seed: correct(test, f / "test.jsonl") for seed, f in folders.items()}      # [N] each
+            runs[name, variant] = mine
             white = [correct([test[i] for i in images], f / "blank.jsonl") for f in folders.values()]
             right = np.stack(list(mine.values()))
             rows[f"{name}: {variant}"] = [
@@ -559,8 +555,7 @@ def correct(problems: list[dict], file: Path) -> np.ndarray:
     """Which problems a file answers correctly, [N] of 0 and 1."""
     texts = read_answers(file)
     if texts.keys() != {p["id"] for p in problems}:
-        raise UserError(f"{file} answers other questions than the {len(problems)} of this study: remove it "
-                        "and its .done, and run the study again")
+        raise UserError(f"{file} answers other questions: remove it and its .done, and run the study again")
     return np.array(grade(problems, texts), int)
 
 
@@ -583,12 +578,11 @@ def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, f
     """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent.
 
     Each draw takes S trainings and N questions with replacement and averages over both. For a paired
-    difference, values[s, n] is the difference between two trainings with seed s on question n. With
-    S trainings the first level is too narrow by the factor sqrt((S - 1) / S): S = 1 shows only the
-    noise of the questions. Questions with equal columns are drawn together (multinomial counts).
+    difference, values[s, n] is the difference between two trainings with seed s on question n. The variation
+    between trainings is underestimated by sqrt((S - 1) / S): S = 1 shows only that between questions.
     """
     S, N = values.shape
-    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]
+    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: equal ones together
     rng = np.random.default_rng(0)
     trainings = rng.multinomial(S, np.full(S, 1 / S), draws)              # [draws, S]
     questions = rng.multinomial(N, counts / N, draws)                     # [draws, U]
@@ -680,14 +674,15 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
     {"image", "caption"}, where the id is the file name without its suffix."""
     content = read_json(file)
     try:
-        if isinstance(content, list):        # in COCO's form
-            pairs = [(Path(e["image"]).with_suffix(""), e["image"], e["caption"]) for e in content]
-            content = {"images": [{"id": i, "file_name": name} for i, name, _ in pairs],
-                       "annotations": [{"image_id": i, "caption": text} for i, _, text in pairs]}
-        images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
-        for e in content["annotations"]:
-            if text := " ".join(e["caption"].split()):
-                images[str(e["image_id"])][1].append(text)
+        if isinstance(content, list):
+            images = {str(Path(e["image"]).with_suffix("")): (e["image"], []) for e in content}
+            captions = [(str(Path(e["image"]).with_suffix("")), e["caption"]) for e in content]
+        else:
+            images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
+            captions = [(str(e["image_id"]), e["caption"]) for e in content["annotations"]]
+        for image_id, text in captions:
+            if text := " ".join(text.split()):
+                images[image_id][1].append(text)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file} is neither a COCO captions file nor a list of {{image, caption}}: "
                         f"{error!r}") from None
@@ -704,9 +699,8 @@ def read_boxes(file: Path) -> dict[str, list[str]]:
         for e in content["annotations"]:
             (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
             if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # 1: rounding errors
-                raise UserError(f"{file}: box {e['bbox']} is not inside image {e['image_id']}, "
-                                f"{width} x {height}")
-            corners = [x / width, y / height, (x + w) / width, (y + h) / height]
+                raise UserError(f"{file}: box {e['bbox']} exceeds image {e['image_id']}, {width} x {height}")
+            corners = (x / width, y / height, (x + w) / width, (y + h) / height)
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
             boxes[str(e["image_id"])].append(f"{names[e['category_id']]}: {corners}")
     except UserError:
@@ -732,8 +726,8 @@ def read_images(args) -> tuple[list[tuple], list[dict]]:
 
 
 def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict]:
-    """The request for one image, and its key, a hash of model, prompt and settings. The symbolic image
-    is the captions, one a line, and with boxes an empty line and the boxes, one a line."""
+    """The request for one image, and its key, a hash of it. The symbolic image is the captions, one a line,
+    and with boxes an empty line and the boxes, one a line."""
     example = EXAMPLE if args.boxes else EXAMPLE[:1]
     symbolic = ["\n".join(lines) for lines in (captions, boxes) if lines]
     messages = [{"role": "system", "content": SYSTEM_MESSAGES[args.generate]},
@@ -745,8 +739,8 @@ def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict
 
 
 def read_replies(file: Path) -> dict[str, str]:
-    """{key: text} of the replies received so far, or of the results of OpenAI's batch interface. Lines
-    without a reply (failed in the batch, or cut off by a kill) are counted."""
+    """{key: text} of the replies received so far, or of the results of OpenAI's batch interface. Prints how
+    many lines have no reply: those that failed in the batch, and one that a kill cut off."""
     replies, unreadable = {}, 0
     for line in file.read_bytes().splitlines():
         try:
@@ -791,12 +785,14 @@ def generate(args) -> None:
     images, left_out = read_images(args)
     file = args.out.with_suffix(".replies.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():                        # a kill may have cut off its last line
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-    replies = read_replies(file) if file.exists() else {}
-    for key, text in (read_replies(args.replies) if args.replies else {}).items():
-        if key not in replies:
-            append(file, {"key": key, "text": text})
+    replies = {}
+    if file.exists():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)     # a kill may have cut off the last line
+        replies = read_replies(file)
+    if args.replies:
+        for key, text in read_replies(args.replies).items():
+            if key not in replies:
+                append(file, {"key": key, "text": text})
     requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
     if args.dry_run or args.batch:
         size = sum(len(json.dumps(body["messages"])) for body in requests.values())
@@ -805,8 +801,8 @@ def generate(args) -> None:
     if args.dry_run:
         print(json.dumps(next(iter(requests.values()), None), indent=1))
     elif args.batch:
-        form = {"method": "POST", "url": "/v1/chat/completions"}
-        write_lines(args.batch, [{"custom_id": key, **form, "body": body} for key, body in requests.items()])
+        write_lines(args.batch, [{"custom_id": key, "method": "POST", "url": "/v1/chat/completions",
+                                  "body": body} for key, body in requests.items()])
     else:
         if requests and not args.replies:
             ask_teacher(judge_url(args), requests, args.workers, file)
@@ -839,8 +835,7 @@ def write_generated(args, images: list[tuple], left_out: list[dict], replies: di
 
 
 def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list[tuple[str, str]], str]:
-    """The (question, answer) pairs of a reply, and the reason to reject it or "". A description has the
-    question ""."""
+    """(question, answer) pairs, with question "" for a description; the reason to reject the reply or ""."""
     if text is None:
         return [], "no reply"
     pairs, reason = parse_blocks(text) if kind != "detail" else ([("", text.strip())], "")
@@ -858,7 +853,7 @@ def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list
 
 def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
     """(question, answer) pairs in the form that FORM describes, and what is wrong with the text or ""."""
-    parts = [part.strip() for part in re.split(r"^===[ \t]*$", text.strip(), flags=re.MULTILINE)]
+    parts = [part.strip() for part in re.split(r"(?m)^===[ \t]*$", text.strip())]
     if parts[-1] == "":                      # a last === may stand at the end
         parts.pop()
     if not parts or len(parts) % 2:
@@ -906,8 +901,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
-    if args.study and not args.keep:
-        args.keep = len(read_scienceqa(args.scienceqa, "train")) // 12
+    if args.keep is None:
+        args.keep = len(read_scienceqa(args.scienceqa, "train")) // 12 if args.study else 1000
     return args
 
 
@@ -933,6 +928,7 @@ def add_task_flags(add) -> None:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     makes, lists = args.expand or args.generate, args.from_list or []
+    first_images = 1 if args.limit is None else args.limit
     for wrong, sentence in (
             (not (args.method or args.report or args.study or lists or makes),
              "one of --method, --from-list, --report, --study, --expand and --generate is needed"),
@@ -948,8 +944,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
              "--generate needs --captions and --judge-model"),
             (args.generate in ("detail", "reasoning") and not args.boxes,
              f"--generate {args.generate} needs --boxes"),
-            (min(args.workers, 1 if args.limit is None else args.limit) < 1,
-             "--workers and --limit are at least 1")):
+            (args.workers < 1 or first_images < 1, "--workers and --limit are at least 1")):
         if wrong:
             parser.error(sentence)
 
