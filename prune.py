@@ -910,7 +910,7 @@ def add_task_flags(add) -> None:
     add("--pretrain", type=Path, metavar="FILE", help="study: captions; images in a folder of that name")
     add("--vision", metavar="ID", help="study: the CLIP")
     add("--language", nargs="+", metavar="ID", help="study: the language models")
-    add("--seeds", type=int, default=2, metavar="N", help="study: trainings of each variant (%(default)s)")
+    add("--seeds", type=number(int, 1), default=2, metavar="N", help="study: trainings of each variant (%(default)s)")
     add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
     for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
         add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
@@ -919,8 +919,8 @@ def add_task_flags(add) -> None:
     add("--boxes", type=Path, metavar="FILE", help="generate: COCO instances")
     add("--judge-model", metavar="NAME", help="generate: the teacher")
     add("--judge", metavar="URL", help="generate: its OpenAI-compatible endpoint (default: OPENAI_BASE_URL)")
-    add("--limit", type=int, metavar="N", help="expand, generate: only the first N images")
-    add("--workers", type=int, default=8, metavar="N", help="generate: requests at once (%(default)s)")
+    add("--limit", type=number(int, 1), metavar="N", help="expand, generate: only the first N images")
+    add("--workers", type=number(int, 1), default=8, metavar="N", help="generate: requests at once (%(default)s)")
     add("--dry-run", action="store_true", help="generate: print the first request and the size of all")
     add("--batch", type=Path, metavar="FILE", help="generate: write the requests in OpenAI's batch format")
     add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
@@ -928,7 +928,6 @@ def add_task_flags(add) -> None:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     makes, lists = args.expand or args.generate, args.from_list or []
-    first_images = 1 if args.limit is None else args.limit
     for wrong, sentence in (
             (not (args.method or args.report or args.study or lists or makes),
              "one of --method, --from-list, --report, --study, --expand and --generate is needed"),
@@ -943,8 +942,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             (args.generate and not (args.captions and args.judge_model),
              "--generate needs --captions and --judge-model"),
             (args.generate in ("detail", "reasoning") and not args.boxes,
-             f"--generate {args.generate} needs --boxes"),
-            (args.workers < 1 or first_images < 1, "--workers and --limit are at least 1")):
+             f"--generate {args.generate} needs --boxes")):
         if wrong:
             parser.error(sentence)
 

@@ -379,7 +379,9 @@ def test_bad_files_end_in_one_sentence(monkeypatch, coco, tmp_path, name, change
     ("--generate detail --captions a.json --judge-model toy --out b.json", "needs --boxes"),
     ("--generate conversation --judge-model toy --out b.json", "needs --captions"),
     ("--generate conversation --captions a.json --out b.json", "--judge-model"),
-    ("--expand a.json", "--out"), ("--expand a.json --out b.json --limit 0", "--limit")))
+    ("--expand a.json", "--out"), ("--expand a.json --out b.json --limit 0", "argument --limit"),
+    ("--expand a.json --out b.json --workers 0", "argument --workers"),
+    ("--study a --scienceqa b --pretrain c --vision d --language e --keep 9 --seeds 0", "argument --seeds")))
 def test_flags_that_do_not_fit_are_misuse(capsys, words, complaint):
     with pytest.raises(SystemExit) as stop:
         prune.parse_args(words.split())
