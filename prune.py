@@ -28,7 +28,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -506,11 +506,10 @@ def run_command(program: str, *flags) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen([sys.executable, Path(__file__).with_name(program), *words])
     try:
-        failed = process.wait()
-    except KeyboardInterrupt:                # the program received it too and may be saving
         process.wait()
-        raise
-    if failed:
+    finally:
+        process.wait()                       # after Ctrl-C, which the program received too: it may be saving
+    if process.returncode:
         raise UserError(f"{program} failed, see above; the same command continues the study from here")
     done.write_text(line)
 
@@ -528,8 +527,8 @@ def summarize(args, names: list[str], variants: list[str]) -> None:
                f"ahead of {names[0]}"]
     for variant in dict.fromkeys(["random", *variants]):     # random first: others are compared with it
         for name in names:
-            folders = {seed: run_folder(args, name, variant, seed) for seed in range(args.seeds)}
-            folders = {seed: folder for seed, folder in folders.items()
+            folders = [run_folder(args, name, variant, seed) for seed in range(args.seeds)]
+            folders = {seed: folder for seed, folder in enumerate(folders)
                        if done_file(folder / "blank.jsonl").exists()}     # the last file of a training
             if not folders:
                 continue
@@ -699,12 +698,10 @@ def read_boxes(file: Path) -> dict[str, list[str]]:
         for e in content["annotations"]:
             (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
             if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # 1: rounding errors
-                raise UserError(f"{file}: box {e['bbox']} exceeds image {e['image_id']}, {width} x {height}")
+                raise ValueError(f"box {e['bbox']} is not inside image {e['image_id']}, {width} x {height}")
             corners = (x / width, y / height, (x + w) / width, (y + h) / height)
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
             boxes[str(e["image_id"])].append(f"{names[e['category_id']]}: {corners}")
-    except UserError:
-        raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{file} is not a COCO instances file: {error!r}") from None
     return boxes
@@ -720,8 +717,6 @@ def read_images(args) -> tuple[list[tuple], list[dict]]:
         else:
             left_out.append({"id": image_id, "reason": "no boxes" if texts else "no captions"})
     left_out += [{"id": image_id, "reason": "no captions"} for image_id in boxes if image_id not in captions]
-    if left_out:
-        print(f"{len(left_out)} images without captions or boxes are left out, such as {left_out[0]['id']}")
     return images, left_out
 
 
@@ -772,10 +767,9 @@ def ask_teacher(url: str, requests: dict[str, dict], workers: int, file: Path) -
             append(file, {"key": key, "text": text})
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(ask, key, body) for key, body in requests.items()]
-        try:
-            for future in tqdm(as_completed(futures), "asking the teacher", len(futures), unit="request"):
-                future.result()              # raises what the thread raised
+        replies = pool.map(ask, requests, requests.values())
+        try:                                 # list() raises what a thread raised
+            list(tqdm(replies, "asking the teacher", len(requests), unit="request"))
         finally:
             stop.set()                       # also after Ctrl-C
 
@@ -853,17 +847,14 @@ def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list
 
 def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
     """(question, answer) pairs in the form that FORM describes, and what is wrong with the text or ""."""
-    parts = [part.strip() for part in re.split(r"(?m)^===[ \t]*$", text.strip())]
-    if parts[-1] == "":                      # a last === may stand at the end
-        parts.pop()
-    if not parts or len(parts) % 2:
-        return [], "an odd number of blocks" if parts else "an empty reply"
-    bodies = []
-    for i, part in enumerate(parts):
-        head, _, body = part.partition("\n")
-        if head.strip() != ("Question:", "Answer:")[i % 2] or re.search(r"^(Question|Answer):", body, re.M):
-            return [], "blocks that are not Question: and Answer: in turn"
-        bodies.append(body.strip())
+    text = re.sub(r"\n===\Z", "", text.strip())       # a last === may stand at the end
+    blocks = [block.strip().partition("\n") for block in re.split(r"(?m)^===[ \t]*$", text)]
+    heads, bodies = [head.strip() for head, _, _ in blocks], [body.strip() for _, _, body in blocks]
+    if len(blocks) % 2:
+        return [], "an odd number of blocks" if text else "an empty reply"
+    head_inside = re.search(r"(?m)^(Question|Answer):", "\n".join(bodies))
+    if head_inside or heads != ["Question:", "Answer:"] * (len(blocks) // 2):
+        return [], "blocks that are not Question: and Answer: in turn"
     return list(zip(bodies[::2], bodies[1::2])), ""
 
 
@@ -910,7 +901,7 @@ def add_task_flags(add) -> None:
     add("--pretrain", type=Path, metavar="FILE", help="study: captions; images in a folder of that name")
     add("--vision", metavar="ID", help="study: the CLIP")
     add("--language", nargs="+", metavar="ID", help="study: the language models")
-    add("--seeds", type=number(int, 1), default=2, metavar="N", help="study: trainings of each variant (%(default)s)")
+    add("--seeds", type=number(int, 1), default=2, metavar="N", help="study: how many seeds (%(default)s)")
     add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
     for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
         add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
@@ -920,7 +911,7 @@ def add_task_flags(add) -> None:
     add("--judge-model", metavar="NAME", help="generate: the teacher")
     add("--judge", metavar="URL", help="generate: its OpenAI-compatible endpoint (default: OPENAI_BASE_URL)")
     add("--limit", type=number(int, 1), metavar="N", help="expand, generate: only the first N images")
-    add("--workers", type=number(int, 1), default=8, metavar="N", help="generate: requests at once (%(default)s)")
+    add("--workers", type=number(int, 1), default=8, metavar="N", help="generate: threads that ask (%(default)s)")
     add("--dry-run", action="store_true", help="generate: print the first request and the size of all")
     add("--batch", type=Path, metavar="FILE", help="generate: write the requests in OpenAI's batch format")
     add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
