@@ -9,9 +9,8 @@
         --pretrain blip_laion_cc_sft_558k.json --vision openai/clip-vit-large-patch14-336 \\
         --language mistralai/Mistral-7B-v0.1 huggyllama/llama-7b
 
-What is made or chosen is written as LLaVA records, which train.py reads. The question of the study is
-that of "Optimizing LLaVA: Measuring Mistral Against LLaMA for Visual Instruction Tuning" (Miao, Gao,
-Das, Zhang 2024): which 1,000 of ScienceQA's 12,726 training questions are worth training on?
+The results are LLaVA records, which train.py reads. The study has the question of Miao et al. 2024 (the paper
+in README.md): which 1,000 of ScienceQA's 12,726 training questions are worth training on?
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ def choose_random(problems: list[dict], k: int, args) -> dict[int, str]:
 
 
 def choose_stratified(problems: list[dict], k: int, args) -> dict[int, str]:
-    """A systematic sample: shuffle the questions, sort them by topic, take every (N / k)-th. Each
-    question has the same probability, and each topic its share to within one question."""
+    """Shuffle the questions, sort them by topic, take every (N / k)-th: each question has the same
+    probability, and each topic gets its share to within one question."""
     rng = random.Random(args.seed)
     order = rng.sample(range(len(problems)), len(problems))
     order.sort(key=lambda i: (problems[i]["subject"], problems[i]["topic"]))
@@ -164,12 +163,13 @@ METHODS = {"all": choose_all, "random": choose_random, "stratified": choose_stra
 def measure(problems: list[dict], args, what: str) -> Tensor:
     """The measurement `what` (see measure_batch) of every problem, [N, C] or [N, 1].
 
-    Each batch is written to the cache at once (rows start as NaN), so an interrupted run resumes and
-    a finished one is only read. Without --model the cache is used as it is.
+    Rows are NaN until they are measured, and each batch is written to the cache at once: an interrupted
+    run resumes, and a finished one is only read, which does not need --model.
     """
     folder = args.cache or args.out.with_suffix(".cache")
-    file, notes, texts = folder / f"{what}.npy", folder / f"{what}.json", [question(p) for p in problems]
-    settings = {"questions": hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}
+    file, notes = folder / f"{what}.npy", folder / f"{what}.json"
+    texts = repr([question(p) for p in problems])
+    settings = {"questions": hashlib.sha256(texts.encode()).hexdigest()[:8]}
     if args.model:
         model, processor = load_model(args)
         settings |= {"model": fingerprint(model, processor), "layer": args.layer}
@@ -183,8 +183,8 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
         write_json(notes, settings)
         width = 1 if what in ("loss", "gain") else model.config.text.hidden_size
         empty = np.full((len(problems), width), np.nan, np.float32)
-        if what == "gain":                   # without an image there is nothing to measure
-            empty[[i for i, p in enumerate(problems) if not p["image"]]] = 0
+        if what == "gain":                   # 0 without an image, not measured
+            empty[[not p["image"] for p in problems]] = 0
         with atomic_write(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, empty)
     rows = np.load(file, mmap_mode="r+")
@@ -267,13 +267,12 @@ def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
 
 class Cell(NamedTuple):
     text: str
-    share: float = 0.0                       # where the bar ends, from 0 (left) to 1 (right)
+    bar: tuple[float, float] | None = None            # drawn from begin to end, 0 (left) to 1 (right)
     interval: tuple[float, float] | None = None       # drawn as a line, on the same scale
-    origin: float = 0.0                      # where the bar begins
 
 
 def count_cell(n: int, total: int) -> Cell:
-    return Cell(f"{n} {n / total:6.1%}", n / total)
+    return Cell(f"{n} {n / total:6.1%}", (0, n / total))
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
@@ -315,8 +314,8 @@ def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path) -> N
     """The table as an image: a bar behind each cell, and a line at its bottom for an interval."""
     height = 24                              # of a row, in pixels
     measured = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
-    left = 20 + int(max(map(measured, rows)))
-    full = 20 + int(max(measured(t) for t in [*columns, *(c.text for row in rows.values() for c in row)]))
+    texts = [*columns, *(cell.text for row in rows.values() for cell in row)]
+    left, full = 20 + int(max(map(measured, rows))), 20 + int(max(map(measured, texts)))
     image = Image.new("RGB", (left + (full + 10) * len(columns), height * (len(rows) + 1)), "white")
     pen = ImageDraw.Draw(image)
     lines = {"": [Cell(column) for column in columns], **rows}
@@ -325,13 +324,10 @@ def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path) -> N
         pen.text((10, top + 4), name, "black")
         for i, cell in enumerate(row):
             x = left + (full + 10) * i
-            if cell.share != cell.origin:
-                begin, end = sorted((cell.origin, cell.share))
-                pen.rectangle((x + full * begin, top, x + full * end, foot), "#b4cbee")
-            if cell.origin > 0:
-                pen.line([(x + full * cell.origin, top), (x + full * cell.origin, foot)], "#808080")
+            if cell.bar:
+                pen.rectangle((x + full * cell.bar[0], top, x + full * cell.bar[1], foot), "#b4cbee")
             if cell.interval:
-                pen.line([(x + full * share, foot) for share in cell.interval], "#2050b0", 3)
+                pen.line([(x + full * end, foot) for end in cell.interval], "#2050b0", 3)
             pen.text((x + 4, top + 4), cell.text.strip(), "black")
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file)
@@ -402,7 +398,7 @@ def print_report(args) -> None:
     if args.scienceqa:
         for sign, values in difficulty_signs(problems, args).items():
             means = [percentiles(values)[indices].mean() for indices in kept.values()]
-            rows[f"percentile of {sign}"] = [Cell(f"{mean:.1%}", mean) for mean in means]
+            rows[f"percentile of {sign}"] = [Cell(f"{mean:.1%}", (0, mean)) for mean in means]
     if args.cache:
         rows |= measured_rows(problems, kept, args)
     print_cells(list(sets), rows)
@@ -417,9 +413,7 @@ def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dic
     if not has_gain or (args.cache / f"{args.pooling}.npy").exists():
         states = measure(problems, args, args.pooling)
         least = {name: float(F.pdist(states[i]).min()) for name, i in kept.items() if name != "whole"}
-        largest = max(1e-9, *least.values())
-        rows["smallest distance"] = [Cell(f"{least[name]:.4g}", least[name] / largest) if name in least
-                                     else Cell("-") for name in kept]
+        rows["smallest distance"] = [Cell(f"{least[name]:.4g}" if name in least else "-") for name in kept]
     if has_gain:
         gains = [measure(problems, args, "gain")[i, 0] for i in kept.values()]
         rows["mean gain of the image"] = [Cell(f"{x.mean():.3f}") for x in gains]
@@ -560,7 +554,7 @@ def correct(problems: list[dict], file: Path) -> np.ndarray:
 
 def accuracy_cell(correct: np.ndarray) -> Cell:
     x, low, high = two_level_interval(correct)
-    return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", x / 100, (low / 100, high / 100))
+    return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", (0, x / 100), (low / 100, high / 100))
 
 
 def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | None) -> Cell:
@@ -569,8 +563,8 @@ def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | 
     if not seeds or mine is other:
         return Cell("-")
     x, low, high = two_level_interval(np.stack([mine[seed] - other[seed] for seed in seeds]))
-    share, *interval = (min(1.0, max(0.0, 0.5 + value / 100)) for value in (x, low, high))
-    return Cell(f"{x:+.1f} ({low:+.1f} to {high:+.1f})", share, tuple(interval), 0.5)
+    end, left, right = np.clip(0.5 + np.array([x, low, high]) / 100, 0, 1)
+    return Cell(f"{x:+.1f} ({low:+.1f} to {high:+.1f})", (min(0.5, end), max(0.5, end)), (left, right))
 
 
 def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, float, float]:
@@ -585,7 +579,7 @@ def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, f
     rng = np.random.default_rng(0)
     trainings = rng.multinomial(S, np.full(S, 1 / S), draws)              # [draws, S]
     questions = rng.multinomial(N, counts / N, draws)                     # [draws, U]
-    means = (trainings @ columns * questions).sum(1) * 100 / (S * N)
+    means = ((trainings @ columns) * questions).sum(1) * 100 / (S * N)
     low, high = np.percentile(means, (2.5, 97.5))
     return 100 * float(values.mean()), float(low), float(high)
 
@@ -832,11 +826,11 @@ def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list
     """(question, answer) pairs, with question "" for a description; the reason to reject the reply or ""."""
     if text is None:
         return [], "no reply"
-    pairs, reason = parse_blocks(text) if kind != "detail" else ([("", text.strip())], "")
+    pairs, malformed = parse_blocks(text) if kind != "detail" else ([("", text.strip())], "")
     prompt = {line.strip() for m in messages for line in m["content"].splitlines()} - MARKS - {""}
     lines = [line.strip() for line in text.splitlines()]
     checks = {
-        reason: reason,
+        malformed: malformed,
         "blocks in a description": kind == "detail" and MARKS & set(lines),
         "an empty part": any(not answered or (not asked and kind != "detail") for asked, answered in pairs),
         "more than one question": kind == "reasoning" and len(pairs) > 1,
@@ -911,7 +905,7 @@ def add_task_flags(add) -> None:
     add("--judge-model", metavar="NAME", help="generate: the teacher")
     add("--judge", metavar="URL", help="generate: its OpenAI-compatible endpoint (default: OPENAI_BASE_URL)")
     add("--limit", type=number(int, 1), metavar="N", help="expand, generate: only the first N images")
-    add("--workers", type=number(int, 1), default=8, metavar="N", help="generate: threads that ask (%(default)s)")
+    add("--workers", type=number(int, 1), default=8, metavar="N", help="generate: parallel requests (8)")
     add("--dry-run", action="store_true", help="generate: print the first request and the size of all")
     add("--batch", type=Path, metavar="FILE", help="generate: write the requests in OpenAI's batch format")
     add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
