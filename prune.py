@@ -656,7 +656,7 @@ def make_record(image_id: str, file: str, pairs: list[tuple[str, str]], style: s
     rng, turns = random.Random(seed), []
     for asked, answered in pairs:
         asked = asked or rng.choice(INSTRUCTIONS[style])
-        if not turns:
+        if not turns:                        # the first question
             asked = rng.choice((f"<image>\n{asked}", f"{asked}\n<image>"))
         turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
     return {"id": image_id, "image": file, "conversations": turns}
@@ -715,7 +715,7 @@ def read_images(args) -> tuple[list[tuple], list[dict]]:
 
 
 def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict]:
-    """The request for one image, and its key, a hash of it. The symbolic image is the captions, one a line,
+    """The request for one image, and a hash of it as its key. The symbolic image is the captions, one a line,
     and with boxes an empty line and the boxes, one a line."""
     example = EXAMPLE if args.boxes else EXAMPLE[:1]
     symbolic = ["\n".join(lines) for lines in (captions, boxes) if lines]
@@ -736,7 +736,10 @@ def read_replies(file: Path) -> dict[str, str]:
             entry = json.loads(line)
             if "custom_id" in entry:
                 entry = {"key": entry["custom_id"], **entry["response"]["body"]["choices"][0]["message"]}
-            replies[entry["key"]] = "" + entry.get("text", entry.get("content"))
+            text = entry.get("text", entry.get("content"))
+            if not isinstance(text, str):
+                raise ValueError
+            replies[entry["key"]] = text
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             unreadable += 1
     if unreadable:
@@ -750,15 +753,14 @@ def ask_teacher(url: str, requests: dict[str, dict], workers: int, file: Path) -
     lock, stop = threading.Lock(), threading.Event()
 
     def ask(key: str, body: dict) -> None:
-        if stop.is_set():
-            return
         try:
-            text = chat(url, **body)
+            if not stop.is_set():
+                text = chat(url, **body)
+                with lock:
+                    append(file, {"key": key, "text": text})
         except BaseException:
             stop.set()
             raise
-        with lock:
-            append(file, {"key": key, "text": text})
 
     with ThreadPoolExecutor(workers) as pool:
         replies = pool.map(ask, requests, requests.values())
@@ -826,11 +828,12 @@ def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list
     """(question, answer) pairs, with question "" for a description; the reason to reject the reply or ""."""
     if text is None:
         return [], "no reply"
-    pairs, malformed = parse_blocks(text) if kind != "detail" else ([("", text.strip())], "")
+    pairs, reason = ([("", text.strip())], "") if kind == "detail" else parse_blocks(text)
+    if reason:
+        return [], reason
     prompt = {line.strip() for m in messages for line in m["content"].splitlines()} - MARKS - {""}
     lines = [line.strip() for line in text.splitlines()]
     checks = {
-        malformed: malformed,
         "blocks in a description": kind == "detail" and MARKS & set(lines),
         "an empty part": any(not answered or (not asked and kind != "detail") for asked, answered in pairs),
         "more than one question": kind == "reasoning" and len(pairs) > 1,
@@ -865,12 +868,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--study", type=Path, metavar="DIR", help="compare trainings on choices")
     mode.add_argument("--expand", type=Path, metavar="FILE", help="make records of image-caption pairs")
     mode.add_argument("--generate", choices=SYSTEM_MESSAGES, help="make records with a text-only teacher")
-    add("--from-list", type=Path, nargs="+", metavar="FILE",
-        help="choose the questions of a list of records or ids; with --study each list is a variant")
+    add("--from-list", type=Path, nargs="+", metavar="FILE", help="choose these records or ids; study: variants")
     add("--scienceqa", metavar="DIR", help="folder with problems.json")
     add("--split", default="train", help="default: %(default)s")
-    add("--pictures", default="any", choices=("any", "only", "none"),
-        help="questions with or without images (default: %(default)s)")
+    add("--pictures", default="any", choices=("any", "only", "none"), help="questions with or without images")
     add("--keep", type=int, metavar="K", help="how many to choose (default: 1000; in a study a twelfth)")
     add("--seed", type=int, default=0, help="of random choices (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="for the records")
@@ -911,39 +912,35 @@ def add_task_flags(add) -> None:
     add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
 
 
+TASKS = {                                    # flag: (function, the flags that it needs)
+    "method": (choose, ("scienceqa", "out")), "report": (print_report, ()),
+    "study": (study, ("scienceqa", "pretrain", "vision", "language")), "expand": (expand, ("out",)),
+    "generate": (generate, ("captions", "judge_model", "out")), "from_list": (choose, ("scienceqa", "out"))}
+
+
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    makes, lists = args.expand or args.generate, args.from_list or []
-    for wrong, sentence in (
-            (not (args.method or args.report or args.study or lists or makes),
-             "one of --method, --from-list, --report, --study, --expand and --generate is needed"),
-            (lists and (args.method or args.report or makes), "--from-list goes alone or with --study"),
-            (len(lists) > 1 and not args.study, "several lists need --study"),
-            (not (args.scienceqa or args.report or makes), "--scienceqa is needed"),
-            (not (args.study or args.report or args.out), "--out is needed"),
-            (args.picture and args.picture.suffix not in Image.registered_extensions(),
-             "--picture needs the name of an image file, such as report.png"),
-            (args.study and not (args.pretrain and args.vision and args.language),
-             "--study needs --pretrain, --vision and --language"),
-            (args.generate and not (args.captions and args.judge_model),
-             "--generate needs --captions and --judge-model"),
-            (args.generate in ("detail", "reasoning") and not args.boxes,
-             f"--generate {args.generate} needs --boxes")):
-        if wrong:
-            parser.error(sentence)
+    """Set args.task, one of TASKS; exit with code 2 unless the other flags fit it."""
+    named = [task for task in TASKS if getattr(args, task)]
+    if not named:
+        parser.error("name --method, --from-list, --report, --study, --expand or --generate")
+    if named not in [[task] for task in TASKS] + [["study", "from_list"]]:
+        parser.error("--from-list goes alone or with --study")
+    args.task = named[0]
+    if args.task == "from_list" and len(args.from_list) > 1:
+        parser.error("several lists need --study")
+    needed = TASKS[args.task][1]
+    if args.generate in ("detail", "reasoning"):
+        needed += ("boxes",)
+    for flag in needed:
+        if not getattr(args, flag):
+            parser.error(f"--{args.task} needs --{flag}".replace("_", "-"))
+    if args.picture and args.picture.suffix not in Image.registered_extensions():
+        parser.error("--picture needs the name of an image file, such as report.png")
 
 
 def main() -> None:
     args = parse_args()
-    if args.generate:
-        generate(args)
-    elif args.expand:
-        expand(args)
-    elif args.study:
-        study(args)
-    elif args.report:
-        print_report(args)
-    else:
-        choose(args)
+    TASKS[args.task][0](args)
 
 
 if __name__ == "__main__":
