@@ -173,8 +173,8 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
     if args.model:
         model, processor = load_model(args)
         settings |= {"model": fingerprint(model, processor), "layer": args.layer}
-    elif not file.exists():
-        raise UserError(f"there is no {file}: name the --model to make it with")
+    elif not (file.exists() and np.isfinite(np.load(file)).all()):
+        raise UserError(f"{file} is missing or unfinished: name the --model to measure with")
     if file.exists():
         saved = read_json(notes)
         if different := [name for name in settings if saved.get(name) != settings[name]]:
@@ -189,8 +189,6 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
             np.save(stream, empty)
     rows = np.load(file, mmap_mode="r+")
     missing = np.flatnonzero(~np.isfinite(rows).all(1)).tolist()
-    if missing and not args.model:
-        raise UserError(f"{file} is unfinished: name the --model to continue with")
     if missing:
         measure_missing(rows, missing, problems, model, processor, args, what)
     return torch.from_numpy(np.array(rows))
@@ -203,14 +201,12 @@ def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], 
         cut_layers(model, args.layer)
     length = {i: (bool(problems[i]["image"]), len(question(problems[i]))) for i in missing}
     order = sorted(missing, key=length.get, reverse=True)
-    bar = tqdm(total=len(rows), initial=len(rows) - len(order), desc=f"measuring {what}", unit="question")
-    for start in range(0, len(order), args.batch_size):
+    for start in tqdm(range(0, len(order), args.batch_size), f"measuring {what}", unit="batch"):
         batch = order[start:start + args.batch_size]
         rows[batch] = measure_batch(model, processor, [problems[i] for i in batch], what).float().cpu()
         if bad := [i for i in batch if not np.isfinite(rows[i]).all()]:
             raise UserError(f"the {what} that {args.model} gives question {problems[bad[0]]['id']} is not "
                             "finite: try --dtype float32")
-        bar.update(len(batch))
 
 
 def cut_layers(model: Llava, layer: int) -> None:
@@ -254,10 +250,11 @@ def measure_batch(model: Llava, processor: Processor, problems: list[dict], what
 def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy of each row's labels, [B], from embeddings x [B, T', C]."""
     rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)      # positions that predict
-    hidden, losses = model.language_model(x, select=(rows, columns)), []  # [n, C]
-    for row in range(len(x)):
+    hidden = model.language_model(x, select=(rows, columns))              # [n, C]
+    targets, losses = labels[rows, columns + 1], []
+    for row in range(len(x)):                # row by row, because all logits at once need much memory
         logits = model.language_model.lm_head(hidden[rows == row]).float()
-        losses.append(F.cross_entropy(logits, labels[row, 1 + columns[rows == row]]))
+        losses.append(F.cross_entropy(logits, targets[rows == row]))
     return torch.stack(losses)
 
 
@@ -276,8 +273,8 @@ def count_cell(n: int, total: int) -> Cell:
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
-    """The share of each field's values in each set, and how many values of the first set (the whole) occur.
-    There are hundreds of categories and skills: they get only the second row."""
+    """How many questions of each set have each value of a field, and how many of the values of the first set
+    (the whole) each set covers: only that for the hundreds of categories and skills."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]
@@ -338,8 +335,8 @@ def read_id_list(file: Path) -> dict[str, dict]:
     entries = read_json(file)
     if not isinstance(entries, list) or any(isinstance(e, dict) and "id" not in e for e in entries):
         raise UserError(f"{file} is neither a list of records with ids nor one of ids")
-    entries = [e if isinstance(e, dict) else {"id": e} for e in entries]
-    return {str(e["id"]): e for e in entries}
+    records = [e if isinstance(e, dict) else {"id": e} for e in entries]
+    return {str(record["id"]): record for record in records}
 
 
 def choose_listed(problems: list[dict], file: Path) -> dict[int, str]:
@@ -407,13 +404,13 @@ def print_report(args) -> None:
 
 
 def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dict[str, list[Cell]]:
-    """Rows from --cache: the smallest distance between the hidden states of each choice (not of the
-    whole, which has too many pairs), and how much the images lower the loss of the answers."""
+    """Rows from --cache: the smallest distance between the hidden states of each choice, and how much the
+    images lower the loss of the answers."""
     rows, has_gain = {}, (args.cache / "gain.npy").exists()
     if not has_gain or (args.cache / f"{args.pooling}.npy").exists():
         states = measure(problems, args, args.pooling)
-        least = {name: float(F.pdist(states[i]).min()) for name, i in kept.items() if name != "whole"}
-        rows["smallest distance"] = [Cell(f"{least[name]:.4g}" if name in least else "-") for name in kept]
+        rows["smallest distance"] = [       # not of the whole, which has too many pairs
+            Cell("-" if name == "whole" else f"{F.pdist(states[i]).min():.4g}") for name, i in kept.items()]
     if has_gain:
         gains = [measure(problems, args, "gain")[i, 0] for i in kept.values()]
         rows["mean gain of the image"] = [Cell(f"{x.mean():.3f}") for x in gains]
@@ -868,7 +865,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--study", type=Path, metavar="DIR", help="compare trainings on choices")
     mode.add_argument("--expand", type=Path, metavar="FILE", help="make records of image-caption pairs")
     mode.add_argument("--generate", choices=SYSTEM_MESSAGES, help="make records with a text-only teacher")
-    add("--from-list", type=Path, nargs="+", metavar="FILE", help="choose these records or ids; study: variants")
+    add("--from-list", type=Path, nargs="+", metavar="FILE", help="published choices, of records or of ids")
     add("--scienceqa", metavar="DIR", help="folder with problems.json")
     add("--split", default="train", help="default: %(default)s")
     add("--pictures", default="any", choices=("any", "only", "none"), help="questions with or without images")
