@@ -9,7 +9,7 @@
         --pretrain blip_laion_cc_sft_558k.json --vision openai/clip-vit-large-patch14-336 \\
         --language mistralai/Mistral-7B-v0.1 huggyllama/llama-7b
 
-The results are LLaVA records, which train.py reads. The study has the question of Miao et al. 2024 (the paper
+The results are LLaVA records, which train.py reads. The study asks the question of Miao et al. 2024 (cited
 in README.md): which 1,000 of ScienceQA's 12,726 training questions are worth training on?
 """
 
@@ -300,31 +300,26 @@ def comparison(sets: dict[str, list[dict]]) -> dict[str, list[Cell]]:
 
 
 def print_cells(columns: list[str], rows: dict[str, list[Cell]]) -> None:
-    left = max(map(len, rows))
-    table = [columns, *([cell.text for cell in row] for row in rows.values())]
-    widths = [max(map(len, texts)) for texts in zip(*table)]
-    for name, texts in zip(("", *rows), table):
+    table = [["", *columns], *([name, *(cell.text for cell in row)] for name, row in rows.items())]
+    left, *widths = [max(map(len, texts)) for texts in zip(*table)]
+    for name, *texts in table:
         print(f"{name:{left}}", *(f"{text:>{width}}" for text, width in zip(texts, widths)), sep="  ")
 
 
 def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path) -> None:
     """The table as an image: a bar behind each cell, and a line at its bottom for an interval."""
-    height = 24                              # of a row, in pixels
+    table = [[Cell(text) for text in ("", *columns)], *([Cell(name), *row] for name, row in rows.items())]
     measured = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
-    texts = [*columns, *(cell.text for row in rows.values() for cell in row)]
-    left, full = 20 + int(max(map(measured, rows))), 20 + int(max(map(measured, texts)))
-    image = Image.new("RGB", (left + (full + 10) * len(columns), height * (len(rows) + 1)), "white")
+    width, height = 20 + int(max(measured(cell.text) for row in table for cell in row)), 24      # in pixels
+    image = Image.new("RGB", ((width + 10) * len(table[0]), height * len(table)), "white")
     pen = ImageDraw.Draw(image)
-    lines = {"": [Cell(column) for column in columns], **rows}
-    for y, (name, row) in enumerate(lines.items()):
-        top, foot = height * y, height * (y + 1) - 4
-        pen.text((10, top + 4), name, "black")
-        for i, cell in enumerate(row):
-            x = left + (full + 10) * i
+    for i, row in enumerate(table):
+        for j, cell in enumerate(row):
+            x, top, foot = (width + 10) * j, height * i, height * (i + 1) - 4
             if cell.bar:
-                pen.rectangle((x + full * cell.bar[0], top, x + full * cell.bar[1], foot), "#b4cbee")
+                pen.rectangle((x + width * cell.bar[0], top, x + width * cell.bar[1], foot), "#b4cbee")
             if cell.interval:
-                pen.line([(x + full * end, foot) for end in cell.interval], "#2050b0", 3)
+                pen.line([(x + width * end, foot) for end in cell.interval], "#2050b0", 3)
             pen.text((x + 4, top + 4), cell.text.strip(), "black")
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file)
@@ -733,10 +728,7 @@ def read_replies(file: Path) -> dict[str, str]:
             entry = json.loads(line)
             if "custom_id" in entry:
                 entry = {"key": entry["custom_id"], **entry["response"]["body"]["choices"][0]["message"]}
-            text = entry.get("text", entry.get("content"))
-            if not isinstance(text, str):
-                raise ValueError
-            replies[entry["key"]] = text
+            replies[entry["key"]] = entry.get("text", entry.get("content")).strip()      # null has none
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             unreadable += 1
     if unreadable:
@@ -783,8 +775,7 @@ def generate(args) -> None:
     requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
     if args.dry_run or args.batch:
         size = sum(len(json.dumps(body["messages"])) for body in requests.values())
-        print(f"{len(requests)} requests, {size:,} characters, about {size // 4:,} tokens, and at most "
-              f"{SETTINGS['max_tokens'] * len(requests):,} tokens of replies")
+        print(f"{len(requests)} requests, {size:,} characters, about {size // 4:,} tokens")
     if args.dry_run:
         print(json.dumps(next(iter(requests.values()), None), indent=1))
     elif args.batch:
@@ -803,22 +794,22 @@ def write_lines(file: Path, entries: list[dict]) -> None:
 
 def write_generated(args, images: list[tuple], left_out: list[dict], replies: dict[str, str]) -> None:
     """Write the records, and beside them the rejected replies with the reason; print a summary."""
-    records, rejected, words, turns = [], list(left_out), 0, 0
+    records, rejected = [], list(left_out)
     for image_id, file, key, body in images:
         pairs, reason = check_reply(args.generate, replies.get(key), body["messages"])
         if reason:
             rejected.append({"id": image_id, "reason": reason, "text": replies.get(key)})
         else:
             records.append(make_record(image_id, file, pairs, "detailed", f"{args.seed} {image_id}"))
-            turns += len(pairs)
-            words += sum(len(text.split()) for _, text in pairs)
     write_json(args.out, records)
     write_lines(args.out.with_suffix(".rejected.jsonl"), rejected)
     print(f"{args.out}: {len(records)} records of {len(images)} images; {len(rejected)} rejected")
     for reason, n in Counter(entry["reason"] for entry in rejected).most_common():
         print(f"{n:8} {reason}")
-    if records:
-        print(f"{turns / len(records):.1f} questions a record, {words / turns:.1f} words an answer")
+    answers = [turn["value"].split() for record in records for turn in record["conversations"][1::2]]
+    if answers:
+        print(f"{len(answers) / len(records):.1f} questions a record, "
+              f"{sum(map(len, answers)) / len(answers):.1f} words an answer")
 
 
 def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list[tuple[str, str]], str]:
