@@ -514,13 +514,12 @@ def summarize(args, names: list[str], variants: list[str]) -> None:
     for variant in dict.fromkeys(["random", *variants]):     # random first: others are compared with it
         for name in names:
             folders = [run_folder(args, name, variant, seed) for seed in range(args.seeds)]
-            folders = {seed: folder for seed, folder in enumerate(folders)
-                       if done_file(folder / "blank.jsonl").exists()}     # the last file of a training
-            if not folders:
+            mine = {seed: correct(test, folder / "test.jsonl") for seed, folder in enumerate(folders)
+                    if done_file(folder / "blank.jsonl").exists()}        # the last file of a training
+            if not mine:
                 continue
-            mine = {seed: correct(test, f / "test.jsonl") for seed, f in folders.items()}      # [N] each
-            runs[name, variant] = mine
-            white = [correct([test[i] for i in images], f / "blank.jsonl") for f in folders.values()]
+            runs[name, variant] = mine       # seed -> [N]
+            white = [correct([test[i] for i in images], folders[seed] / "blank.jsonl") for seed in mine]
             right = np.stack(list(mine.values()))
             rows[f"{name}: {variant}"] = [
                 Cell(str(len(mine))), accuracy_cell(right), accuracy_cell(right[:, images]),
