@@ -9,9 +9,8 @@
         --pretrain blip_laion_cc_sft_558k.json --vision openai/clip-vit-large-patch14-336 \\
         --language mistralai/Mistral-7B-v0.1 huggyllama/llama-7b
 
-What is made or chosen is written as LLaVA records, which train.py reads. The question of the study is
-that of "Optimizing LLaVA: Measuring Mistral Against LLaMA for Visual Instruction Tuning" (Miao, Gao,
-Das, Zhang 2024): which 1,000 of ScienceQA's 12,726 training questions are worth training on?
+The results are LLaVA records, which train.py reads. The study asks the question of Miao et al. 2024 (cited
+in README.md): which 1,000 of ScienceQA's 12,726 training questions are worth training on?
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,8 +64,8 @@ def choose_random(problems: list[dict], k: int, args) -> dict[int, str]:
 
 
 def choose_stratified(problems: list[dict], k: int, args) -> dict[int, str]:
-    """A systematic sample: shuffle the questions, sort them by topic, take every (N / k)-th. Each
-    question has the same probability, and each topic its share to within one question."""
+    """Shuffle the questions, sort them by topic, take every (N / k)-th: each question has the same
+    probability, and each topic gets its share to within one question."""
     rng = random.Random(args.seed)
     order = rng.sample(range(len(problems)), len(problems))
     order.sort(key=lambda i: (problems[i]["subject"], problems[i]["topic"]))
@@ -90,13 +89,12 @@ def choose_gain(problems: list[dict], k: int, args) -> dict[int, str]:
 
 
 def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
-    """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every
-    subject, prefer difficult questions) as rules; they approximate the authors' choice by hand.
+    """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every subject,
+    prefer difficult questions) as rules, which approximate the authors' choice by hand.
 
-    One question at a time: first of its subject, of its topic, of its skill; then topics in proportion
-    to the square root of their size. Questions without an image get at most 15% of k, new subjects and
-    topics aside. Within a topic, a text that refers to the image comes first, then a question text that
-    was not chosen yet, then the most difficult question.
+    One question at a time: the first of each subject, topic and skill, then topics in proportion to the
+    square root of their size. Apart from new subjects and topics, at most 15% have no image. Within a topic:
+    texts that refer to the image first, then question texts not chosen yet, then the most difficult.
     """
     signs = difficulty_signs(problems, args)
     difficulty = sum(percentiles(values) for values in signs.values()) / len(signs)       # [N]
@@ -109,6 +107,7 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
     topic_size = np.bincount(group["topic"])[group["topic"]]
     free, kept = np.ones(len(problems), bool), {}
     for _ in range(k):
+        # without an image only while the questions still to choose can reach the share of images
         text_allowed = has_image[list(kept)].sum() + k - len(kept) - 1 >= IMAGE_SHARE * k
         first_of = {"subject": chosen_of["subject"] == 0, "topic": chosen_of["topic"] == 0,
                     "skill": (chosen_of["skill"] == 0) & (has_image | text_allowed)}
@@ -118,12 +117,12 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
                     -chosen_of["question"], difficulty):
             candidates = candidates[key[candidates] == key[candidates].max()]
         i = int(candidates[0])
-        news = [f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]]
-        news.append(f"number {chosen_of['topic'][i] + 1:.0f} of the {topic_size[i]} of topic "
-                    f"{problems[i]['topic']}")
+        number = f"{chosen_of['topic'][i] + 1:.0f} of the {topic_size[i]}"
+        reasons = [f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]]
+        reasons.append(f"number {number} of topic {problems[i]['topic']}")
         image = ("it has no image", "it has an image", "its text refers to the image")[need[i]]
-        kept[i] = f"{news[0]}; {image}; more difficult than {difficulty[i]:.0%}: " + ", ".join(
-            f"{name} {values[i]:.4g}" for name, values in signs.items())
+        found = ", ".join(f"{name} {values[i]:.4g}" for name, values in signs.items())
+        kept[i] = f"{reasons[0]}; {image}; more difficult than {difficulty[i]:.0%}: {found}"
         free[i] = False
         for field in group:
             chosen_of[field][group[field] == group[field][i]] += 1
@@ -164,34 +163,32 @@ METHODS = {"all": choose_all, "random": choose_random, "stratified": choose_stra
 def measure(problems: list[dict], args, what: str) -> Tensor:
     """The measurement `what` (see measure_batch) of every problem, [N, C] or [N, 1].
 
-    Each batch is written to the cache at once (rows start as NaN), so an interrupted run resumes and
-    a finished one is only read. Without --model the cache is used as it is.
+    Rows are NaN until they are measured, and each batch is written to the cache at once: an interrupted
+    run resumes, and a finished one is only read, which does not need --model.
     """
     folder = args.cache or args.out.with_suffix(".cache")
-    file, notes, texts = folder / f"{what}.npy", folder / f"{what}.json", [question(p) for p in problems]
-    settings = {"questions": hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}
+    file, notes = folder / f"{what}.npy", folder / f"{what}.json"
+    texts = repr([question(p) for p in problems])
+    settings = {"questions": hashlib.sha256(texts.encode()).hexdigest()[:8]}
     if args.model:
         model, processor = load_model(args)
         settings |= {"model": fingerprint(model, processor), "layer": args.layer}
-    elif not file.exists():
-        raise UserError(f"there is no {file}: name the --model to make it with")
+    elif not (file.exists() and np.isfinite(np.load(file)).all()):
+        raise UserError(f"{file} is missing or unfinished: name the --model to measure with")
     if file.exists():
         saved = read_json(notes)
         if different := [name for name in settings if saved.get(name) != settings[name]]:
-            raise UserError(f"{file} differs in {' and '.join(different)} from this call: name another "
-                            "--cache")
+            raise UserError(f"{file} differs in {' and '.join(different)}: name another --cache")
     else:
         write_json(notes, settings)
         width = 1 if what in ("loss", "gain") else model.config.text.hidden_size
         empty = np.full((len(problems), width), np.nan, np.float32)
-        if what == "gain":                   # without an image there is nothing to measure
-            empty[[i for i, p in enumerate(problems) if not p["image"]]] = 0
+        if what == "gain":                   # 0 without an image, not measured
+            empty[[not p["image"] for p in problems]] = 0
         with atomic_write(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, empty)
     rows = np.load(file, mmap_mode="r+")
     missing = np.flatnonzero(~np.isfinite(rows).all(1)).tolist()
-    if missing and not args.model:
-        raise UserError(f"{file} is unfinished: name the --model to continue with")
     if missing:
         measure_missing(rows, missing, problems, model, processor, args, what)
     return torch.from_numpy(np.array(rows))
@@ -199,24 +196,22 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
 
 def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], model: Llava,
                     processor: Processor, args, what: str) -> None:
-    """Fill the missing rows, the longest prompts first, so that a batch has rows of similar length."""
+    """Fill the missing rows, longest prompts first: the prompts of a batch have similar lengths."""
     if what not in ("loss", "gain"):
         cut_layers(model, args.layer)
-    order = sorted(missing, key=lambda i: (bool(problems[i]["image"]), len(question(problems[i]))),
-                   reverse=True)
-    bar = tqdm(total=len(rows), initial=len(rows) - len(order), desc=f"measuring {what}", unit="question")
-    for start in range(0, len(order), args.batch_size):
+    length = {i: (bool(problems[i]["image"]), len(question(problems[i]))) for i in missing}
+    order = sorted(missing, key=length.get, reverse=True)
+    for start in tqdm(range(0, len(order), args.batch_size), f"measuring {what}", unit="batch"):
         batch = order[start:start + args.batch_size]
         rows[batch] = measure_batch(model, processor, [problems[i] for i in batch], what).float().cpu()
         if bad := [i for i in batch if not np.isfinite(rows[i]).all()]:
             raise UserError(f"the {what} that {args.model} gives question {problems[bad[0]]['id']} is not "
                             "finite: try --dtype float32")
-        bar.update(len(batch))
 
 
 def cut_layers(model: Llava, layer: int) -> None:
-    """Remove the layers after `layer`, counted as in transformers' hidden_states: 0 is the embeddings,
-    -1 the last layer, the only one whose states pass the final norm."""
+    """Remove the layers after `layer`, counted as in transformers' hidden_states: 0 is the embeddings, -1
+    the last layer. Only the last layer's states pass the final norm."""
     layers = model.language_model.layers
     if not -len(layers) - 1 <= layer <= len(layers):
         raise UserError(f"--layer {layer}: the language model has {len(layers)} layers")
@@ -255,10 +250,11 @@ def measure_batch(model: Llava, processor: Processor, problems: list[dict], what
 def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy of each row's labels, [B], from embeddings x [B, T', C]."""
     rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)      # positions that predict
-    hidden, losses = model.language_model(x, select=(rows, columns)), []  # [n, C]
-    for row in range(len(x)):
+    hidden = model.language_model(x, select=(rows, columns))              # [n, C]
+    targets, losses = labels[rows, columns + 1], []
+    for row in range(len(x)):                # row by row, because all logits at once need much memory
         logits = model.language_model.lm_head(hidden[rows == row]).float()
-        losses.append(F.cross_entropy(logits, labels[row, 1 + columns[rows == row]]))
+        losses.append(F.cross_entropy(logits, targets[rows == row]))
     return torch.stack(losses)
 
 
@@ -268,19 +264,17 @@ def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
 
 class Cell(NamedTuple):
     text: str
-    share: float = 0.0                       # where the bar ends, from 0 (left) to 1 (right)
+    bar: tuple[float, float] | None = None            # drawn from begin to end, 0 (left) to 1 (right)
     interval: tuple[float, float] | None = None       # drawn as a line, on the same scale
-    origin: float = 0.0                      # where the bar begins
 
 
 def count_cell(n: int, total: int) -> Cell:
-    return Cell(f"{n} {n / total:6.1%}", n / total)
+    return Cell(f"{n} {n / total:6.1%}", (0, n / total))
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
-    """How the questions of each set are distributed over the values of each field, and how many
-    values of the first set (the whole) occur at all. There are hundreds of categories and skills:
-    their values are only counted."""
+    """How many questions of each set have each value of a field, and how many of the values of the first set
+    (the whole) each set covers: only that for the hundreds of categories and skills."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]
@@ -306,33 +300,26 @@ def comparison(sets: dict[str, list[dict]]) -> dict[str, list[Cell]]:
 
 
 def print_cells(columns: list[str], rows: dict[str, list[Cell]]) -> None:
-    left = max(map(len, rows))
-    table = [columns, *([cell.text for cell in row] for row in rows.values())]
-    widths = [max(map(len, texts)) for texts in zip(*table)]
-    for name, texts in zip(("", *rows), table):
+    table = [["", *columns], *([name, *(cell.text for cell in row)] for name, row in rows.items())]
+    left, *widths = [max(map(len, texts)) for texts in zip(*table)]
+    for name, *texts in table:
         print(f"{name:{left}}", *(f"{text:>{width}}" for text, width in zip(texts, widths)), sep="  ")
 
 
-def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path, height: int = 24) -> None:
+def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path) -> None:
     """The table as an image: a bar behind each cell, and a line at its bottom for an interval."""
+    table = [[Cell(text) for text in ("", *columns)], *([Cell(name), *row] for name, row in rows.items())]
     measured = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
-    left = 20 + int(max(map(measured, rows)))
-    full = 20 + int(max(measured(t) for t in [*columns, *(c.text for row in rows.values() for c in row)]))
-    image = Image.new("RGB", (left + (full + 10) * len(columns), height * (len(rows) + 1)), "white")
+    width, height = 20 + int(max(measured(cell.text) for row in table for cell in row)), 24      # in pixels
+    image = Image.new("RGB", ((width + 10) * len(table[0]), height * len(table)), "white")
     pen = ImageDraw.Draw(image)
-    lines = {"": [Cell(column) for column in columns], **rows}
-    for y, (name, row) in enumerate(lines.items()):
-        top, foot = height * y, height * (y + 1) - 4
-        pen.text((10, top + 4), name, "black")
-        for i, cell in enumerate(row):
-            x = left + (full + 10) * i
-            if cell.share != cell.origin:
-                ends = sorted((x + full * cell.origin, x + full * cell.share))
-                pen.rectangle((ends[0], top, ends[1], foot), "#b4cbee")
-            if cell.origin > 0:
-                pen.line([(x + full * cell.origin, top), (x + full * cell.origin, foot)], "#808080")
+    for i, row in enumerate(table):
+        for j, cell in enumerate(row):
+            x, top, foot = (width + 10) * j, height * i, height * (i + 1) - 4
+            if cell.bar:
+                pen.rectangle((x + width * cell.bar[0], top, x + width * cell.bar[1], foot), "#b4cbee")
             if cell.interval:
-                pen.line([(x + full * share, foot) for share in cell.interval], "#2050b0", 3)
+                pen.line([(x + width * end, foot) for end in cell.interval], "#2050b0", 3)
             pen.text((x + 4, top + 4), cell.text.strip(), "black")
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file)
@@ -343,8 +330,8 @@ def read_id_list(file: Path) -> dict[str, dict]:
     entries = read_json(file)
     if not isinstance(entries, list) or any(isinstance(e, dict) and "id" not in e for e in entries):
         raise UserError(f"{file} is neither a list of records with ids nor one of ids")
-    entries = [e if isinstance(e, dict) else {"id": e} for e in entries]
-    return {str(e["id"]): e for e in entries}
+    records = [e if isinstance(e, dict) else {"id": e} for e in entries]
+    return {str(record["id"]): record for record in records}
 
 
 def choose_listed(problems: list[dict], file: Path) -> dict[int, str]:
@@ -375,8 +362,7 @@ def read_problems(args) -> list[dict]:
 
 
 def choose(args) -> None:
-    problems, method = read_problems(args), args.method or "from-list"
-    k = 1000 if args.keep is None else args.keep
+    problems, method, k = read_problems(args), args.method or "from-list", args.keep
     subjects = len({p["subject"] for p in problems})
     if method not in ("all", "from-list") and not 0 < k <= len(problems):
         raise UserError(f"--keep {k} is not between 1 and the {len(problems)} questions to choose from")
@@ -404,7 +390,7 @@ def print_report(args) -> None:
     if args.scienceqa:
         for sign, values in difficulty_signs(problems, args).items():
             means = [percentiles(values)[indices].mean() for indices in kept.values()]
-            rows[f"percentile of {sign}"] = [Cell(f"{mean:.1%}", mean) for mean in means]
+            rows[f"percentile of {sign}"] = [Cell(f"{mean:.1%}", (0, mean)) for mean in means]
     if args.cache:
         rows |= measured_rows(problems, kept, args)
     print_cells(list(sets), rows)
@@ -413,14 +399,13 @@ def print_report(args) -> None:
 
 
 def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dict[str, list[Cell]]:
-    """Rows from --cache: the smallest distance between the hidden states of each choice (not of the
-    whole, which has too many pairs), and how much the images lower the loss of the answers."""
+    """Rows from --cache: the smallest distance between the hidden states of each choice, and how much the
+    images lower the loss of the answers."""
     rows, has_gain = {}, (args.cache / "gain.npy").exists()
     if not has_gain or (args.cache / f"{args.pooling}.npy").exists():
         states = measure(problems, args, args.pooling)
-        least = {name: float(F.pdist(states[i]).min()) for name, i in kept.items() if name != "whole"}
-        rows["smallest distance"] = [Cell("-")] * (len(kept) - len(least)) + [
-            Cell(f"{x:.4g}", x / max(1e-9, *least.values())) for x in least.values()]
+        rows["smallest distance"] = [       # not of the whole, which has too many pairs
+            Cell("-" if name == "whole" else f"{F.pdist(states[i]).min():.4g}") for name, i in kept.items()]
     if has_gain:
         gains = [measure(problems, args, "gain")[i, 0] for i in kept.values()]
         rows["mean gain of the image"] = [Cell(f"{x.mean():.3f}") for x in gains]
@@ -431,19 +416,17 @@ def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dic
 # ---------------------------------------------------------------------------------------------
 # 4. The study: train on each choice with several seeds, evaluate, compare
 
-VARIANTS = {                                 # name: (method, additional flags of train.py)
-    "all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)),       # one epoch of all: about as many
-    "random": ("random", ()), "stratified": ("stratified", ()),           # steps as 12 of a twelfth
-    "maxmin": ("maxmin", ()), "guided": ("guided", ()),
-    "guided, plain": ("guided", ("--template", "plain")),                 # as Miao et al.: drops the question
-    "gain": ("gain", ())}
+# Name: (method, additional flags of train.py). One epoch of all has about as many steps as 12 epochs of a
+# twelfth. The template "plain" drops the question, as Miao et al. do.
+VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "random": ("random", ()),
+            "stratified": ("stratified", ()), "maxmin": ("maxmin", ()), "guided": ("guided", ()),
+            "guided, plain": ("guided", ("--template", "plain")), "gain": ("gain", ())}
 
 
 def study(args) -> None:
-    """Train each language model on each variant with each seed, and evaluate all of them on the test
-    questions, with the images and with white images instead. Every step is a command that is printed.
-    A finished command is not repeated, so the study can be interrupted, split with --variants, and
-    extended with more seeds; the table contains everything in the folder that is finished."""
+    """Train each language model on each variant with each seed, and evaluate each with the images and with
+    white images. Every step is a printed command; a finished one is not repeated, so a study can be
+    interrupted, split with --variants, and extended. The table shows every finished training."""
     names = [Path(language.partition("@")[0]).name for language in args.language]
     variants = VARIANTS | {file.stem: (file, ()) for file in args.from_list or []}
     if unknown := [name for name in args.variants or [] if name not in variants]:
@@ -461,8 +444,7 @@ def study(args) -> None:
             method, recipe = variants[variant]
             records = make_choice(args, method, seed, args.study / names[-1], shared)
             for name in names:
-                folder = run_folder(args, name, variant, seed)
-                train_and_evaluate(args, folder, records, seed, recipe, shared)
+                train_and_evaluate(args, run_folder(args, name, variant, seed), records, seed, recipe, shared)
     summarize(args, names, list(variants))
 
 
@@ -501,20 +483,19 @@ def run_command(program: str, *flags) -> None:
     """Run one of the project's programs unless its --out, the last flag, is finished already."""
     out, words = flags[-1], [str(flag) for flag in flags]
     done, line = done_file(out), shlex.join(["python", program, *words])
-    if done.exists() and done.read_text() != line:
-        raise UserError(f"{out} was made by another command: remove it and {done}, or name another --study; "
-                        f"it was {done.read_text()}")
     if done.exists():
+        if (made := done.read_text()) != line:
+            raise UserError(f"{out} was made by another command, {made}: remove it and {done}, or name "
+                            "another --study")
         return
     print(f"\n$ {line}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen([sys.executable, Path(__file__).with_name(program), *words])
     try:
-        failed = process.wait()
-    except KeyboardInterrupt:                # the program received it too and may be saving
         process.wait()
-        raise
-    if failed:
+    finally:
+        process.wait()                       # after Ctrl-C, which the program received too: it may be saving
+    if process.returncode:
         raise UserError(f"{program} failed, see above; the same command continues the study from here")
     done.write_text(line)
 
@@ -524,22 +505,21 @@ def done_file(out: Path) -> Path:
 
 
 def summarize(args, names: list[str], variants: list[str]) -> None:
-    """Percent correct with 95% intervals, and differences paired by seed and question, of all finished
-    trainings: printed, drawn, and written as Markdown."""
+    """Print, draw and write as Markdown: percent correct of all finished trainings with 95% intervals, and
+    differences paired by seed and question."""
     test, runs, rows = read_scienceqa(args.scienceqa, "test"), {}, {}
     images = [i for i, p in enumerate(test) if p["image"]]
     columns = ["trainings", "all questions", "with image", "image replaced by white", "ahead of random",
                f"ahead of {names[0]}"]
     for variant in dict.fromkeys(["random", *variants]):     # random first: others are compared with it
         for name in names:
-            folders = {seed: run_folder(args, name, variant, seed) for seed in range(args.seeds)}
-            folders = {seed: folder for seed, folder in folders.items()     # blank.jsonl is made last
-                       if done_file(folder / "blank.jsonl").exists()}
-            if not folders:
+            folders = [run_folder(args, name, variant, seed) for seed in range(args.seeds)]
+            mine = {seed: correct(test, folder / "test.jsonl") for seed, folder in enumerate(folders)
+                    if done_file(folder / "blank.jsonl").exists()}        # the last file of a training
+            if not mine:
                 continue
-            mine = {seed: correct(test, folder / "test.jsonl") for seed, folder in folders.items()}
             runs[name, variant] = mine       # seed -> [N]
-            white = [correct([test[i] for i in images], f / "blank.jsonl") for f in folders.values()]
+            white = [correct([test[i] for i in images], folders[seed] / "blank.jsonl") for seed in mine]
             right = np.stack(list(mine.values()))
             rows[f"{name}: {variant}"] = [
                 Cell(str(len(mine))), accuracy_cell(right), accuracy_cell(right[:, images]),
@@ -559,14 +539,13 @@ def correct(problems: list[dict], file: Path) -> np.ndarray:
     """Which problems a file answers correctly, [N] of 0 and 1."""
     texts = read_answers(file)
     if texts.keys() != {p["id"] for p in problems}:
-        raise UserError(f"{file} answers other questions than the {len(problems)} of this study: remove it "
-                        "and its .done, and run the study again")
+        raise UserError(f"{file} answers other questions: remove it and its .done, and run the study again")
     return np.array(grade(problems, texts), int)
 
 
 def accuracy_cell(correct: np.ndarray) -> Cell:
     x, low, high = two_level_interval(correct)
-    return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", x / 100, (low / 100, high / 100))
+    return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", (0, x / 100), (low / 100, high / 100))
 
 
 def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | None) -> Cell:
@@ -575,24 +554,23 @@ def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | 
     if not seeds or mine is other:
         return Cell("-")
     x, low, high = two_level_interval(np.stack([mine[seed] - other[seed] for seed in seeds]))
-    share, *interval = (min(1.0, max(0.0, 0.5 + value / 100)) for value in (x, low, high))
-    return Cell(f"{x:+.1f} ({low:+.1f} to {high:+.1f})", share, tuple(interval), 0.5)
+    end, left, right = np.clip(0.5 + np.array([x, low, high]) / 100, 0, 1)
+    return Cell(f"{x:+.1f} ({low:+.1f} to {high:+.1f})", (min(0.5, end), max(0.5, end)), (left, right))
 
 
 def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, float, float]:
     """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent.
 
     Each draw takes S trainings and N questions with replacement and averages over both. For a paired
-    difference, values[s, n] is the difference between two trainings with seed s on question n. With
-    S trainings the first level is too narrow by the factor sqrt((S - 1) / S): S = 1 shows only the
-    noise of the questions. Questions with equal columns are drawn together (multinomial counts).
+    difference, values[s, n] is the difference between two trainings with seed s on question n. The variation
+    between trainings is underestimated by sqrt((S - 1) / S): S = 1 shows only that between questions.
     """
     S, N = values.shape
-    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]
+    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: equal ones together
     rng = np.random.default_rng(0)
     trainings = rng.multinomial(S, np.full(S, 1 / S), draws)              # [draws, S]
     questions = rng.multinomial(N, counts / N, draws)                     # [draws, U]
-    means = (trainings @ columns * questions).sum(1) * 100 / (S * N)
+    means = ((trainings @ columns) * questions).sum(1) * 100 / (S * N)
     low, high = np.percentile(means, (2.5, 97.5))
     return 100 * float(values.mean()), float(low), float(high)
 
@@ -669,7 +647,7 @@ def make_record(image_id: str, file: str, pairs: list[tuple[str, str]], style: s
     rng, turns = random.Random(seed), []
     for asked, answered in pairs:
         asked = asked or rng.choice(INSTRUCTIONS[style])
-        if not turns:
+        if not turns:                        # the first question
             asked = rng.choice((f"<image>\n{asked}", f"{asked}\n<image>"))
         turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
     return {"id": image_id, "image": file, "conversations": turns}
@@ -680,14 +658,15 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
     {"image", "caption"}, where the id is the file name without its suffix."""
     content = read_json(file)
     try:
-        if isinstance(content, list):        # in COCO's form
-            pairs = [(Path(e["image"]).with_suffix(""), e["image"], e["caption"]) for e in content]
-            content = {"images": [{"id": i, "file_name": name} for i, name, _ in pairs],
-                       "annotations": [{"image_id": i, "caption": text} for i, _, text in pairs]}
-        images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
-        for e in content["annotations"]:
-            if text := " ".join(e["caption"].split()):
-                images[str(e["image_id"])][1].append(text)
+        if isinstance(content, list):
+            images = {str(Path(e["image"]).with_suffix("")): (e["image"], []) for e in content}
+            captions = [(str(Path(e["image"]).with_suffix("")), e["caption"]) for e in content]
+        else:
+            images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
+            captions = [(str(e["image_id"]), e["caption"]) for e in content["annotations"]]
+        for image_id, text in captions:
+            if text := " ".join(text.split()):
+                images[image_id][1].append(text)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file} is neither a COCO captions file nor a list of {{image, caption}}: "
                         f"{error!r}") from None
@@ -704,13 +683,10 @@ def read_boxes(file: Path) -> dict[str, list[str]]:
         for e in content["annotations"]:
             (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
             if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # 1: rounding errors
-                raise UserError(f"{file}: box {e['bbox']} is not inside image {e['image_id']}, "
-                                f"{width} x {height}")
-            corners = [x / width, y / height, (x + w) / width, (y + h) / height]
+                raise ValueError(f"box {e['bbox']} is not inside image {e['image_id']}, {width} x {height}")
+            corners = (x / width, y / height, (x + w) / width, (y + h) / height)
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
             boxes[str(e["image_id"])].append(f"{names[e['category_id']]}: {corners}")
-    except UserError:
-        raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{file} is not a COCO instances file: {error!r}") from None
     return boxes
@@ -726,14 +702,12 @@ def read_images(args) -> tuple[list[tuple], list[dict]]:
         else:
             left_out.append({"id": image_id, "reason": "no boxes" if texts else "no captions"})
     left_out += [{"id": image_id, "reason": "no captions"} for image_id in boxes if image_id not in captions]
-    if left_out:
-        print(f"{len(left_out)} images without captions or boxes are left out, such as {left_out[0]['id']}")
     return images, left_out
 
 
 def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict]:
-    """The request for one image, and its key, a hash of model, prompt and settings. The symbolic image
-    is the captions, one a line, and with boxes an empty line and the boxes, one a line."""
+    """The request for one image, and a hash of it as its key. The symbolic image is the captions, one a line,
+    and with boxes an empty line and the boxes, one a line."""
     example = EXAMPLE if args.boxes else EXAMPLE[:1]
     symbolic = ["\n".join(lines) for lines in (captions, boxes) if lines]
     messages = [{"role": "system", "content": SYSTEM_MESSAGES[args.generate]},
@@ -745,15 +719,15 @@ def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict
 
 
 def read_replies(file: Path) -> dict[str, str]:
-    """{key: text} of the replies received so far, or of the results of OpenAI's batch interface. Lines
-    without a reply (failed in the batch, or cut off by a kill) are counted."""
+    """{key: text} of the replies received so far, or of the results of OpenAI's batch interface. Prints how
+    many lines have no reply: those that failed in the batch, and one that a kill cut off."""
     replies, unreadable = {}, 0
     for line in file.read_bytes().splitlines():
         try:
             entry = json.loads(line)
             if "custom_id" in entry:
                 entry = {"key": entry["custom_id"], **entry["response"]["body"]["choices"][0]["message"]}
-            replies[entry["key"]] = "" + entry.get("text", entry.get("content"))
+            replies[entry["key"]] = entry.get("text", entry.get("content")).strip()      # null has none
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             unreadable += 1
     if unreadable:
@@ -767,21 +741,19 @@ def ask_teacher(url: str, requests: dict[str, dict], workers: int, file: Path) -
     lock, stop = threading.Lock(), threading.Event()
 
     def ask(key: str, body: dict) -> None:
-        if stop.is_set():
-            return
         try:
-            text = chat(url, **body)
+            if not stop.is_set():
+                text = chat(url, **body)
+                with lock:
+                    append(file, {"key": key, "text": text})
         except BaseException:
             stop.set()
             raise
-        with lock:
-            append(file, {"key": key, "text": text})
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(ask, key, body) for key, body in requests.items()]
-        try:
-            for future in tqdm(as_completed(futures), "asking the teacher", len(futures), unit="request"):
-                future.result()              # raises what the thread raised
+        replies = pool.map(ask, requests, requests.values())
+        try:                                 # list() raises what a thread raised
+            list(tqdm(replies, "asking the teacher", len(requests), unit="request"))
         finally:
             stop.set()                       # also after Ctrl-C
 
@@ -791,22 +763,23 @@ def generate(args) -> None:
     images, left_out = read_images(args)
     file = args.out.with_suffix(".replies.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():                        # a kill may have cut off its last line
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-    replies = read_replies(file) if file.exists() else {}
-    for key, text in (read_replies(args.replies) if args.replies else {}).items():
-        if key not in replies:
-            append(file, {"key": key, "text": text})
+    replies = {}
+    if file.exists():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)     # a kill may have cut off the last line
+        replies = read_replies(file)
+    if args.replies:
+        for key, text in read_replies(args.replies).items():
+            if key not in replies:
+                append(file, {"key": key, "text": text})
     requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
     if args.dry_run or args.batch:
         size = sum(len(json.dumps(body["messages"])) for body in requests.values())
-        print(f"{len(requests)} requests, {size:,} characters, about {size // 4:,} tokens, and at most "
-              f"{SETTINGS['max_tokens'] * len(requests):,} tokens of replies")
+        print(f"{len(requests)} requests, {size:,} characters, about {size // 4:,} tokens")
     if args.dry_run:
         print(json.dumps(next(iter(requests.values()), None), indent=1))
     elif args.batch:
-        form = {"method": "POST", "url": "/v1/chat/completions"}
-        write_lines(args.batch, [{"custom_id": key, **form, "body": body} for key, body in requests.items()])
+        write_lines(args.batch, [{"custom_id": key, "method": "POST", "url": "/v1/chat/completions",
+                                  "body": body} for key, body in requests.items()])
     else:
         if requests and not args.replies:
             ask_teacher(judge_url(args), requests, args.workers, file)
@@ -820,34 +793,34 @@ def write_lines(file: Path, entries: list[dict]) -> None:
 
 def write_generated(args, images: list[tuple], left_out: list[dict], replies: dict[str, str]) -> None:
     """Write the records, and beside them the rejected replies with the reason; print a summary."""
-    records, rejected, words, turns = [], list(left_out), 0, 0
+    records, rejected = [], list(left_out)
     for image_id, file, key, body in images:
         pairs, reason = check_reply(args.generate, replies.get(key), body["messages"])
         if reason:
             rejected.append({"id": image_id, "reason": reason, "text": replies.get(key)})
         else:
             records.append(make_record(image_id, file, pairs, "detailed", f"{args.seed} {image_id}"))
-            turns += len(pairs)
-            words += sum(len(text.split()) for _, text in pairs)
     write_json(args.out, records)
     write_lines(args.out.with_suffix(".rejected.jsonl"), rejected)
     print(f"{args.out}: {len(records)} records of {len(images)} images; {len(rejected)} rejected")
     for reason, n in Counter(entry["reason"] for entry in rejected).most_common():
         print(f"{n:8} {reason}")
-    if records:
-        print(f"{turns / len(records):.1f} questions a record, {words / turns:.1f} words an answer")
+    answers = [turn["value"].split() for record in records for turn in record["conversations"][1::2]]
+    if answers:
+        print(f"{len(answers) / len(records):.1f} questions a record, "
+              f"{sum(map(len, answers)) / len(answers):.1f} words an answer")
 
 
 def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list[tuple[str, str]], str]:
-    """The (question, answer) pairs of a reply, and the reason to reject it or "". A description has the
-    question ""."""
+    """(question, answer) pairs, with question "" for a description; the reason to reject the reply or ""."""
     if text is None:
         return [], "no reply"
-    pairs, reason = parse_blocks(text) if kind != "detail" else ([("", text.strip())], "")
+    pairs, reason = ([("", text.strip())], "") if kind == "detail" else parse_blocks(text)
+    if reason:
+        return [], reason
     prompt = {line.strip() for m in messages for line in m["content"].splitlines()} - MARKS - {""}
     lines = [line.strip() for line in text.splitlines()]
     checks = {
-        reason: reason,
         "blocks in a description": kind == "detail" and MARKS & set(lines),
         "an empty part": any(not answered or (not asked and kind != "detail") for asked, answered in pairs),
         "more than one question": kind == "reasoning" and len(pairs) > 1,
@@ -858,17 +831,14 @@ def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list
 
 def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
     """(question, answer) pairs in the form that FORM describes, and what is wrong with the text or ""."""
-    parts = [part.strip() for part in re.split(r"^===[ \t]*$", text.strip(), flags=re.MULTILINE)]
-    if parts[-1] == "":                      # a last === may stand at the end
-        parts.pop()
-    if not parts or len(parts) % 2:
-        return [], "an odd number of blocks" if parts else "an empty reply"
-    bodies = []
-    for i, part in enumerate(parts):
-        head, _, body = part.partition("\n")
-        if head.strip() != ("Question:", "Answer:")[i % 2] or re.search(r"^(Question|Answer):", body, re.M):
-            return [], "blocks that are not Question: and Answer: in turn"
-        bodies.append(body.strip())
+    text = re.sub(r"\n===\Z", "", text.strip())       # a last === may stand at the end
+    blocks = [block.strip().partition("\n") for block in re.split(r"(?m)^===[ \t]*$", text)]
+    heads, bodies = [head.strip() for head, _, _ in blocks], [body.strip() for _, _, body in blocks]
+    if len(blocks) % 2:
+        return [], "an odd number of blocks" if text else "an empty reply"
+    head_inside = re.search(r"(?m)^(Question|Answer):", "\n".join(bodies))
+    if head_inside or heads != ["Question:", "Answer:"] * (len(blocks) // 2):
+        return [], "blocks that are not Question: and Answer: in turn"
     return list(zip(bodies[::2], bodies[1::2])), ""
 
 
@@ -885,12 +855,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--study", type=Path, metavar="DIR", help="compare trainings on choices")
     mode.add_argument("--expand", type=Path, metavar="FILE", help="make records of image-caption pairs")
     mode.add_argument("--generate", choices=SYSTEM_MESSAGES, help="make records with a text-only teacher")
-    add("--from-list", type=Path, nargs="+", metavar="FILE",
-        help="choose the questions of a list of records or ids; with --study each list is a variant")
+    add("--from-list", type=Path, nargs="+", metavar="FILE", help="published choices, of records or of ids")
     add("--scienceqa", metavar="DIR", help="folder with problems.json")
     add("--split", default="train", help="default: %(default)s")
-    add("--pictures", default="any", choices=("any", "only", "none"),
-        help="questions with or without images (default: %(default)s)")
+    add("--pictures", default="any", choices=("any", "only", "none"), help="questions with or without images")
     add("--keep", type=int, metavar="K", help="how many to choose (default: 1000; in a study a twelfth)")
     add("--seed", type=int, default=0, help="of random choices (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="for the records")
@@ -906,8 +874,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
-    if args.study and not args.keep:
-        args.keep = len(read_scienceqa(args.scienceqa, "train")) // 12
+    if args.keep is None:
+        args.keep = len(read_scienceqa(args.scienceqa, "train")) // 12 if args.study else 1000
     return args
 
 
@@ -915,7 +883,7 @@ def add_task_flags(add) -> None:
     add("--pretrain", type=Path, metavar="FILE", help="study: captions; images in a folder of that name")
     add("--vision", metavar="ID", help="study: the CLIP")
     add("--language", nargs="+", metavar="ID", help="study: the language models")
-    add("--seeds", type=int, default=2, metavar="N", help="study: trainings of each variant (%(default)s)")
+    add("--seeds", type=number(int, 1), default=2, metavar="N", help="study: how many seeds (%(default)s)")
     add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
     for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
         add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
@@ -924,48 +892,42 @@ def add_task_flags(add) -> None:
     add("--boxes", type=Path, metavar="FILE", help="generate: COCO instances")
     add("--judge-model", metavar="NAME", help="generate: the teacher")
     add("--judge", metavar="URL", help="generate: its OpenAI-compatible endpoint (default: OPENAI_BASE_URL)")
-    add("--limit", type=int, metavar="N", help="expand, generate: only the first N images")
-    add("--workers", type=int, default=8, metavar="N", help="generate: requests at once (%(default)s)")
+    add("--limit", type=number(int, 1), metavar="N", help="expand, generate: only the first N images")
+    add("--workers", type=number(int, 1), default=8, metavar="N", help="generate: parallel requests (8)")
     add("--dry-run", action="store_true", help="generate: print the first request and the size of all")
     add("--batch", type=Path, metavar="FILE", help="generate: write the requests in OpenAI's batch format")
     add("--replies", type=Path, metavar="FILE", help="generate: read the results of --batch, ask nothing")
 
 
+TASKS = {                                    # flag: (function, the flags that it needs)
+    "method": (choose, ("scienceqa", "out")), "report": (print_report, ()),
+    "study": (study, ("scienceqa", "pretrain", "vision", "language")), "expand": (expand, ("out",)),
+    "generate": (generate, ("captions", "judge_model", "out")), "from_list": (choose, ("scienceqa", "out"))}
+
+
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    makes, lists = args.expand or args.generate, args.from_list or []
-    for wrong, sentence in (
-            (not (args.method or args.report or args.study or lists or makes),
-             "one of --method, --from-list, --report, --study, --expand and --generate is needed"),
-            (lists and (args.method or args.report or makes), "--from-list goes alone or with --study"),
-            (len(lists) > 1 and not args.study, "several lists need --study"),
-            (not (args.scienceqa or args.report or makes), "--scienceqa is needed"),
-            (not (args.study or args.report or args.out), "--out is needed"),
-            (args.picture and args.picture.suffix not in Image.registered_extensions(),
-             "--picture needs the name of an image file, such as report.png"),
-            (args.study and not (args.pretrain and args.vision and args.language),
-             "--study needs --pretrain, --vision and --language"),
-            (args.generate and not (args.captions and args.judge_model),
-             "--generate needs --captions and --judge-model"),
-            (args.generate in ("detail", "reasoning") and not args.boxes,
-             f"--generate {args.generate} needs --boxes"),
-            (min(args.workers, 1 if args.limit is None else args.limit) < 1,
-             "--workers and --limit are at least 1")):
-        if wrong:
-            parser.error(sentence)
+    """Set args.task, one of TASKS; exit with code 2 unless the other flags fit it."""
+    named = [task for task in TASKS if getattr(args, task)]
+    if not named:
+        parser.error("name --method, --from-list, --report, --study, --expand or --generate")
+    if named not in [[task] for task in TASKS] + [["study", "from_list"]]:
+        parser.error("--from-list goes alone or with --study")
+    args.task = named[0]
+    if args.task == "from_list" and len(args.from_list) > 1:
+        parser.error("several lists need --study")
+    needed = TASKS[args.task][1]
+    if args.generate in ("detail", "reasoning"):
+        needed += ("boxes",)
+    for flag in needed:
+        if not getattr(args, flag):
+            parser.error(f"--{args.task} needs --{flag}".replace("_", "-"))
+    if args.picture and args.picture.suffix not in Image.registered_extensions():
+        parser.error("--picture needs the name of an image file, such as report.png")
 
 
 def main() -> None:
     args = parse_args()
-    if args.generate:
-        generate(args)
-    elif args.expand:
-        expand(args)
-    elif args.study:
-        study(args)
-    elif args.report:
-        print_report(args)
-    else:
-        choose(args)
+    TASKS[args.task][0](args)
 
 
 if __name__ == "__main__":
