@@ -348,11 +348,13 @@ def read_problems(args) -> list[dict]:
     """The problems of --scienceqa, or without it as far as the records of --report contain them."""
     if args.scienceqa:
         problems = read_scienceqa(args.scienceqa, args.split, args.pictures)
+        for p in problems:
+            require(p, f"{args.scienceqa}/problems.json, question {p['id']}", "topic", "category", "skill")
         return [p | {"has image": "yes" if p["image"] else "no"} for p in problems]
     records = {}
     for file in args.report:
         for i, record in read_id_list(file).items():
-            if "conversations" not in record:
+            if not record.get("conversations"):
                 raise UserError(f"{file} lists ids alone: name the --scienceqa that they belong to")
             if records.setdefault(i, record)["conversations"] != record["conversations"]:
                 raise UserError(f"{file} has another question {i} than the files before it")

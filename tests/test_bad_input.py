@@ -461,6 +461,14 @@ def test_a_damaged_scienceqa_folder_is_refused(program, name, world, tmp_path, m
     refused(program, ["--scienceqa", tmp_path / "scienceqa", *task], message, (world, tmp_path), monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("field", ["topic", "category", "skill"])
+def test_a_question_without_a_field_that_only_prune_reads_is_refused(field, world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world / "scienceqa", tmp_path / "scienceqa")
+    problem(**{field: ...})(tmp_path / "scienceqa")
+    refused("prune", ["--scienceqa", tmp_path / "scienceqa", "--method", "guided", "--keep", 5, "--out",
+                      tmp_path / "set.json"], f"has no {field}", (world, tmp_path), monkeypatch, capsys)
+
+
 LINE = '{"question_id": "13", "text": "A"}'
 ANSWERS = {
     "missing": (None, "cannot be read"), "no JSON": (b"A\n", "line 1"), "cut": (LINE[:-5].encode(), "line 1"),
