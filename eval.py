@@ -1079,7 +1079,7 @@ PUBLISHED = {
     "LLaVA-1.5-13B": LlavaConfig(text=LLAMA_13B),
     "LLaVA-13B, 224 px": LlavaConfig(VisionConfig(image_size=224), LLAMA_13B, projector="linear"),
 }
-TABLE_II = {                                 # PruMerge: TFLOPs in FP16, pruned, in INT4, pruned
+TABLE_II = {                                 # TFLOPs of 700 tokens, of 70, of both in INT4
     "LLaVA-1.5-7B": (9.3, 0.91, 2.3, 0.28),
     "LLaVA-1.5-13B": (18.2, 1.80, 4.6, 0.45),
 }
@@ -1093,28 +1093,14 @@ def print_costs(configs: dict[str, LlavaConfig], text_tokens: int) -> None:
         print(f"{key:26}", *(format(column[key], form) for column in columns))
 
 
-def print_published() -> None:
-    """Print two published claims beside the formulas: PruMerge's saving and the size of Mistral."""
-    print("\nPruMerge's Table II, TFLOPs of the language model, published (by formula): 700 tokens, 70, both "
-          "in INT4.\nINT4 FLOPs are FP16 / 4: the operations are the same, the bytes are a quarter.")
+def print_table_ii() -> None:
+    """Print PruMerge's Table II beside the formula; its prompts have 700 tokens, with PruMerge 70."""
+    print("\nPruMerge's Table II: TFLOPs of the language model, published (by formula), for 700 tokens, 70,"
+          "\n700 in INT4, 70 in INT4. INT4 means FP16 / 4: as many operations, a quarter of the bytes.")
     for name, published in TABLE_II.items():
-        config, cells = PUBLISHED[name], []
-        full, pruned, real = (language_flops(config.text, n, causal=False) / 1e12 for n in (700, 70, 606))
-        for there, here in zip(published, (full, pruned, full / 4, pruned / 4)):
-            note = " <- looks wrong" if abs(here / there - 1) > 0.05 else ""
-            cells.append(f"{there:5} ({here:.3g}){note}")
-        tower = vision_flops(config.vision, 23)
-        before, after = ((tower + projector_flops(config, n)) / 1e12 for n in (576, 40))
-        print(f"{name:14}", *cells)
-        print(f"{'':14} 30 text tokens and 576 image tokens, pruned to 40: {real:.3g} -> {pruned:.3g}, "
-              f"{real / pruned:.1f} times fewer; with tower and projector "
-              f"{(real + before) / (pruned + after):.1f}")
-    sizes = [count_parameters(config) for config in PUBLISHED.values()]
-    mistral, small, large, _ = (parts["language_model"] for parts in sizes)
-    whole = 1 - sum(sizes[0].values()) / sum(sizes[3].values())
-    print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} '
-          f"fewer\nparameters than LLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside "
-          f"LLaMA-7B it\nhas {mistral / small - 1:.1%} more.")
+        full, pruned = (language_flops(PUBLISHED[name].text, n, causal=False) / 1e12 for n in (700, 70))
+        formula = (full, pruned, full / 4, pruned / 4)
+        print(f"{name:14}", *(f"{there:5} ({here:.3g})" for there, here in zip(published, formula)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1215,7 +1201,7 @@ def main() -> None:
         print_costs({args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}, args.cost)
     else:
         print_costs(PUBLISHED, args.cost)
-        print_published()
+        print_table_ii()
 
 
 if __name__ == "__main__":
