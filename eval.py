@@ -69,20 +69,21 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
                    wording: str = "qcm") -> list[dict]:
     """The problems of a split in published order, each with its "id", its "prompt" and, in "file", the path
     of its image or None; `pictures` selects those with an image ("only"), without one ("none") or all."""
-    listed, ids_file, selected = Path(folder, "problems.json"), Path(folder, "pid_splits.json"), []
-    problems, splits = (require(read_json(file), file) for file in (listed, ids_file))
-    if split not in splits:
-        raise UserError(f"{ids_file} has no split {split!r}, only {', '.join(splits)}")
-    if not isinstance(splits[split], list):
-        raise UserError(f"{ids_file}: split {split!r} is not a list of question ids")
+    problems_file, splits_file = Path(folder, "problems.json"), Path(folder, "pid_splits.json")
+    problems, splits = (require(read_json(file), file) for file in (problems_file, splits_file))
+    if not isinstance(splits.get(split), list):
+        raise UserError(f"{splits_file} has no split {split!r} with a list of ids, only {', '.join(splits)}")
+    selected = []
     for i in splits[split]:
         if not isinstance(i, str) or i not in problems:
-            raise UserError(f"{listed} lacks question {i} of split {split!r}")
+            raise UserError(f"{problems_file} lacks question {i} of split {split!r}")
         p = problems[i]
-        check_problem(p, f"{listed}, question {i}")
+        check_problem(p, f"{problems_file}, question {i}")
+        if pictures == "only" and not p["image"] or pictures == "none" and p["image"]:
+            continue
+        prompt = question(p, wording)
         file = Path(folder, "images", p["split"], i, p["image"]) if p["image"] else None
-        if {"any": True, "only": p["image"], "none": not p["image"]}[pictures]:
-            selected.append(p | {"id": i, "question_id": i, "prompt": question(p, wording), "file": file})
+        selected.append(p | {"id": i, "question_id": i, "prompt": prompt, "message": prompt, "file": file})
     return selected[:limit]
 
 
@@ -193,26 +194,28 @@ def interval(correct_a: list[bool], correct_b: list[bool] | None = None) -> tupl
     return 100 * float(outcomes.mean()), float(low), float(high)
 
 
-def compare(problems: list[dict], files: list[str]) -> None:
-    """Print the tables of two files of answers, and by how many points the first leads."""
+def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
+    """Print and return the tables of two files of answers; print by how many points the first leads."""
     a, b = map(read_answers, files)
     if alone := sorted(a.keys() ^ b.keys()):
         raise UserError(f"{' and '.join(files)} answer different questions: {len(alone)} are in one of them "
                         f"only, such as {alone[0]} in {files[0] if alone[0] in a else files[1]}")
-    print_table({file: score(problems, texts) for file, texts in zip(files, (a, b))})
+    tables = {file: score(problems, texts) for file, texts in zip(files, (a, b))}
+    print_table(tables)
     columns = [[p for p in problems if belongs(p)] for belongs in COLUMNS.values()]
     lead = [interval(grade(some, a), grade(some, b)) if some else (None,) * 3 for some in columns]
     print("\nPoints by which the first file leads, and its 95% interval over 10,000 resampled tests:")
     print_columns(dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
+    return tables
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. Files of JSON lines: questions, answers, labels, reviews
 
 
-def read_lines(file, *needed: str, unique: bool = False, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`; `unique`
-    refuses a second line with the same question_id. UserError names the line."""
+def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> list[dict]:
+    """The JSON object of each line of a file, or of its `content`, with the keys `needed`. UserError names a
+    line that holds none, or one whose key(object) was in an earlier line."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -223,16 +226,36 @@ def read_lines(file, *needed: str, unique: bool = False, content: bytes | None =
             continue
         try:
             entry = json.loads(line)
-            texts = [entry.get(key, "") for key in ("text", "prompt", "image", "category")]
-            if any(key not in entry for key in needed) or not all(isinstance(text, str) for text in texts):
+            texts = [entry.get(name, "") for name in ("text", "prompt", "image", "category")]
+            if any(name not in entry for name in needed) or not all(isinstance(text, str) for text in texts):
                 raise ValueError
         except (ValueError, TypeError, AttributeError, RecursionError):
-            keys = ", ".join(f'"{key}": ...' for key in needed)
-            raise UserError(f"{file}, line {number}: not {{{keys}}}") from None
-        if unique and by_id(entry) in seen:
-            raise UserError(f"{file}, line {number}: question {by_id(entry)} was answered before")
-        seen.add(str(entry.get("question_id")))
+            form = ", ".join(f'"{name}": ...' for name in needed)
+            raise UserError(f"{file}, line {number}: not {{{form}}}") from None
+        if key:
+            if key(entry) in seen:
+                raise UserError(f"{file}, line {number}: question {by_id(entry)} was answered before")
+            seen.add(key(entry))
         entries.append(entry)
+    return entries
+
+
+def continue_lines(file: Path, *needed: str, key) -> list[dict]:
+    """The objects of a file to which more will be appended; none if it is missing. A last line that an
+    interrupt cut short is removed from the file. UserError if the file holds something else."""
+    content = file.read_bytes() if file.exists() else b""
+    lines, newline, last = content.rpartition(b"\n")
+    try:
+        json.loads(last)
+        complete = content + b"\n"           # only the newline is missing
+    except (ValueError, RecursionError):
+        if not b'{"question_id"'.startswith(last[:14]):
+            raise UserError(f"{file} holds something else: name another --out or --reviews") from None
+        complete = lines + newline
+    entries = read_lines(file, *needed, key=key, content=complete)
+    if complete != content:
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(complete)
     return entries
 
 
@@ -247,27 +270,7 @@ def by_prompt(entry: dict) -> tuple[str, str]:
 
 def read_answers(file) -> dict[str, str]:
     """question_id -> text of a file of answers, in which no question may occur twice."""
-    return {by_id(entry): entry["text"] for entry in read_lines(file, "question_id", "text", unique=True)}
-
-
-def complete_lines(file: Path) -> bytes:
-    """The content of a file to which lines are appended, without a last line that an interrupt cut short.
-    UserError if that last line is not the start of an answer or of a review."""
-    content = file.read_bytes() if file.exists() else b""
-    start, newline, rest = content.rpartition(b"\n")
-    try:
-        json.loads(rest)
-        return content + b"\n"               # only the newline is missing
-    except ValueError:
-        if not (b'{"question_id"'.startswith(rest[:14]) or b'{"id"'.startswith(rest[:5])):
-            raise UserError(f"{file} holds something else: name another --out or --reviews") from None
-    return start + newline
-
-
-def rewrite(file: Path, content: bytes) -> None:
-    if file.exists() and file.read_bytes() != content:
-        with atomic_write(file) as temporary:
-            temporary.write_bytes(content)
+    return {by_id(entry): entry["text"] for entry in read_lines(file, "question_id", "text", key=by_id)}
 
 
 def append(file: Path, entry: dict) -> None:
@@ -279,38 +282,34 @@ def append(file: Path, entry: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Asking a model. A question is a dict with "question_id", "prompt", "image" and "file", the path of the
-#    image; where "file" is None, "image" is the image itself in base64
+# 3. Asking a model. A question is a dict with "question_id"; "prompt", as in the file of answers; "message",
+#    the text that the model gets, with <image>; "image"; and "file", the path of the image. Where "file" is
+#    None, "image" is the image itself in base64, or None
 
 
 def generate_answers(model: Llava, processor: Processor, problems: list[dict], batch_size: int = 16,
                      max_new_tokens: int = 512, blank: bool = False, options: bool = False,
-                     tally: Counter | None = None, message=lambda p: p["prompt"],
-                     ) -> Iterator[tuple[dict, str, str]]:
-    """Each problem with its prompt and the model's greedy answer, the longest problems first: the rows of a
-    batch have similar lengths, and a batch that does not fit in memory fails at once.
+                     ) -> Iterator[tuple[dict, str]]:
+    """Each problem and the model's greedy answer, the longest problems first: the rows of a batch have
+    similar lengths, and a batch that does not fit in memory fails at once.
 
     blank replaces every image by white (control: questions that are still answered correctly do not need it);
-    options takes the most probable option instead of generating text; message(problem) is the model's input,
-    with <image>; tally["tokens"] counts the generated tokens.
+    options takes the most probable option instead of generating text.
     """
-    problems = sorted(problems, key=lambda p: (bool(p["image"]), len(message(p))), reverse=True)
-    bar = tqdm(total=len(problems), desc="answering", unit="question")
-    for start in range(0, len(problems), batch_size):
-        batch, inputs = problems[start:start + batch_size], []
+    problems = sorted(problems, key=lambda p: (bool(p["image"]), len(p["message"])), reverse=True)
+    batches = [problems[start:start + batch_size] for start in range(0, len(problems), batch_size)]
+    for batch in tqdm(batches, desc="answering", unit="batch"):
+        inputs = []
         for p in batch:
             images = [load_image(p, blank)] if p["image"] else []
-            inputs.append(processor([{"role": "user", "content": message(p)}], images))
+            inputs.append(processor([{"role": "user", "content": p["message"]}], images))
         if options:
             texts = score_options(model, processor, batch, inputs)
         else:
             answers = model.generate_batch(**collate(inputs), eos_token_id=processor.eos,
                                            max_new_tokens=max_new_tokens)
             texts = [processor.decode(ids) for ids in answers]
-            if tally is not None:
-                tally["tokens"] += sum(map(len, answers))
-        bar.update(len(batch))
-        yield from zip(batch, [p["prompt"] for p in batch], texts)
+        yield from zip(batch, texts)
 
 
 def load_image(problem: dict, blank: bool) -> Image.Image:
@@ -318,9 +317,7 @@ def load_image(problem: dict, blank: bool) -> Image.Image:
     try:
         image = open_image(problem["file"] or io.BytesIO(base64.b64decode(problem["image"])))
     except (ValueError, OSError) as error:
-        if problem["file"]:
-            raise
-        raise OSError(f"the image of question {by_id(problem)} cannot be read: {error}") from None
+        raise OSError(f"the image of question {by_id(problem)}: {error}") from None
     return Image.new("RGB", image.size, "white") if blank else image
 
 
@@ -362,52 +359,49 @@ def fingerprint(model: Llava, processor: Processor) -> str:
     return hashlib.sha256(text.encode() + numbers.tobytes()).hexdigest()[:8]
 
 
-def resume(file: Path, problems: list[dict], made: dict, unique: bool) -> list[dict]:
-    """The answers in `file`. UserError if one was made with another prompt or other settings than `made`."""
-    content, prompts = complete_lines(file), defaultdict(set)
+def resume(file: Path, problems: list[dict], settings: dict) -> list[dict]:
+    """The answers in `file`. UserError if one was made with another prompt or other settings."""
+    entries, prompts = continue_lines(file, "question_id", "text", key=by_prompt), defaultdict(set)
     for p in problems:
         prompts[by_id(p)].add(p["prompt"])
-    entries = read_lines(file, "question_id", "text", unique=unique, content=content)
     for entry in entries:
         metadata = entry.get("metadata") or {}
-        different = [key for key in made if metadata.get(key) != made[key]]
+        different = [name for name in settings if metadata.get(name) != settings[name]]
         if by_id(entry) in prompts and entry.get("prompt") not in prompts[by_id(entry)]:
             different.append("prompt")
         if different:
             raise UserError(f"{file} has an answer to question {by_id(entry)} that was made with another "
                             f"{different[0]}: name another --out")
-    rewrite(file, content)
     return entries
 
 
-def answer_all(args: Args, problems: list[dict], unique=True, message=lambda p: p["prompt"]) -> list[dict]:
+def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     """The answers to all problems, in their order: those in args.out, and the model's to the others, each of
     which is appended there at once."""
     for p in problems:
-        if p["file"] and not p["file"].exists() or "<image>" in message(p) and not p["image"]:
+        if p["file"] and not p["file"].exists() or "<image>" in p["message"] and not p["image"]:
             raise OSError(f"question {by_id(p)}: there is no image {p['file'] or ''}")
     model, processor = load_model(args)
     flags = ("wording", "dtype", "quantize", "answer", "max_new_tokens", "blank")
-    made = {key: getattr(args, key, None) for key in flags}
-    made |= {key: getattr(model.config, key, None) for key in ("image_mode", "prune", "keep_tokens")}
-    made |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
-    entries = resume(args.out, problems, made, unique) if args.out else []
-    answered, tally, start = set(map(by_prompt, entries)), Counter(), time.perf_counter()
-    left = [p for p in problems if by_prompt(p) not in answered]
-    for p, prompt, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens,
-                                            args.blank, args.answer == "options", tally, message):
-        entries.append({"question_id": p["question_id"], "prompt": prompt, "text": text,
-                        "model_id": args.model, "metadata": made})
+    settings = {name: getattr(args, name) for name in flags}
+    settings |= {name: getattr(model.config, name) for name in ("image_mode", "prune", "keep_tokens")}
+    settings |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
+    entries = resume(args.out, problems, settings) if args.out else []
+    answered = set(map(by_prompt, entries))
+    left, start = [p for p in problems if by_prompt(p) not in answered], time.perf_counter()
+    for p, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
+                                    args.answer == "options"):
+        entries.append({"question_id": p["question_id"], "prompt": p["prompt"], "text": text,
+                        "model_id": args.model, "metadata": settings})
         if args.out:
             append(args.out, entries[-1])
-    seconds = time.perf_counter() - start
-    print(f"{args.model}: {sum(count_parameters(model.config).values()):,} parameters in {args.dtype}, "
-          f"{len(left)} questions asked, {len(left) / seconds:.1f} questions/s, "
-          f"{tally['tokens'] / seconds:.1f} tokens/s, {peak_memory(args.device) / 2**30:.2f} GiB at the peak")
+    speed, memory = len(left) / (time.perf_counter() - start), peak_memory(args.device) / 2**30
+    print(f"{args.model}: {len(left)} questions asked, {speed:.1f} a second, {memory:.2f} GiB at the peak")
     order = {by_prompt(p): n for n, p in enumerate(problems)}
     entries.sort(key=lambda entry: order.get(by_prompt(entry), len(order)))
     if args.out:
-        rewrite(args.out, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        with atomic_write(args.out) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return entries
 
 
@@ -758,7 +752,7 @@ BOXES = ": captions, one a line, then objects, each as category: [left, top, rig
 def read_llavabench(args: Args, questions: list[dict]) -> dict:
     """Question id -> the description of its image, its reference answer, and the name of its category."""
     contexts = {c["image"]: c for c in read_lines(args.annotations[0], "image")}
-    references = read_lines(args.annotations[1], "question_id", "text", unique=True)
+    references = read_lines(args.annotations[1], "question_id", "text", key=by_id)
     references, truth = {by_id(r): r for r in references}, {}
     for q in questions:
         if q["image"] not in contexts or by_id(q) not in references:
@@ -799,31 +793,30 @@ def parse_verdict(content: str) -> list[float]:
 def judge_answers(args: Args, questions: list[dict]) -> None:
     """Append a review of each answer to args.reviews[0], unless it is there."""
     file, url, left = args.reviews[0], judge_url(args), []
-    content = complete_lines(file)
-    reviews = read_lines(file, "question_id", unique=True, content=content)
-    stored = {by_id(review): review for review in reviews}
-    for q in (q for q in questions if q["text"] is not None):
+    stored = {by_id(review): review for review in continue_lines(file, "question_id", key=by_id)}
+    for q in questions:
+        if q["text"] is None:
+            continue
         digest = hashlib.sha256(q["text"].encode()).hexdigest()[:8]
-        q["made"] = {"judge_model": args.judge_model, "answer": digest}
+        q["settings"] = {"judge_model": args.judge_model, "answer": digest}
         if by_id(q) not in stored:
             left.append(q)
-        elif stored[by_id(q)].get("metadata", q["made"]) != q["made"]:
+        elif stored[by_id(q)].get("metadata", q["settings"]) != q["settings"]:
             raise UserError(f"{file} has a review of question {by_id(q)} by another judge or of another "
                             "answer: name another --reviews")
-    rewrite(file, content)
     for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
         content = chat(url, args.judge_model, judge_messages(q, q["text"]))
         append(file, {"question_id": q["question_id"], "id": n, "category": q["truth"]["category"],
                       "answer1_id": q["truth"]["reference"].get("answer_id"),
-                      "answer2_id": q["made"]["answer"], "content": content, "tuple": parse_verdict(content),
-                      "metadata": q["made"]})
+                      "answer2_id": q["settings"]["answer"], "content": content,
+                      "tuple": parse_verdict(content), "metadata": q["settings"]})
 
 
 def score_reviews(args: Args, questions: list[dict]) -> dict:
     """100 x the model's mean rating / the reference's, by the official roundings; the mean over the files."""
     ratios, reviewed = defaultdict(list), []
     for file in args.reviews:
-        ratings, reviews = defaultdict(list), read_lines(file, "question_id", unique=True)
+        ratings, reviews = defaultdict(list), read_lines(file, "question_id", key=by_id)
         for review in reviews:
             rating = review.get("tuple", review.get("score"))
             if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
@@ -947,9 +940,11 @@ BENCHMARKS = {
 def run_task(args: Args) -> dict:
     """Ask the model or read its answers, write the upload file, and return the figures."""
     benchmark, entries = BENCHMARKS[args.task], []
-    questions, unique = benchmark.read(args) if args.questions else [], benchmark.doubled == "refused"
+    questions = benchmark.read(args) if args.questions else []
     if args.questions and len(set(map(benchmark.key, questions))) != (len(questions) or 1):
         raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
+    for q in questions:
+        q["message"] = f"<image>\n{q['prompt']}{benchmark.suffix}"
     if args.annotations and benchmark.truth:
         truth, key = benchmark.truth(args, questions), mme_key if args.task == "mme" else benchmark.key
         for q in questions:
@@ -957,10 +952,10 @@ def run_task(args: Args) -> dict:
                 raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it another set?")
             q["truth"] = truth[key(q)]
     if args.model:
-        entries = answer_all(args, questions[:args.limit], unique,
-                             lambda q: f"<image>\n{q['prompt']}{benchmark.suffix}")
+        entries = answer_all(args, questions[:args.limit])
     elif args.predictions:
-        entries = read_lines(args.predictions, "question_id", "text", unique=unique)
+        key = by_id if benchmark.doubled == "refused" else None
+        entries = read_lines(args.predictions, "question_id", "text", key=key)
     add_answers(benchmark, questions, entries, args.predictions or args.out)
     questions = questions[:args.limit]
     if args.judge_model:
@@ -1169,7 +1164,7 @@ def find_misuse(args: Args) -> list[tuple]:
              f"{task} needs {'--reviews' if bench else '--annotations'} to score answers")]
 
 
-def run_scienceqa(args: Args) -> dict | None:
+def run_scienceqa(args: Args) -> dict:
     """Print and return ScienceQA's table."""
     problems = read_scienceqa(args.scienceqa, args.split, args.pictures, args.limit, args.wording)
     if not problems:
@@ -1184,8 +1179,7 @@ def run_scienceqa(args: Args) -> dict | None:
     print_table({args.split: table})
     print("Avg {:.2f}, and in 95% of 10,000 resampled tests from {:.2f} to {:.2f}".format(*interval(correct)))
     if args.wording == "letter":
-        seen = [right for p, right in zip(problems, correct) if p["image"]]
-        print(f"with an image, LLaVA-1.5's published figure: {table['IMG']} ({sum(seen)} of {len(seen)})")
+        print(f"LLaVA-1.5's published figure is that of the questions with an image: {table['IMG']}")
     return table
 
 

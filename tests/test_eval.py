@@ -156,7 +156,7 @@ def test_two_files_of_answers_are_compared_question_by_question(problems, tmp_pa
 
 def test_a_batch_gives_the_answers_of_one_question_at_a_time(opened, problems):
     def answers(**how):
-        return {p["id"]: text for p, _, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
+        return {p["id"]: text for p, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
 
     alone = answers(batch_size=1)
     assert alone == answers(batch_size=4) and len(set(alone.values())) == 4
@@ -164,7 +164,7 @@ def test_a_batch_gives_the_answers_of_one_question_at_a_time(opened, problems):
 
 def test_the_option_taken_is_the_most_probable_whole_answer(opened, problems):
     model, processor = opened
-    taken = {p["id"]: text for p, _, text in generate_answers(model, processor, problems, batch_size=4,
+    taken = {p["id"]: text for p, text in generate_answers(model, processor, problems, batch_size=4,
                                                               options=True)}
     for p in problems:
         images, sums = [open_image(p["file"])] if p["image"] else [], []
@@ -181,7 +181,7 @@ def test_the_option_taken_is_the_most_probable_whole_answer(opened, problems):
 
 def test_blank_answers_equal_those_to_white_images(opened, folder, problems, tmp_path):
     def answers(problems, **how):
-        return {p["id"]: text for p, _, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
+        return {p["id"]: text for p, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
 
     Image.new("RGB", (30, 40), "white").save(tmp_path / "11.png")         # as large as they were
     Image.new("RGB", (48, 16), "white").save(tmp_path / "12.png")
@@ -269,7 +269,7 @@ def test_equal_logits_in_bfloat16_are_told_apart_in_float32(model_folder, proble
         head.weight[rows[1], largest] *= 1 + 2**-7
         a, b = (hidden.to(torch.bfloat16) @ head.weight[rows].T).tolist()
     assert a == b
-    assert [text for *_, text in generate_answers(model, processor, problem,
+    assert [text for _, text in generate_answers(model, processor, problem,
                                                   options=True)] == ["The answer is B."]
 
 
@@ -286,7 +286,7 @@ def test_wording_letter_prints_the_accuracy_with_images(monkeypatch, folder, tmp
                                         t in texts.items()))
     run(monkeypatch, "--scienceqa", folder, "--predictions", tmp_path / "a", "--wording", "letter",
         "--json", tmp_path / "figures.json")
-    assert "published figure: 50.0 (1 of 2)" in capsys.readouterr().out
+    assert "published figure is that of the questions with an image: 50.0" in capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["IMG"], figures["Avg"], figures["missing"], figures["questions"]) == (50, 75, 0, 4)
 
