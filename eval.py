@@ -24,13 +24,13 @@ import time
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from html import escape
 from http.client import HTTPException
 from pathlib import Path
-from threading import Thread
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -469,42 +469,52 @@ def leave_one_out(text: str, humans: list[dict]) -> float:
 #    answers in "texts", in the order of their file, and the last of them, or None, in "text"
 
 
-def read_questions(args: Args) -> list[dict]:
+@contextmanager
+def fields_of(file, kind: str):
+    """Raise UserError, saying that `file` is not `kind`, where a field is missing or has another type."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} is not {kind} ({type(error).__name__}: {error})") from None
+
+
+def read_questions(files: list) -> list[dict]:
     """The questions of LLaVA's question files, one JSON object a line."""
-    questions = [q for file in args.questions for q in read_lines(file, "question_id", "image", "text")]
-    return [q | {"prompt": q["text"], "file": args.images and args.images / q["image"]} for q in questions]
+    lines = [q for file in files for q in read_lines(file, "question_id", "image", "text")]
+    return [q | {"prompt": q["text"]} for q in lines]
 
 
-def read_vqav2(args: Args) -> list[dict]:
-    """LLaVA's question files, or the official ones, which are one JSON object."""
+def read_vqav2(files: list) -> list[dict]:
+    """LLaVA's question files, or the official ones (.json), which are one JSON object."""
     questions = []
-    for file in args.questions:
-        try:
-            raw = json.loads(Path(file).read_bytes())
+    for file in files:
+        if Path(file).suffix != ".json":
+            questions += read_questions([file])
+            continue
+        with fields_of(file, "a question file of VQAv2"):
+            raw = read_json(file)
             split = raw["data_subtype"].replace("test-dev", "test")
-            lines = [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
-                      "prompt": q["question"] + SHORT_SUFFIX} for q in raw["questions"]]
-            questions += [q | {"file": args.images and args.images / q["image"]} for q in lines]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            questions += read_questions(Args(questions=[file], images=args.images))
+            questions += [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
+                           "prompt": q["question"] + SHORT_SUFFIX} for q in raw["questions"]]
     return questions
 
 
 def read_humans(args: Args, questions: list[dict]) -> dict:
     """Ten human answers and their type, by VQAv2's question id, or by TextVQA's image id and question."""
-    file, truth = args.annotations[0], {}
-    try:
-        for a in require(read_json(file), file)["data" if args.task == "textvqa" else "annotations"]:
-            key, records = a["question_id"], a["answers"]
-            if args.task == "textvqa":
+    textvqa, file, truth = args.task == "textvqa", args.annotations[0], {}
+    with fields_of(file, f"the annotation file of {args.task}"):
+        for a in read_json(file)["data" if textvqa else "annotations"]:
+            key, records = str(a["question_id"]), a["answers"]
+            if textvqa:
                 key = a["image_id"], a["question"].lower()
                 records = [{"answer": text, "id": i} for i, text in enumerate(records)]
             if len(records) != 10:
                 raise UserError(f"{file}: question {key} has {len(records)} human answers, not ten")
-            records = [record | {"answer": "" + record["answer"]} for record in records]
-            truth[key if args.task == "textvqa" else str(key)] = records, a.get("answer_type")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not the annotation file of {args.task} ({error})") from None
+            if not all(isinstance(record["answer"], str) for record in records):
+                raise TypeError("an answer is not a text")
+            truth[key] = records, a.get("answer_type")
     return truth
 
 
@@ -597,19 +607,20 @@ def mme_key(entry: dict) -> tuple[str, str, str]:
 
 
 def read_mme(args: Args, questions: list[dict]) -> dict:
-    """MME's key -> yes or no, from the release folder (a file an image) or the templates (a file a task)."""
+    """MME's key -> yes or no, from the templates (a file a task) or the release folder (a file an image)."""
     folder, truth = Path(args.annotations[0]), {}
     for task in {mme_key(q)[0] for q in questions}:
-        files = [folder / f"{task}.txt", *(folder / task).glob("**/*.txt")]
-        texts = {file: file.read_text("utf-8", "replace") for file in files if file.exists()}
-        for file, line in [(file, line) for file, text in texts.items() for line in text.split("\n")]:
+        template = folder / f"{task}.txt"
+        files = [template] if template.exists() else (folder / task).glob("**/*.txt")
+        lines = [(file, line) for file in files for line in file.read_text("utf-8", "replace").split("\n")]
+        for file, line in lines:
+            image, *cells = line.split("\t") if file == template else [file.name, *line.split("\t")]
             if not line.strip():
                 continue
-            cells = line.split("\t") if file.parent == folder else [file.name, *line.split("\t")]
-            if len(cells) < 3 or cells[2].strip().lower() not in ("yes", "no"):
+            if len(cells) < 2 or cells[1].strip().lower() not in ("yes", "no"):
                 raise UserError(f"{file}: a line holds no question with yes or no: {line}")
-            key = mme_key({"question_id": f"{task}/{cells[0]}", "prompt": cells[1]})
-            truth[key] = cells[2].strip().lower()
+            key = mme_key({"question_id": f"{task}/{image}", "prompt": cells[0]})
+            truth[key] = cells[1].strip().lower()
     return truth
 
 
@@ -627,7 +638,7 @@ def score_mme(questions: list[dict]) -> dict:
             images[q["question_id"]].append(parse_mme(q["text"]) == q["truth"])
     for image, correct in images.items():
         if len(correct) != 2:
-            raise UserError(f"MME has two questions about each image, but {image} has {len(correct)} answer")
+            raise UserError(f"MME needs two answers for each image, but {image} has {len(correct)}")
         tasks[image.split("/")[0]].append(correct)
     for task in sorted(tasks, key=[*PERCEPTION, *COGNITION, *tasks].index):
         acc, acc_plus = percent(sum(tasks[task], [])), percent(list(map(all, tasks[task])))
@@ -640,21 +651,19 @@ MISSING = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan",
            "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")     # cells that pandas takes as empty
 
 
-def read_mmbench(args: Args) -> list[dict]:
+def read_mmbench(files: list) -> list[dict]:
     """The rows of the tsv; the rotations of one question's options have the same index modulo 1,000,000."""
     csv.field_size_limit(2**31 - 1)
     questions = []
-    for file in args.questions:
-        try:
-            with open(file, newline="", encoding="utf-8") as lines:
-                questions += map(mmbench_question, csv.DictReader(lines, delimiter="\t"))
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise UserError(f"{file} is not a tsv of MMBench ({type(error).__name__}: {error})") from None
+    for file in files:
+        with fields_of(file, "a tsv of MMBench"), open(file, newline="", encoding="utf-8") as lines:
+            questions += map(mmbench_question, csv.DictReader(lines, delimiter="\t"))
     return questions
 
 
 def mmbench_question(row: dict[str, str]) -> dict:
-    row, options = {key: None if cell in MISSING else cell for key, cell in row.items()}, {}
+    """A row as a question; its prompt is hint, question, and the options before the first empty one."""
+    row, options = {name: None if cell in MISSING else cell for name, cell in row.items()}, {}
     for letter in "ABCD":
         if str(row[letter]).lower() in ("none", "nan"):
             break
@@ -662,9 +671,11 @@ def mmbench_question(row: dict[str, str]) -> dict:
     lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
     if str(row["hint"]).lower() not in ("none", "nan"):
         lines.insert(0, row["hint"])
-    q = {"question_id": int(row["index"]), "prompt": "\n".join(lines), "image": row["image"], "file": None}
-    truth = {"truth": row["answer"]} if row.get("answer") else {}
-    return q | truth | {"options": options, "row": row}
+    q = {"question_id": int(row["index"]), "prompt": "\n".join(lines), "options": options, "row": row,
+         "image": row["image"], "file": None}
+    if row.get("answer"):
+        q["truth"] = row["answer"]
+    return q
 
 
 def parse_letter(text: str, options: dict[str, str]) -> str | None:
@@ -688,12 +699,12 @@ def parse_letter(text: str, options: dict[str, str]) -> str | None:
 
 def score_mmbench(questions: list[dict]) -> dict:
     """Percent correct: "circular" of questions, in every rotation; "one_pass" of rows; of l2-categories."""
-    groups, categories, rows = defaultdict(list), defaultdict(list), []
+    rotations, categories, rows = defaultdict(list), defaultdict(list), []
     for q in sorted(questions, key=lambda q: q["question_id"]):
         rows.append(q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"])
-        groups[q["question_id"] % 10**6].append((rows[-1], q["row"].get("l2-category")))
-    for group in groups.values():
-        categories[str(group[0][1])].append(all(correct for correct, _ in group))
+        rotations[q["question_id"] % 10**6, str(q["row"].get("l2-category"))].append(rows[-1])
+    for (_, category), correct in rotations.items():
+        categories[category].append(all(correct))
     return {"circular": percent(sum(categories.values(), [])), "one_pass": percent(rows),
             "categories": {name: percent(some) for name, some in categories.items()}}
 
@@ -731,8 +742,10 @@ def upload_mmbench(file: Path, questions: list[dict]) -> None:
 
 
 def xlsx_cell(value: int | str | None) -> str:
-    if value is None or isinstance(value, int):
-        return "<c/>" if value is None else f"<c><v>{value}</v></c>"
+    if value is None:
+        return "<c/>"
+    if isinstance(value, int):
+        return f"<c><v>{value}</v></c>"
     text = escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", value), quote=False)
     return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'.replace("\r", "&#13;")
 
@@ -758,7 +771,7 @@ def read_llavabench(args: Args, questions: list[dict]) -> dict:
         if q["image"] not in contexts or by_id(q) not in references:
             continue
         context, kind, detail = contexts[q["image"]], str(q.get("category")), ""
-        try:
+        with fields_of(args.annotations[0], f"a file with the context of {q['image']}"):
             if "caption" in context:         # in the wild: one text or a list of texts
                 lines, kind = context["caption"], f"llava_bench_{kind}"
                 lines = [lines] if isinstance(lines, str) else lines
@@ -767,8 +780,6 @@ def read_llavabench(args: Args, questions: list[dict]) -> dict:
                 lines = [*context["captions"], "", *boxes]
             truth[by_id(q)] = {"context": "\n".join(lines), "detail": detail, "category": kind,
                                "reference": references[by_id(q)]}
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{args.annotations[0]} does not describe {q['image']} ({error})") from None
     return truth
 
 
@@ -880,24 +891,14 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
 
 
 def read_reply(request: Request, seconds: float) -> str:
-    """The text of a chat completion, received by a thread: urlopen's timeout holds for each packet."""
-    results = []
-
-    def receive() -> None:
-        try:
-            with urlopen(request, timeout=seconds) as response:
-                results.append(response.read())
-        except Exception as error:
-            results.append(error)
-
-    thread = Thread(target=receive, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not results:
-        raise TimeoutError("timed out")
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return "" + json.loads(results[0])["choices"][0]["message"]["content"]
+    """The text of a chat completion; urlopen's timeout holds for each packet, `seconds` also for all."""
+    end, content = time.monotonic() + seconds, b""
+    with urlopen(request, timeout=seconds) as response:
+        while packet := response.read1():
+            content += packet
+            if time.monotonic() > end:
+                raise TimeoutError("timed out")
+    return "" + json.loads(content)["choices"][0]["message"]["content"]
 
 
 def retry_after(header: str | None, default: float) -> float:
@@ -916,7 +917,7 @@ def retry_after(header: str | None, default: float) -> float:
 @dataclass
 class Benchmark:
     """The functions and constants of one benchmark."""
-    read: Callable[[Args], list[dict]]       # its questions
+    read: Callable[[list], list[dict]]       # the questions in the files of --questions
     truth: Callable[[Args, list[dict]], dict] | None     # key -> what scoring needs of --annotations
     score: Callable[[list[dict]], dict] | None           # the figures
     suffix: str = ""                         # appended to the prompt that the model gets
@@ -930,7 +931,7 @@ BENCHMARKS = {
     "vqav2": Benchmark(read_vqav2, read_humans, score_vqav2, upload=upload_vqav2),
     "textvqa": Benchmark(read_questions, read_humans, score_textvqa, key=textvqa_key, doubled="each counts"),
     "pope": Benchmark(read_questions, read_pope, score_pope),
-    "mme": Benchmark(read_questions, read_mme, score_mme, key=by_prompt),
+    "mme": Benchmark(read_questions, read_mme, score_mme, key=mme_key),
     "mmbench": Benchmark(read_mmbench, None, score_mmbench, LETTER_SUFFIX, upload=upload_mmbench,
                          max_new_tokens=1024),
     "llavabench": Benchmark(read_questions, read_llavabench, None, doubled="refused", max_new_tokens=1024),
@@ -940,17 +941,7 @@ BENCHMARKS = {
 def run_task(args: Args) -> dict:
     """Ask the model or read its answers, write the upload file, and return the figures."""
     benchmark, entries = BENCHMARKS[args.task], []
-    questions = benchmark.read(args) if args.questions else []
-    if args.questions and len(set(map(benchmark.key, questions))) != (len(questions) or 1):
-        raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
-    for q in questions:
-        q["message"] = f"<image>\n{q['prompt']}{benchmark.suffix}"
-    if args.annotations and benchmark.truth:
-        truth, key = benchmark.truth(args, questions), mme_key if args.task == "mme" else benchmark.key
-        for q in questions:
-            if key(q) not in truth:
-                raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it another set?")
-            q["truth"] = truth[key(q)]
+    questions = read_task(args, benchmark) if args.questions else []
     if args.model:
         entries = answer_all(args, questions[:args.limit])
     elif args.predictions:
@@ -968,6 +959,22 @@ def run_task(args: Args) -> dict:
     elif benchmark.score and all("truth" in q for q in questions):
         figures |= benchmark.score(questions)
     return figures
+
+
+def read_task(args: Args, benchmark: Benchmark) -> list[dict]:
+    """The questions with all that asking and scoring need: message, image file, truth."""
+    questions = benchmark.read(args.questions)
+    if len(set(map(benchmark.key, questions))) != (len(questions) or 1):
+        raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
+    truth = benchmark.truth(args, questions) if args.annotations and benchmark.truth else None
+    for q in questions:
+        q["message"] = f"<image>\n{q['prompt']}{benchmark.suffix}"
+        q.setdefault("file", args.images and args.images / q["image"])
+        if truth is not None:
+            if benchmark.key(q) not in truth:
+                raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it another set?")
+            q["truth"] = truth[benchmark.key(q)]
+    return questions
 
 
 def add_answers(benchmark: Benchmark, questions: list[dict], entries: list[dict], file) -> None:
