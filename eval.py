@@ -26,7 +26,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from html import escape
 from http.client import HTTPException
@@ -166,17 +165,19 @@ def percent(correct: list) -> float | None:
     return 100 * sum(correct) / len(correct) if correct else None
 
 
-def print_columns(rows: dict[str, list], form: str = ".2f", columns=tuple(COLUMNS)) -> None:
+def print_columns(columns, rows: dict[str, list], form: str = ".2f") -> None:
     """Print the names of the columns and an aligned line for each named row; None is printed as "-"."""
-    width, cell = max(map(len, rows)), max(6, *map(len, columns))
-    print(" " * width, *(f"{column:>{cell}}" for column in columns))
-    for name, row in rows.items():
-        print(f"{name:{width}}", *(f"{'-' if x is None else format(x, form):>{cell}}" for x in row))
+    cells = {name: [f"{x:,}" if isinstance(x, int) else "-" if x is None else format(x, form) for x in row]
+             for name, row in rows.items()}
+    lines, width = [list(columns), *cells.values()], max(map(len, rows))
+    cell = max(6, *(len(text) for line in lines for text in line))
+    for name, line in zip(["", *rows], lines):
+        print(f"{name:{width}}", *(f"{text:>{cell}}" for text in line))
 
 
 def print_table(tables: dict[str, dict]) -> None:
     """Print a row for each named table of `score`, then the number of questions behind each."""
-    print_columns({name: [table[column] for column in COLUMNS] for name, table in tables.items()})
+    print_columns(COLUMNS, {name: [table[column] for column in COLUMNS] for name, table in tables.items()})
     for name, table in tables.items():
         print(f"{name}: {table['questions']} questions, {table['unread']} answers could not be read, "
               f"{table['missing']} missing, {table['elsewhere']} to other questions")
@@ -205,7 +206,7 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
     columns = [[p for p in problems if belongs(p)] for belongs in COLUMNS.values()]
     lead = [interval(grade(some, a), grade(some, b)) if some else (None,) * 3 for some in columns]
     print("\nPoints by which the first file leads, and its 95% interval over 10,000 resampled tests:")
-    print_columns(dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
+    print_columns(COLUMNS, dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
     return tables
 
 
@@ -230,8 +231,7 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
             if any(name not in entry for name in needed) or not all(isinstance(text, str) for text in texts):
                 raise ValueError
         except (ValueError, TypeError, AttributeError, RecursionError):
-            form = ", ".join(f'"{name}": ...' for name in needed)
-            raise UserError(f"{file}, line {number}: not {{{form}}}") from None
+            raise UserError(f"{file}, line {number}: not a JSON object with {', '.join(needed)}") from None
         if key:
             if key(entry) in seen:
                 raise UserError(f"{file}, line {number}: question {by_id(entry)} was answered before")
@@ -361,13 +361,12 @@ def fingerprint(model: Llava, processor: Processor) -> str:
 
 def resume(file: Path, problems: list[dict], settings: dict) -> list[dict]:
     """The answers in `file`. UserError if one was made with another prompt or other settings."""
-    entries, prompts = continue_lines(file, "question_id", "text", key=by_prompt), defaultdict(set)
-    for p in problems:
-        prompts[by_id(p)].add(p["prompt"])
+    entries = continue_lines(file, "question_id", "text", key=by_prompt)
+    ids, keys = set(map(by_id, problems)), set(map(by_prompt, problems))
     for entry in entries:
         metadata = entry.get("metadata") or {}
         different = [name for name in settings if metadata.get(name) != settings[name]]
-        if by_id(entry) in prompts and entry.get("prompt") not in prompts[by_id(entry)]:
+        if by_id(entry) in ids and by_prompt(entry) not in keys:
             different.append("prompt")
         if different:
             raise UserError(f"{file} has an answer to question {by_id(entry)} that was made with another "
@@ -379,8 +378,8 @@ def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     """The answers to all problems, in their order: those in args.out, and the model's to the others, each of
     which is appended there at once."""
     for p in problems:
-        if p["file"] and not p["file"].exists() or "<image>" in p["message"] and not p["image"]:
-            raise OSError(f"question {by_id(p)}: there is no image {p['file'] or ''}")
+        if p["file"] and not p["file"].exists():
+            raise OSError(f"question {by_id(p)}: there is no image {p['file']}")
     model, processor = load_model(args)
     flags = ("wording", "dtype", "quantize", "answer", "max_new_tokens", "blank")
     settings = {name: getattr(args, name) for name in flags}
@@ -388,15 +387,13 @@ def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     settings |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
     entries = resume(args.out, problems, settings) if args.out else []
     answered = set(map(by_prompt, entries))
-    left, start = [p for p in problems if by_prompt(p) not in answered], time.perf_counter()
+    left = [p for p in problems if by_prompt(p) not in answered]
     for p, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
                                     args.answer == "options"):
         entries.append({"question_id": p["question_id"], "prompt": p["prompt"], "text": text,
                         "model_id": args.model, "metadata": settings})
         if args.out:
             append(args.out, entries[-1])
-    speed, memory = len(left) / (time.perf_counter() - start), peak_memory(args.device) / 2**30
-    print(f"{args.model}: {len(left)} questions asked, {speed:.1f} a second, {memory:.2f} GiB at the peak")
     order = {by_prompt(p): n for n, p in enumerate(problems)}
     entries.sort(key=lambda entry: order.get(by_prompt(entry), len(order)))
     if args.out:
@@ -596,7 +593,6 @@ def score_pope(questions: list[dict]) -> dict:
     return {"f1": percent([row["f1"] for row in sets.values()])} | sets
 
 
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
 
 
@@ -640,8 +636,8 @@ def score_mme(questions: list[dict]) -> dict:
         if len(correct) != 2:
             raise UserError(f"MME needs two answers for each image, but {image} has {len(correct)}")
         tasks[image.split("/")[0]].append(correct)
-    for task in sorted(tasks, key=[*PERCEPTION, *COGNITION, *tasks].index):
-        acc, acc_plus = percent(sum(tasks[task], [])), percent(list(map(all, tasks[task])))
+    for task, pairs in tasks.items():
+        acc, acc_plus = percent(sum(pairs, [])), percent(list(map(all, pairs)))
         figures[task] = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus}
         figures["cognition" if task in COGNITION else "perception"] += acc + acc_plus
     return figures
@@ -671,8 +667,9 @@ def mmbench_question(row: dict[str, str]) -> dict:
     lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
     if str(row["hint"]).lower() not in ("none", "nan"):
         lines.insert(0, row["hint"])
-    q = {"question_id": int(row["index"]), "prompt": "\n".join(lines), "options": options, "row": row,
-         "image": row["image"], "file": None}
+    prompt = "\n".join(lines)
+    q = {"question_id": int(row["index"]), "prompt": prompt, "message": f"<image>\n{prompt}{LETTER_SUFFIX}",
+         "image": row["image"], "file": None, "options": options, "row": row}
     if row.get("answer"):
         q["truth"] = row["answer"]
     return q
@@ -869,8 +866,6 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
                       {"Content-Type": "application/json"})
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
-        if not (key.isascii() and key.isprintable()):
-            raise UserError("OPENAI_API_KEY holds characters that a key cannot have")
         request.add_unredirected_header("Authorization", f"Bearer {key}")      # for this server only
     for wait in (1, 2, 4, 8, 0):
         try:
@@ -902,10 +897,9 @@ def read_reply(request: Request, seconds: float) -> str:
 
 
 def retry_after(header: str | None, default: float) -> float:
-    """The seconds, at most 60, of a Retry-After header: a number or a date; default if it cannot be read."""
+    """The seconds in a Retry-After header, at most 60; default if it is missing or holds a date."""
     try:
-        date = parsedate_to_datetime(header) if "," in header else None
-        return min(60, max(0, date.timestamp() - time.time() if date else float(header)))
+        return min(60, max(0, float(header)))
     except (TypeError, ValueError):
         return default
 
@@ -920,7 +914,6 @@ class Benchmark:
     read: Callable[[list], list[dict]]       # the questions in the files of --questions
     truth: Callable[[Args, list[dict]], dict] | None     # key -> what scoring needs of --annotations
     score: Callable[[list[dict]], dict] | None           # the figures
-    suffix: str = ""                         # appended to the prompt that the model gets
     key: Callable[[dict], object] = by_id    # the same for a question and its answers
     doubled: str = "the last one counts"     # what happens if a question has several answers
     upload: Callable[[Path, list[dict]], None] | None = None
@@ -932,14 +925,13 @@ BENCHMARKS = {
     "textvqa": Benchmark(read_questions, read_humans, score_textvqa, key=textvqa_key, doubled="each counts"),
     "pope": Benchmark(read_questions, read_pope, score_pope),
     "mme": Benchmark(read_questions, read_mme, score_mme, key=mme_key),
-    "mmbench": Benchmark(read_mmbench, None, score_mmbench, LETTER_SUFFIX, upload=upload_mmbench,
-                         max_new_tokens=1024),
+    "mmbench": Benchmark(read_mmbench, None, score_mmbench, upload=upload_mmbench, max_new_tokens=1024),
     "llavabench": Benchmark(read_questions, read_llavabench, None, doubled="refused", max_new_tokens=1024),
 }
 
 
 def run_task(args: Args) -> dict:
-    """Ask the model or read its answers, write the upload file, and return the figures."""
+    """Ask the model or read its answers, write the upload file, print and return the figures."""
     benchmark, entries = BENCHMARKS[args.task], []
     questions = read_task(args, benchmark) if args.questions else []
     if args.model:
@@ -958,6 +950,7 @@ def run_task(args: Args) -> dict:
         figures |= score_reviews(args, questions)
     elif benchmark.score and all("truth" in q for q in questions):
         figures |= benchmark.score(questions)
+    print_figures(figures)
     return figures
 
 
@@ -968,7 +961,7 @@ def read_task(args: Args, benchmark: Benchmark) -> list[dict]:
         raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
     truth = benchmark.truth(args, questions) if args.annotations and benchmark.truth else None
     for q in questions:
-        q["message"] = f"<image>\n{q['prompt']}{benchmark.suffix}"
+        q.setdefault("message", f"<image>\n{q['prompt']}")
         q.setdefault("file", args.images and args.images / q["image"])
         if truth is not None:
             if benchmark.key(q) not in truth:
@@ -995,16 +988,14 @@ def add_answers(benchmark: Benchmark, questions: list[dict], entries: list[dict]
 
 def print_figures(figures: dict) -> None:
     """Print the single figures in one line, and those of sets, tasks or categories as a table below."""
-    def cell(x) -> str:
-        return str(round(x, 4) if isinstance(x, float) else x)
-
-    print(", ".join(f"{name} {cell(x)}" for name, x in figures.items() if not isinstance(x, dict)))
+    print(", ".join(f"{name} {round(x, 4) if isinstance(x, float) else x}" for name, x in figures.items()
+                    if not isinstance(x, dict)))
     rows = {name: x for name, x in figures.items() if isinstance(x, dict)}
     if "categories" in rows:
         rows = {name: {"circular": x} for name, x in rows["categories"].items()}
     if rows:
-        columns = tuple(next(iter(rows.values())))
-        print_columns({name: list(map(cell, row.values())) for name, row in rows.items()}, "", columns)
+        columns = next(iter(rows.values()))
+        print_columns(columns, {name: list(row.values()) for name, row in rows.items()}, ".4f")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1044,31 +1035,26 @@ def projector_flops(config: LlavaConfig, patches: int) -> int:
     return 2 * patches * C * (config.vision.hidden_size + second)
 
 
-def cache_bytes(text: TextConfig, tokens: int, bytes_per_number: int = 2) -> int:
-    """Bytes of the keys and values of one row; they do not grow past the sliding window."""
-    slots = min(tokens, text.sliding_window or tokens)
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * slots * bytes_per_number
-
-
 def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
-    """Parameters, and the cost of the prefill of one image and `text_tokens`; "TFLOPs, causal" counts only
-    the needed pairs of tokens, the other figures all pairs."""
+    """Parameters, and the cost of the prefill of one image and `text_tokens`, with all pairs of tokens. In
+    4 bits it needs as many operations as in 16, although PruMerge's Table II divides them by four."""
     side, tiles = config.vision.image_size, 1
     if config.image_mode == "anyres":        # a square image of twice the tower's size
         side *= 2
         width, height = choose_grid((side, side), config.grids)
         tiles += width * height // config.vision.image_size**2
     tokens, parts = count_image_tokens(config, (side, side)) + text_tokens, count_parameters(config)
-    layers = config.vision.num_hidden_layers + 1 + config.vision_feature_layer
+    text, layers = config.text, config.vision.num_hidden_layers + 1 + config.vision_feature_layer
+    cached = min(tokens, text.sliding_window or tokens) * text.num_hidden_layers * text.num_key_value_heads
     flops = {"vision_tower": tiles * vision_flops(config.vision, layers),
              "projector": projector_flops(config, tiles * config.vision.side**2),
-             "language_model": language_flops(config.text, tokens, causal=False)}
-    causal = sum(flops.values()) - flops["language_model"] + language_flops(config.text, tokens)
+             "language_model": language_flops(text, tokens, causal=False)}
     return {**{f"parameters, {part}": n for part, n in parts.items()}, "parameters": sum(parts.values()),
-            "GiB in 16 bits": 2 * sum(parts.values()) / 2**30, "tokens, image and text": tokens,
+            "GiB in 16 bits": 2 * sum(parts.values()) / 2**30,
+            "GiB in 4 bits": 0.5 * sum(parts.values()) / 2**30, "tokens, image and text": tokens,
             **{f"TFLOPs, {part}": n / 1e12 for part, n in flops.items()},
-            "TFLOPs": sum(flops.values()) / 1e12, "TFLOPs, causal": causal / 1e12,
-            "MiB of keys and values": cache_bytes(config.text, tokens) / 2**20}
+            "TFLOPs": sum(flops.values()) / 1e12,
+            "MiB of keys and values": 2 * cached * text.head_dim * 2 / 2**20}
 
 
 LLAMA_7B = TextConfig("llama", intermediate_size=11008, num_key_value_heads=32, rope_theta=1e4,
@@ -1081,29 +1067,6 @@ PUBLISHED = {
     "LLaVA-1.5-13B": LlavaConfig(text=LLAMA_13B),
     "LLaVA-13B, 224 px": LlavaConfig(VisionConfig(image_size=224), LLAMA_13B, projector="linear"),
 }
-TABLE_II = {                                 # TFLOPs of 700 tokens, of 70, of both in INT4
-    "LLaVA-1.5-7B": (9.3, 0.91, 2.3, 0.28),
-    "LLaVA-1.5-13B": (18.2, 1.80, 4.6, 0.45),
-}
-
-
-def print_costs(configs: dict[str, LlavaConfig], text_tokens: int) -> None:
-    columns = [costs(config, text_tokens) for config in configs.values()]
-    print(" " * 26, *(f"{name:>19}" for name in configs))
-    for key, first in columns[0].items():
-        form = "19," if isinstance(first, int) else "19.5g"
-        print(f"{key:26}", *(format(column[key], form) for column in columns))
-
-
-def print_table_ii() -> None:
-    """Print PruMerge's Table II beside the formula; its prompts have 700 tokens, with PruMerge 70."""
-    print("\nPruMerge's Table II: TFLOPs of the language model, published (by formula), for 700 tokens, 70,"
-          "\n700 in INT4, 70 in INT4. INT4 means FP16 / 4: as many operations, a quarter of the bytes.")
-    for name, published in TABLE_II.items():
-        full, pruned = (language_flops(PUBLISHED[name].text, n, causal=False) / 1e12 for n in (700, 70))
-        formula = (full, pruned, full / 4, pruned / 4)
-        print(f"{name:14}", *(f"{there:5} ({here:.3g})" for there, here in zip(published, formula)))
-
 
 # ---------------------------------------------------------------------------------------------
 # 9. The command line
@@ -1142,33 +1105,41 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--judge", metavar="URL", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if mistakes := [complaint for wrong, complaint in find_misuse(args) if wrong]:
-        parser.error(mistakes[0])
+    if mistake := find_misuse(args, parser):
+        parser.error(mistake)
     if args.max_new_tokens is None:
         args.max_new_tokens = BENCHMARKS[args.task].max_new_tokens if args.task else 512
     return args
 
 
-def find_misuse(args: Args) -> list[tuple]:
-    """Mistakes in the combination of flags: whether each was made, and what to say of it."""
-    task, annotations, reviews = args.task, len(args.annotations or ()), len(args.reviews or ())
-    answers, bench = args.model or args.predictions, task == "llavabench"
-    if not task:
-        return [(args.scienceqa and not (answers or args.compare),
-                 "--scienceqa needs --model, --predictions or --compare"),
-                (args.questions or args.upload or reviews or args.judge_model, "such flags need --task")]
-    return [(args.compare or args.answer != "generate" or args.wording != "qcm",
-             "--compare, --answer and --wording are for --scienceqa"),
-            ((reviews or args.judge_model) and not bench, "--reviews and --judge-model are for llavabench"),
-            (args.judge_model and reviews != 1, "--judge-model needs one --reviews FILE"),
-            (bench and annotations != 2 and (annotations or args.judge_model),
-             "llavabench needs --annotations CONTEXT REFERENCE"),
-            (not (args.questions and answers) and not (reviews and not args.judge_model),
-             "--task needs --questions, and --model or --predictions"),
-            (args.model and not args.images and task != "mmbench", "--model needs --images"),
-            (args.upload and not BENCHMARKS[task].upload, "--upload is for vqav2 and mmbench"),
-            (args.predictions and not (reviews if bench else annotations or args.upload or task == "mmbench"),
-             f"{task} needs {'--reviews' if bench else '--annotations'} to score answers")]
+ONLY_FOR = {                                 # flags that only some tasks have
+    **dict.fromkeys(("compare", "split", "pictures", "wording", "answer"), ("scienceqa",)),
+    **dict.fromkeys(("questions", "annotations", "images"), tuple(BENCHMARKS)),
+    **dict.fromkeys(("reviews", "judge", "judge_model"), ("llavabench",)), "upload": ("vqav2", "mmbench")}
+
+
+def find_misuse(args: Args, parser: argparse.ArgumentParser) -> str | None:
+    """The first mistake in the combination of flags, or None."""
+    task = args.task or ("scienceqa" if args.scienceqa else "cost")
+    for name, tasks in ONLY_FOR.items():
+        if getattr(args, name) != parser.get_default(name) and task not in tasks:
+            return f"--{name.replace('_', '-')} is for {', '.join(tasks)}"
+    annotations, reviews = len(args.annotations or ()), len(args.reviews or ())
+    if args.judge_model and reviews != 1:
+        return "--judge-model needs one --reviews FILE"
+    if task == "llavabench" and annotations != 2 and (annotations or args.judge_model):
+        return "llavabench needs --annotations CONTEXT REFERENCE"
+    if task == "cost" or args.compare or reviews and not args.judge_model:
+        return None
+    if not (args.model or args.predictions) or args.task and not args.questions:
+        return "--scienceqa needs --model, --predictions or --compare; --task needs --questions too"
+    if args.model and args.task not in (None, "mmbench") and not args.images:
+        return "--model needs --images"
+    if args.predictions and task == "llavabench" and not reviews:
+        return "llavabench needs --reviews to score answers"
+    if args.predictions and args.task not in (None, "mmbench") and not (annotations or args.upload):
+        return f"{task} needs --annotations to score answers"
+    return None
 
 
 def run_scienceqa(args: Args) -> dict:
@@ -1194,15 +1165,14 @@ def main() -> None:
     args = parse_args()
     if args.cost is None:
         figures = run_task(args) if args.task else run_scienceqa(args)
-        if args.task:
-            print_figures(figures)
         if args.json:
             write_json(args.json, figures)
-    elif args.model:
-        print_costs({args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}, args.cost)
-    else:
-        print_costs(PUBLISHED, args.cost)
-        print_table_ii()
+        return
+    configs = PUBLISHED
+    if args.model:
+        configs = {args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}
+    columns = [costs(config, args.cost) for config in configs.values()]
+    print_columns(configs, {name: [column[name] for column in columns] for name in columns[0]}, ".5g")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import threading
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -152,8 +151,7 @@ def test_a_reply_that_comes_byte_by_byte_is_given_up_in_time(judge, waits):
 
 
 def test_retry_after_is_followed_up_to_a_minute(judge, waits):
-    soon = formatdate(eval.time.time() + 30, usegmt=True)
-    assert 20 < retry_after(soon, 1) <= 30
+    assert [retry_after(header, 2) for header in ("7", "-1", "?", None)] == [7, 0, 2, 2]
     server = judge((429, {"Retry-After": 7}, ""), (503, {"Retry-After": 3600}, ""),
                    (429, {"Retry-After": "?"}, ""), "5")
     assert chat(server.url, "m", MESSAGES) == "5"
