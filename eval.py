@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
 from http.client import HTTPException
+from itertools import takewhile
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -167,12 +168,15 @@ def percent(correct: list) -> float | None:
 
 def print_columns(columns, rows: dict[str, list], form: str = ".2f") -> None:
     """Print the names of the columns and an aligned line for each named row; None is printed as "-"."""
-    cells = {name: [f"{x:,}" if isinstance(x, int) else "-" if x is None else format(x, form) for x in row]
-             for name, row in rows.items()}
-    lines, width = [list(columns), *cells.values()], max(map(len, rows))
-    cell = max(6, *(len(text) for line in lines for text in line))
-    for name, line in zip(["", *rows], lines):
-        print(f"{name:{width}}", *(f"{text:>{cell}}" for text in line))
+    def cell(x) -> str:
+        if x is None:
+            return "-"
+        return f"{x:,}" if isinstance(x, int) else format(x, form)
+
+    lines = {"": list(columns)} | {name: list(map(cell, row)) for name, row in rows.items()}
+    first, others = max(map(len, lines)), max(6, *(len(text) for line in lines.values() for text in line))
+    for name, line in lines.items():
+        print(f"{name:{first}}", *(f"{text:>{others}}" for text in line))
 
 
 def print_table(tables: dict[str, dict]) -> None:
@@ -509,9 +513,8 @@ def read_humans(args: Args, questions: list[dict]) -> dict:
                 records = [{"answer": text, "id": i} for i, text in enumerate(records)]
             if len(records) != 10:
                 raise UserError(f"{file}: question {key} has {len(records)} human answers, not ten")
-            if not all(isinstance(record["answer"], str) for record in records):
-                raise TypeError("an answer is not a text")
-            truth[key] = records, a.get("answer_type")
+            humans = [record | {"answer": strip_lines(record["answer"])} for record in records]
+            truth[key] = humans, a.get("answer_type")
     return truth
 
 
@@ -519,13 +522,12 @@ def score_vqav2(questions: list[dict]) -> dict:
     """Percent by answer type, rounded to two decimals as officially; a missing answer is ""."""
     accuracies = {"overall": [], "yes/no": [], "number": [], "other": []}
     for q in tqdm(questions, desc="scoring", disable=len(questions) < 10**4):
-        (records, kind), text = q["truth"], normalize_m4c(q["text"] or "")
-        humans = [strip_lines(record["answer"]) for record in records]
-        if len(set(humans)) > 1:             # ten equal human answers are compared as they are
-            text, humans = normalize_vqa(text), map(normalize_vqa, humans)
-        accuracy = leave_one_out(text, [record | {"answer": h} for record, h in zip(records, humans)])
-        accuracies["overall"].append(accuracy)
-        accuracies.setdefault(kind, []).append(accuracy)
+        (humans, kind), text = q["truth"], normalize_m4c(q["text"] or "")
+        if len({human["answer"] for human in humans}) > 1:       # ten equal answers are compared as they are
+            text = normalize_vqa(text)
+            humans = [human | {"answer": normalize_vqa(human["answer"])} for human in humans]
+        accuracies["overall"].append(leave_one_out(text, humans))
+        accuracies.setdefault(kind, []).append(accuracies["overall"][-1])
     return {name: round(percent(some), 2) if some else None for name, some in accuracies.items()}
 
 
@@ -553,7 +555,7 @@ def score_textvqa(questions: list[dict]) -> dict:
     """The mean over the answers that exist; a question answered twice counts twice, as officially."""
     accuracies = []
     for q in questions:
-        humans = [record | {"answer": normalize_m4c(record["answer"])} for record in q["truth"][0]]
+        humans = [human | {"answer": normalize_m4c(human["answer"])} for human in q["truth"][0]]
         accuracies += [leave_one_out(normalize_m4c(text), humans) for text in q["texts"]]
     return {"accuracy": percent(accuracies), "answers": len(accuracies)}
 
@@ -610,9 +612,9 @@ def read_mme(args: Args, questions: list[dict]) -> dict:
         files = [template] if template.exists() else (folder / task).glob("**/*.txt")
         lines = [(file, line) for file in files for line in file.read_text("utf-8", "replace").split("\n")]
         for file, line in lines:
-            image, *cells = line.split("\t") if file == template else [file.name, *line.split("\t")]
             if not line.strip():
                 continue
+            image, *cells = line.split("\t") if file == template else [file.name, *line.split("\t")]
             if len(cells) < 2 or cells[1].strip().lower() not in ("yes", "no"):
                 raise UserError(f"{file}: a line holds no question with yes or no: {line}")
             key = mme_key({"question_id": f"{task}/{image}", "prompt": cells[0]})
@@ -659,20 +661,14 @@ def read_mmbench(files: list) -> list[dict]:
 
 def mmbench_question(row: dict[str, str]) -> dict:
     """A row as a question; its prompt is hint, question, and the options before the first empty one."""
-    row, options = {name: None if cell in MISSING else cell for name, cell in row.items()}, {}
-    for letter in "ABCD":
-        if str(row[letter]).lower() in ("none", "nan"):
-            break
-        options[letter] = row[letter]
-    lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
-    if str(row["hint"]).lower() not in ("none", "nan"):
-        lines.insert(0, row["hint"])
-    prompt = "\n".join(lines)
-    q = {"question_id": int(row["index"]), "prompt": prompt, "message": f"<image>\n{prompt}{LETTER_SUFFIX}",
-         "image": row["image"], "file": None, "options": options, "row": row}
-    if row.get("answer"):
-        q["truth"] = row["answer"]
-    return q
+    row = {name: None if cell in MISSING else cell for name, cell in row.items()}
+    given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}
+    options = {letter: row[letter] for letter in takewhile(lambda letter: letter in given, "ABCD")}
+    lines = [row["hint"]] if "hint" in given else []
+    prompt = "\n".join([*lines, row["question"], *(f"{letter}. {text}" for letter, text in options.items())])
+    truth = {"truth": row["answer"]} if row.get("answer") else {}
+    return truth | {"question_id": int(row["index"]), "prompt": prompt, "options": options, "row": row,
+                    "message": f"<image>\n{prompt}{LETTER_SUFFIX}", "image": row["image"], "file": None}
 
 
 def parse_letter(text: str, options: dict[str, str]) -> str | None:
@@ -696,13 +692,15 @@ def parse_letter(text: str, options: dict[str, str]) -> str | None:
 
 def score_mmbench(questions: list[dict]) -> dict:
     """Percent correct: "circular" of questions, in every rotation; "one_pass" of rows; of l2-categories."""
-    rotations, categories, rows = defaultdict(list), defaultdict(list), []
+    groups, categories = defaultdict(list), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["question_id"]):
-        rows.append(q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"])
-        rotations[q["question_id"] % 10**6, str(q["row"].get("l2-category"))].append(rows[-1])
-    for (_, category), correct in rotations.items():
-        categories[category].append(all(correct))
-    return {"circular": percent(sum(categories.values(), [])), "one_pass": percent(rows),
+        q["correct"] = q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"]
+        groups[q["question_id"] % 10**6].append(q)
+    for group in groups.values():
+        category = str(group[0]["row"].get("l2-category"))
+        categories[category].append(all(q["correct"] for q in group))
+    return {"circular": percent(sum(categories.values(), [])),
+            "one_pass": percent([q["correct"] for q in questions]),
             "categories": {name: percent(some) for name, some in categories.items()}}
 
 
@@ -765,10 +763,9 @@ def read_llavabench(args: Args, questions: list[dict]) -> dict:
     references = read_lines(args.annotations[1], "question_id", "text", key=by_id)
     references, truth = {by_id(r): r for r in references}, {}
     for q in questions:
-        if q["image"] not in contexts or by_id(q) not in references:
-            continue
-        context, kind, detail = contexts[q["image"]], str(q.get("category")), ""
-        with fields_of(args.annotations[0], f"a file with the context of {q['image']}"):
+        kind, detail = str(q.get("category")), ""
+        with fields_of(" ".join(map(str, args.annotations)), f"context and reference of question {by_id(q)}"):
+            context = contexts[q["image"]]
             if "caption" in context:         # in the wild: one text or a list of texts
                 lines, kind = context["caption"], f"llava_bench_{kind}"
                 lines = [lines] if isinstance(lines, str) else lines
@@ -827,7 +824,7 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
         ratings, reviews = defaultdict(list), read_lines(file, "question_id", key=by_id)
         for review in reviews:
             rating = review.get("tuple", review.get("score"))
-            if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
+            if not isinstance(rating, list) or len(rating) != 2 or not {*map(type, rating)} <= {int, float}:
                 raise UserError(f"{file}: the review of question {by_id(review)} has no two ratings")
             ratings["all"].append(rating)
             if "category" in review:
