@@ -368,7 +368,9 @@ def resume(file: Path, problems: list[dict], settings: dict) -> list[dict]:
     entries = continue_lines(file, "question_id", "text", key=by_prompt)
     ids, keys = set(map(by_id, problems)), set(map(by_prompt, problems))
     for entry in entries:
-        metadata = entry.get("metadata") or {}
+        metadata = entry.get("metadata")
+        if not isinstance(metadata, dict):
+            metadata = {}
         different = [name for name in settings if metadata.get(name) != settings[name]]
         if by_id(entry) in ids and by_prompt(entry) not in keys:
             different.append("prompt")
@@ -402,7 +404,7 @@ def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     entries.sort(key=lambda entry: order.get(by_prompt(entry), len(order)))
     if args.out:
         with atomic_write(args.out) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            temporary.write_bytes("".join(json.dumps(entry) + "\n" for entry in entries).encode())
     return entries
 
 
@@ -566,7 +568,8 @@ def read_pope(args: Args, questions: list[dict]) -> dict:
     for q in questions:
         sets[q.get("category")].append(q)
     for file in args.annotations:
-        labels, some = read_lines(file, "image", "text", "label"), sets[Path(file).stem[len("coco_pope_"):]]
+        labels = read_lines(file, "image", "text", "label")
+        some = sets[Path(file).stem.removeprefix("coco_pope_")]
         asked = [(q["image"], q["prompt"].split("\n")[0]) for q in some]
         if asked != [(label["image"], label["text"]) for label in labels]:
             raise UserError(f"{file} labels other questions: take the files of POPE's commit e3e39262")
@@ -582,17 +585,17 @@ def parse_pope(text: str) -> bool:
 
 def score_pope(questions: list[dict]) -> dict:
     """Counts and rates of each set over the answers that exist, and 100 x the mean F1."""
-    sets = {q["category"]: Counter() for q in questions}
+    counts, rows = {q["category"]: Counter() for q in questions}, {}
     for q in questions:
         if q["text"] is not None:
-            sets[q["category"]][parse_pope(q["text"]), q["truth"] != "no"] += 1
-    for name, counts in sets.items():
-        tp, fp, tn, fn = counts[True, True], counts[True, False], counts[False, False], counts[False, True]
-        precision, recall, n = tp / max(tp + fp, 1), tp / max(tp + fn, 1), max(counts.total(), 1)
+            counts[q["category"]][parse_pope(q["text"]), q["truth"] != "no"] += 1
+    for name, count in counts.items():
+        tp, fp, tn, fn = count[True, True], count[True, False], count[False, False], count[False, True]
+        precision, recall, n = tp / max(tp + fp, 1), tp / max(tp + fn, 1), max(count.total(), 1)
         f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
-        sets[name] = {"tp": tp, "fp": fp, "tn": tn, "fn": fn, "accuracy": (tp + tn) / n,
+        rows[name] = {"tp": tp, "fp": fp, "tn": tn, "fn": fn, "accuracy": (tp + tn) / n,
                       "precision": precision, "recall": recall, "f1": f1, "yes_ratio": (tp + fp) / n}
-    return {"f1": percent([row["f1"] for row in sets.values()])} | sets
+    return {"f1": percent([row["f1"] for row in rows.values()])} | rows
 
 
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
@@ -824,7 +827,7 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
         ratings, reviews = defaultdict(list), read_lines(file, "question_id", key=by_id)
         for review in reviews:
             rating = review.get("tuple", review.get("score"))
-            if not isinstance(rating, list) or len(rating) != 2 or not {*map(type, rating)} <= {int, float}:
+            if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
                 raise UserError(f"{file}: the review of question {by_id(review)} has no two ratings")
             ratings["all"].append(rating)
             if "category" in review:
@@ -954,7 +957,7 @@ def run_task(args: Args) -> dict:
 def read_task(args: Args, benchmark: Benchmark) -> list[dict]:
     """The questions with all that asking and scoring need: message, image file, truth."""
     questions = benchmark.read(args.questions)
-    if len(set(map(benchmark.key, questions))) != (len(questions) or 1):
+    if not questions or len(set(map(benchmark.key, questions))) < len(questions):
         raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
     truth = benchmark.truth(args, questions) if args.annotations and benchmark.truth else None
     for q in questions:
@@ -1062,8 +1065,8 @@ PUBLISHED = {
     "LLaVA on Mistral-7B": LlavaConfig(),
     "LLaVA-1.5-7B": LlavaConfig(text=LLAMA_7B),
     "LLaVA-1.5-13B": LlavaConfig(text=LLAMA_13B),
-    "LLaVA-13B, 224 px": LlavaConfig(VisionConfig(image_size=224), LLAMA_13B, projector="linear"),
 }
+
 
 # ---------------------------------------------------------------------------------------------
 # 9. The command line
@@ -1126,15 +1129,16 @@ def find_misuse(args: Args, parser: argparse.ArgumentParser) -> str | None:
         return "--judge-model needs one --reviews FILE"
     if task == "llavabench" and annotations != 2 and (annotations or args.judge_model):
         return "llavabench needs --annotations CONTEXT REFERENCE"
+    if args.model and args.task not in (None, "mmbench") and not args.images:
+        return "--model needs --images"
     if task == "cost" or args.compare or reviews and not args.judge_model:
         return None
     if not (args.model or args.predictions) or args.task and not args.questions:
         return "--scienceqa needs --model, --predictions or --compare; --task needs --questions too"
-    if args.model and args.task not in (None, "mmbench") and not args.images:
-        return "--model needs --images"
     if args.predictions and task == "llavabench" and not reviews:
         return "llavabench needs --reviews to score answers"
-    if args.predictions and args.task not in (None, "mmbench") and not (annotations or args.upload):
+    if args.predictions and task not in ("scienceqa", "mmbench", "llavabench") and not (
+            annotations or args.upload):
         return f"{task} needs --annotations to score answers"
     return None
 
