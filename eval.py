@@ -295,11 +295,8 @@ def generate_answers(model: Llava, processor: Processor, problems: list[dict], b
                      max_new_tokens: int = 512, blank: bool = False, options: bool = False,
                      ) -> Iterator[tuple[dict, str]]:
     """Each problem and the model's greedy answer, the longest problems first: the rows of a batch have
-    similar lengths, and a batch that does not fit in memory fails at once.
-
-    blank replaces every image by white (control: questions that are still answered correctly do not need it);
-    options takes the most probable option instead of generating text.
-    """
+    similar lengths, and a batch that does not fit in memory fails at once. `blank` replaces every image by
+    white (control); `options` takes the most probable option instead of generating text."""
     problems = sorted(problems, key=lambda p: (bool(p["image"]), len(p["message"])), reverse=True)
     batches = [problems[start:start + batch_size] for start in range(0, len(problems), batch_size)]
     for batch in tqdm(batches, desc="answering", unit="batch"):
@@ -336,12 +333,9 @@ def collate(inputs: list[dict], ending=()) -> dict:
 
 @torch.inference_mode()
 def score_options(model: Llava, processor: Processor, problems: list[dict], inputs: list[dict]) -> list[str]:
-    """For each problem "The answer is X" with the most probable option X.
-
-    These texts differ in their last token only, so one prefill gives the logits of all options. The logits
-    are float32: in bfloat16 close ones become equal, and the first would win. The model answers without LEA's
-    reasoning, so these accuracies cannot be compared with those of generated answers.
-    """
+    """For each problem "The answer is X" with the most probable option X: these texts differ in their last
+    token only, so one prefill gives the logits of all options. They are float32: in bfloat16 close ones
+    become equal. Without the reasoning of generated answers, accuracies cannot be compared with theirs."""
     ids = [processor.encode(f"The answer is {letter}") for letter in LETTERS]
     if any(i[:-1] != ids[0][:-1] for i in ids):
         raise UserError("the tokenizer has no token for each of the letters A to E: use --answer generate")
@@ -391,17 +385,16 @@ def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     settings = {name: getattr(args, name) for name in flags}
     settings |= {name: getattr(model.config, name) for name in ("image_mode", "prune", "keep_tokens")}
     settings |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
-    entries = resume(args.out, problems, settings) if args.out else []
-    answered = set(map(by_prompt, entries))
-    left = [p for p in problems if by_prompt(p) not in answered]
+    stored = resume(args.out, problems, settings) if args.out else []
+    answers = {by_prompt(entry): entry for entry in stored}
+    left = [p for p in problems if by_prompt(p) not in answers]
     for p, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
                                     args.answer == "options"):
-        entries.append({"question_id": p["question_id"], "prompt": p["prompt"], "text": text,
-                        "model_id": args.model, "metadata": settings})
+        answers[by_prompt(p)] = {"question_id": p["question_id"], "prompt": p["prompt"], "text": text,
+                                 "model_id": args.model, "metadata": settings}
         if args.out:
-            append(args.out, entries[-1])
-    order = {by_prompt(p): n for n, p in enumerate(problems)}
-    entries.sort(key=lambda entry: order.get(by_prompt(entry), len(order)))
+            append(args.out, answers[by_prompt(p)])
+    entries = [answers.pop(by_prompt(p)) for p in problems] + list(answers.values())
     if args.out:
         with atomic_write(args.out) as temporary:
             temporary.write_bytes("".join(json.dumps(entry) + "\n" for entry in entries).encode())
@@ -857,11 +850,8 @@ def judge_url(args: Args) -> str:
 def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, max_tokens: int = 1024,
          seconds: float = 60) -> str:
     """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...].
-
-    OPENAI_API_KEY is sent where it is set. At most 5 attempts of `seconds` each, with waits of 1, 2, 4 and
-    8 s, or what Retry-After asks for, up to 60 s. Raises UserError for a refused key and for replies that are
-    no chat completion, OSError where the endpoint cannot be reached or fails.
-    """
+    At most 5 attempts of `seconds`, with waits of 1, 2, 4 and 8 s, or as Retry-After asks for. UserError
+    for a refused key and for other replies, OSError where the endpoint cannot be reached or fails."""
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
                       {"Content-Type": "application/json"})
