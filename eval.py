@@ -253,7 +253,8 @@ def continue_lines(file: Path, *needed: str, key) -> list[dict]:
         json.loads(last)
         complete = content + b"\n"           # only the newline is missing
     except (ValueError, RecursionError):
-        if not b'{"question_id"'.startswith(last[:14]):
+        start = b'{"question_id"'            # how each line of answers and reviews starts
+        if not start.startswith(last[:len(start)]):
             raise UserError(f"{file} holds something else: name another --out or --reviews") from None
         complete = lines + newline
     entries = read_lines(file, *needed, key=key, content=complete)
@@ -1115,20 +1116,21 @@ def find_misuse(args: Args, parser: argparse.ArgumentParser) -> str | None:
         if getattr(args, name) != parser.get_default(name) and task not in tasks:
             return f"--{name.replace('_', '-')} is for {', '.join(tasks)}"
     annotations, reviews = len(args.annotations or ()), len(args.reviews or ())
-    if args.judge_model and reviews != 1:
-        return "--judge-model needs one --reviews FILE"
-    if task == "llavabench" and annotations != 2 and (annotations or args.judge_model):
-        return "llavabench needs --annotations CONTEXT REFERENCE"
-    if args.model and args.task not in (None, "mmbench") and not args.images:
+    answers, only_reviews = args.model or args.predictions, reviews and not args.judge_model
+    if task == "scienceqa" and not (answers or args.compare):
+        return "--scienceqa needs --model, --predictions or --compare"
+    if args.task and not only_reviews and not (args.questions and answers):
+        return "--task needs --questions, and --model or --predictions"
+    if args.task and task != "mmbench" and args.model and not args.images:
         return "--model needs --images"
-    if task == "cost" or args.compare or reviews and not args.judge_model:
-        return None
-    if not (args.model or args.predictions) or args.task and not args.questions:
-        return "--scienceqa needs --model, --predictions or --compare; --task needs --questions too"
-    if args.predictions and task == "llavabench" and not reviews:
-        return "llavabench needs --reviews to score answers"
-    if args.predictions and task not in ("scienceqa", "mmbench", "llavabench") and not (
-            annotations or args.upload):
+    if task == "llavabench":
+        if args.judge_model and reviews != 1:
+            return "--judge-model needs one --reviews FILE"
+        if annotations != 2 and (annotations or args.judge_model):
+            return "llavabench needs --annotations CONTEXT REFERENCE"
+        if args.predictions and not reviews:
+            return "llavabench needs --reviews to score answers"
+    elif args.task and task != "mmbench" and args.predictions and not (annotations or args.upload):
         return f"{task} needs --annotations to score answers"
     return None
 
