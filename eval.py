@@ -1059,6 +1059,17 @@ PUBLISHED = {
 }
 
 
+def run_cost(args: Args) -> dict[str, dict]:
+    """Print and return the costs of --model, or of the published models."""
+    configs = PUBLISHED
+    if args.model:
+        configs = {args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}
+    models = {name: costs(config, args.cost) for name, config in configs.items()}
+    first, *_ = models.values()
+    print_columns(models, {row: [model[row] for model in models.values()] for row in first}, ".5g")
+    return models
+
+
 # ---------------------------------------------------------------------------------------------
 # 9. The command line
 
@@ -1156,16 +1167,12 @@ def run_scienceqa(args: Args) -> dict:
 
 def main() -> None:
     args = parse_args()
-    if args.cost is None:
+    if args.cost:
+        figures = run_cost(args)
+    else:
         figures = run_task(args) if args.task else run_scienceqa(args)
-        if args.json:
-            write_json(args.json, figures)
-        return
-    configs = PUBLISHED
-    if args.model:
-        configs = {args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}
-    columns = [costs(config, args.cost) for config in configs.values()]
-    print_columns(configs, {name: [column[name] for column in columns] for name in columns[0]}, ".5g")
+    if args.json:
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":
