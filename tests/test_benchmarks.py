@@ -538,7 +538,10 @@ def test_answers_to_another_task_are_not_continued(monkeypatch, toy, tmp_path):
     ["--task", "llavabench", "--questions", "q", "--predictions", "p"],
     ["--task", "llavabench", "--questions", "q", "--predictions", "p", "--judge-model", "m", "--reviews",
      "a", "b"],
-    ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--reviews", "r"]])
+    ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--reviews", "r"],
+    ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--split", "val"],
+    ["--task", "llavabench", "--questions", "q", "--model", "m", "--reviews", "r"],
+    ["--scienceqa", "d", "--predictions", "p", "--upload", "u"], ["--cost", "--wording", "letter"]])
 def test_misuse_exits_with_2(monkeypatch, words):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *words)

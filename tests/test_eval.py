@@ -238,7 +238,8 @@ def test_answers_of_another_model_or_prompt_are_refused(monkeypatch, folder, mod
 
 
 def test_a_file_that_holds_no_answers_is_left_alone(monkeypatch, folder, model_folder, tmp_path):
-    for content in ('{"1": {"question": "Why?"}}', "words\n", "words", '{"1": {"que', '{"question_id": 1}\n'):
+    for content in ('{"1": {"question": "Why?"}}', "words\n", "words", '{"1": {"que', '{"question_id": 1}\n',
+                    "[" * 100_000, '{"question_id": 1, "text": "A", "metadata": 5}\n'):
         (tmp_path / "a").write_text(content)
         with pytest.raises(ValueError, match="another --out|line 1: not"):
             ask(monkeypatch, folder, model_folder, tmp_path / "a")
@@ -338,10 +339,12 @@ def test_published_sizes_are_those_of_the_published_files():
     assert (round(mistral / llama_13b, 3), round(mistral / llama_7b, 3)) == (0.556, 1.075)   # not 0.54 = 7/13
 
 
-def test_cost_prints_the_published_models(monkeypatch, capsys):
-    run(monkeypatch, "--cost")
+def test_cost_prints_and_writes_the_published_models(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "--cost", "--json", tmp_path / "figures.json")
     out = capsys.readouterr().out
     assert all(figure in out for figure in ("7,566,219,264", "14.093", "3.5233", "0.36603", "0.024159", "75.75"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == list(eval.PUBLISHED) and figures["LLaVA-1.5-7B"]["parameters"] == 7062902784
 
 
 def test_the_formula_gives_prumerges_table_ii():
