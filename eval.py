@@ -67,8 +67,8 @@ COLUMNS = {                                  # ScienceQA's official table; TXT a
 
 def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None = None,
                    wording: str = "qcm") -> list[dict]:
-    """The problems of a split in published order, each with its "id", its "prompt" and, in "file", the path
-    of its image or None; `pictures` selects those with an image ("only"), without one ("none") or all."""
+    """The problems of a split in published order, as questions of section 3. `pictures` selects those with an
+    image ("only"), without one ("none") or all."""
     problems_file, splits_file = Path(folder, "problems.json"), Path(folder, "pid_splits.json")
     problems, splits = (require(read_json(file), file) for file in (problems_file, splits_file))
     if not isinstance(splits.get(split), list):
@@ -203,8 +203,8 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
     """Print and return the tables of two files of answers; print by how many points the first leads."""
     a, b = map(read_answers, files)
     if alone := sorted(a.keys() ^ b.keys()):
-        raise UserError(f"{' and '.join(files)} answer different questions: {len(alone)} are in one of them "
-                        f"only, such as {alone[0]} in {files[0] if alone[0] in a else files[1]}")
+        file = files[0] if alone[0] in a else files[1]
+        raise UserError(f"{len(alone)} questions are answered in one file only, such as {alone[0]} in {file}")
     tables = {file: score(problems, texts) for file, texts in zip(files, (a, b))}
     print_table(tables)
     columns = [[p for p in problems if belongs(p)] for belongs in COLUMNS.values()]
@@ -363,14 +363,14 @@ def resume(file: Path, problems: list[dict], settings: dict) -> list[dict]:
     entries = continue_lines(file, "question_id", "text", key=by_prompt)
     ids, keys = set(map(by_id, problems)), set(map(by_prompt, problems))
     for entry in entries:
-        metadata = entry.get("metadata")
-        if not isinstance(metadata, dict):
-            metadata = {}
-        different = [name for name in settings if metadata.get(name) != settings[name]]
+        made_with = entry.get("metadata")
+        if not isinstance(made_with, dict):
+            made_with = {}
+        different = [name for name in settings if made_with.get(name) != settings[name]]
         if by_id(entry) in ids and by_prompt(entry) not in keys:
             different.append("prompt")
         if different:
-            raise UserError(f"{file} has an answer to question {by_id(entry)} that was made with another "
+            raise UserError(f"{file}: the answer to question {by_id(entry)} was made with another "
                             f"{different[0]}: name another --out")
     return entries
 

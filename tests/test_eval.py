@@ -143,10 +143,10 @@ def test_two_files_of_answers_are_compared_question_by_question(problems, tmp_pa
     ahead = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("lead")]
     assert [[float(points) for points in line] for line in ahead] == [[0, 100, 50, 50, 50, 100, 50, 50, 50]]
     (tmp_path / "b").write_text('{"question_id": "99", "text": "A"}\n')
-    with pytest.raises(ValueError, match=f"5 are in one of them only, such as 11 in {files[0]}"):
+    with pytest.raises(ValueError, match=f"5 questions are answered in one file only, such as 11 in {files[0]}"):
         compare(problems, files)
     (tmp_path / "a").write_text("")
-    with pytest.raises(ValueError, match=f"1 are in one of them only, such as 99 in {files[1]}"):
+    with pytest.raises(ValueError, match=f"1 questions are answered in one file only, such as 99 in {files[1]}"):
         compare(problems, files)
 
 
