@@ -24,13 +24,13 @@ import time
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from html import escape
 from http.client import HTTPException
+from itertools import takewhile
 from pathlib import Path
-from threading import Thread
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -67,22 +67,23 @@ COLUMNS = {                                  # ScienceQA's official table; TXT a
 
 def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None = None,
                    wording: str = "qcm") -> list[dict]:
-    """The problems of a split in published order, each with its "id", its "prompt" and, in "file", the path
-    of its image or None; `pictures` selects those with an image ("only"), without one ("none") or all."""
-    listed, ids_file, selected = Path(folder, "problems.json"), Path(folder, "pid_splits.json"), []
-    problems, splits = (require(read_json(file), file) for file in (listed, ids_file))
-    if split not in splits:
-        raise UserError(f"{ids_file} has no split {split!r}, only {', '.join(splits)}")
-    if not isinstance(splits[split], list):
-        raise UserError(f"{ids_file}: split {split!r} is not a list of question ids")
+    """The problems of a split in published order, as questions of section 3. `pictures` selects those with an
+    image ("only"), without one ("none") or all."""
+    problems_file, splits_file = Path(folder, "problems.json"), Path(folder, "pid_splits.json")
+    problems, splits = (require(read_json(file), file) for file in (problems_file, splits_file))
+    if not isinstance(splits.get(split), list):
+        raise UserError(f"{splits_file} has no split {split!r} with a list of ids, only {', '.join(splits)}")
+    selected = []
     for i in splits[split]:
         if not isinstance(i, str) or i not in problems:
-            raise UserError(f"{listed} lacks question {i} of split {split!r}")
+            raise UserError(f"{problems_file} lacks question {i} of split {split!r}")
         p = problems[i]
-        check_problem(p, f"{listed}, question {i}")
+        check_problem(p, f"{problems_file}, question {i}")
+        if pictures == "only" and not p["image"] or pictures == "none" and p["image"]:
+            continue
+        prompt = question(p, wording)
         file = Path(folder, "images", p["split"], i, p["image"]) if p["image"] else None
-        if {"any": True, "only": p["image"], "none": not p["image"]}[pictures]:
-            selected.append(p | {"id": i, "question_id": i, "prompt": question(p, wording), "file": file})
+        selected.append(p | {"id": i, "question_id": i, "prompt": prompt, "message": prompt, "file": file})
     return selected[:limit]
 
 
@@ -165,17 +166,22 @@ def percent(correct: list) -> float | None:
     return 100 * sum(correct) / len(correct) if correct else None
 
 
-def print_columns(rows: dict[str, list], form: str = ".2f", columns=tuple(COLUMNS)) -> None:
+def print_columns(columns, rows: dict[str, list], form: str = ".2f") -> None:
     """Print the names of the columns and an aligned line for each named row; None is printed as "-"."""
-    width, cell = max(map(len, rows)), max(6, *map(len, columns))
-    print(" " * width, *(f"{column:>{cell}}" for column in columns))
-    for name, row in rows.items():
-        print(f"{name:{width}}", *(f"{'-' if x is None else format(x, form):>{cell}}" for x in row))
+    def cell(x) -> str:
+        if x is None:
+            return "-"
+        return f"{x:,}" if isinstance(x, int) else format(x, form)
+
+    lines = {"": list(columns)} | {name: list(map(cell, row)) for name, row in rows.items()}
+    first, others = max(map(len, lines)), max(6, *(len(text) for line in lines.values() for text in line))
+    for name, line in lines.items():
+        print(f"{name:{first}}", *(f"{text:>{others}}" for text in line))
 
 
 def print_table(tables: dict[str, dict]) -> None:
     """Print a row for each named table of `score`, then the number of questions behind each."""
-    print_columns({name: [table[column] for column in COLUMNS] for name, table in tables.items()})
+    print_columns(COLUMNS, {name: [table[column] for column in COLUMNS] for name, table in tables.items()})
     for name, table in tables.items():
         print(f"{name}: {table['questions']} questions, {table['unread']} answers could not be read, "
               f"{table['missing']} missing, {table['elsewhere']} to other questions")
@@ -193,26 +199,28 @@ def interval(correct_a: list[bool], correct_b: list[bool] | None = None) -> tupl
     return 100 * float(outcomes.mean()), float(low), float(high)
 
 
-def compare(problems: list[dict], files: list[str]) -> None:
-    """Print the tables of two files of answers, and by how many points the first leads."""
+def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
+    """Print and return the tables of two files of answers; print by how many points the first leads."""
     a, b = map(read_answers, files)
     if alone := sorted(a.keys() ^ b.keys()):
-        raise UserError(f"{' and '.join(files)} answer different questions: {len(alone)} are in one of them "
-                        f"only, such as {alone[0]} in {files[0] if alone[0] in a else files[1]}")
-    print_table({file: score(problems, texts) for file, texts in zip(files, (a, b))})
+        file = files[0] if alone[0] in a else files[1]
+        raise UserError(f"{len(alone)} questions are answered in one file only, such as {alone[0]} in {file}")
+    tables = {file: score(problems, texts) for file, texts in zip(files, (a, b))}
+    print_table(tables)
     columns = [[p for p in problems if belongs(p)] for belongs in COLUMNS.values()]
     lead = [interval(grade(some, a), grade(some, b)) if some else (None,) * 3 for some in columns]
     print("\nPoints by which the first file leads, and its 95% interval over 10,000 resampled tests:")
-    print_columns(dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
+    print_columns(COLUMNS, dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
+    return tables
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. Files of JSON lines: questions, answers, labels, reviews
 
 
-def read_lines(file, *needed: str, unique: bool = False, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`, all with the keys `needed`; `unique`
-    refuses a second line with the same question_id. UserError names the line."""
+def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> list[dict]:
+    """The JSON object of each line of a file, or of its `content`, with the keys `needed`. UserError names a
+    line that holds none, or one whose key(object) was in an earlier line."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -223,16 +231,36 @@ def read_lines(file, *needed: str, unique: bool = False, content: bytes | None =
             continue
         try:
             entry = json.loads(line)
-            texts = [entry.get(key, "") for key in ("text", "prompt", "image", "category")]
-            if any(key not in entry for key in needed) or not all(isinstance(text, str) for text in texts):
+            texts = [entry.get(name, "") for name in ("text", "prompt", "image", "category")]
+            if any(name not in entry for name in needed) or not all(isinstance(text, str) for text in texts):
                 raise ValueError
         except (ValueError, TypeError, AttributeError, RecursionError):
-            keys = ", ".join(f'"{key}": ...' for key in needed)
-            raise UserError(f"{file}, line {number}: not {{{keys}}}") from None
-        if unique and by_id(entry) in seen:
-            raise UserError(f"{file}, line {number}: question {by_id(entry)} was answered before")
-        seen.add(str(entry.get("question_id")))
+            raise UserError(f"{file}, line {number}: not a JSON object with {', '.join(needed)}") from None
+        if key:
+            if key(entry) in seen:
+                raise UserError(f"{file}, line {number}: question {by_id(entry)} was answered before")
+            seen.add(key(entry))
         entries.append(entry)
+    return entries
+
+
+def continue_lines(file: Path, *needed: str, key) -> list[dict]:
+    """The objects of a file to which more will be appended; none if it is missing. A last line that an
+    interrupt cut short is removed from the file. UserError if the file holds something else."""
+    content = file.read_bytes() if file.exists() else b""
+    lines, newline, last = content.rpartition(b"\n")
+    try:
+        json.loads(last)
+        complete = content + b"\n"           # only the newline is missing
+    except (ValueError, RecursionError):
+        start = b'{"question_id"'            # how each line of answers and reviews starts
+        if not start.startswith(last[:len(start)]):
+            raise UserError(f"{file} holds something else: name another --out or --reviews") from None
+        complete = lines + newline
+    entries = read_lines(file, *needed, key=key, content=complete)
+    if complete != content:
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(complete)
     return entries
 
 
@@ -247,27 +275,7 @@ def by_prompt(entry: dict) -> tuple[str, str]:
 
 def read_answers(file) -> dict[str, str]:
     """question_id -> text of a file of answers, in which no question may occur twice."""
-    return {by_id(entry): entry["text"] for entry in read_lines(file, "question_id", "text", unique=True)}
-
-
-def complete_lines(file: Path) -> bytes:
-    """The content of a file to which lines are appended, without a last line that an interrupt cut short.
-    UserError if that last line is not the start of an answer or of a review."""
-    content = file.read_bytes() if file.exists() else b""
-    start, newline, rest = content.rpartition(b"\n")
-    try:
-        json.loads(rest)
-        return content + b"\n"               # only the newline is missing
-    except ValueError:
-        if not (b'{"question_id"'.startswith(rest[:14]) or b'{"id"'.startswith(rest[:5])):
-            raise UserError(f"{file} holds something else: name another --out or --reviews") from None
-    return start + newline
-
-
-def rewrite(file: Path, content: bytes) -> None:
-    if file.exists() and file.read_bytes() != content:
-        with atomic_write(file) as temporary:
-            temporary.write_bytes(content)
+    return {by_id(entry): entry["text"] for entry in read_lines(file, "question_id", "text", key=by_id)}
 
 
 def append(file: Path, entry: dict) -> None:
@@ -279,38 +287,31 @@ def append(file: Path, entry: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Asking a model. A question is a dict with "question_id", "prompt", "image" and "file", the path of the
-#    image; where "file" is None, "image" is the image itself in base64
+# 3. Asking a model. A question is a dict with "question_id"; "prompt", as in the file of answers; "message",
+#    the text that the model gets, with <image>; "image"; and "file", the path of the image. Where "file" is
+#    None, "image" is the image itself in base64, or None
 
 
 def generate_answers(model: Llava, processor: Processor, problems: list[dict], batch_size: int = 16,
                      max_new_tokens: int = 512, blank: bool = False, options: bool = False,
-                     tally: Counter | None = None, message=lambda p: p["prompt"],
-                     ) -> Iterator[tuple[dict, str, str]]:
-    """Each problem with its prompt and the model's greedy answer, the longest problems first: the rows of a
-    batch have similar lengths, and a batch that does not fit in memory fails at once.
-
-    blank replaces every image by white (control: questions that are still answered correctly do not need it);
-    options takes the most probable option instead of generating text; message(problem) is the model's input,
-    with <image>; tally["tokens"] counts the generated tokens.
-    """
-    problems = sorted(problems, key=lambda p: (bool(p["image"]), len(message(p))), reverse=True)
-    bar = tqdm(total=len(problems), desc="answering", unit="question")
-    for start in range(0, len(problems), batch_size):
-        batch, inputs = problems[start:start + batch_size], []
+                     ) -> Iterator[tuple[dict, str]]:
+    """Each problem and the model's greedy answer, the longest problems first: the rows of a batch have
+    similar lengths, and a batch that does not fit in memory fails at once. `blank` replaces every image by
+    white (control); `options` takes the most probable option instead of generating text."""
+    problems = sorted(problems, key=lambda p: (bool(p["image"]), len(p["message"])), reverse=True)
+    batches = [problems[start:start + batch_size] for start in range(0, len(problems), batch_size)]
+    for batch in tqdm(batches, desc="answering", unit="batch"):
+        inputs = []
         for p in batch:
             images = [load_image(p, blank)] if p["image"] else []
-            inputs.append(processor([{"role": "user", "content": message(p)}], images))
+            inputs.append(processor([{"role": "user", "content": p["message"]}], images))
         if options:
             texts = score_options(model, processor, batch, inputs)
         else:
             answers = model.generate_batch(**collate(inputs), eos_token_id=processor.eos,
                                            max_new_tokens=max_new_tokens)
             texts = [processor.decode(ids) for ids in answers]
-            if tally is not None:
-                tally["tokens"] += sum(map(len, answers))
-        bar.update(len(batch))
-        yield from zip(batch, [p["prompt"] for p in batch], texts)
+        yield from zip(batch, texts)
 
 
 def load_image(problem: dict, blank: bool) -> Image.Image:
@@ -318,9 +319,7 @@ def load_image(problem: dict, blank: bool) -> Image.Image:
     try:
         image = open_image(problem["file"] or io.BytesIO(base64.b64decode(problem["image"])))
     except (ValueError, OSError) as error:
-        if problem["file"]:
-            raise
-        raise OSError(f"the image of question {by_id(problem)} cannot be read: {error}") from None
+        raise OSError(f"the image of question {by_id(problem)}: {error}") from None
     return Image.new("RGB", image.size, "white") if blank else image
 
 
@@ -335,12 +334,9 @@ def collate(inputs: list[dict], ending=()) -> dict:
 
 @torch.inference_mode()
 def score_options(model: Llava, processor: Processor, problems: list[dict], inputs: list[dict]) -> list[str]:
-    """For each problem "The answer is X" with the most probable option X.
-
-    These texts differ in their last token only, so one prefill gives the logits of all options. The logits
-    are float32: in bfloat16 close ones become equal, and the first would win. The model answers without LEA's
-    reasoning, so these accuracies cannot be compared with those of generated answers.
-    """
+    """For each problem "The answer is X" with the most probable option X: these texts differ in their last
+    token only, so one prefill gives the logits of all options. They are float32: in bfloat16 close ones
+    become equal. Without the reasoning of generated answers, accuracies cannot be compared with theirs."""
     ids = [processor.encode(f"The answer is {letter}") for letter in LETTERS]
     if any(i[:-1] != ids[0][:-1] for i in ids):
         raise UserError("the tokenizer has no token for each of the letters A to E: use --answer generate")
@@ -362,52 +358,47 @@ def fingerprint(model: Llava, processor: Processor) -> str:
     return hashlib.sha256(text.encode() + numbers.tobytes()).hexdigest()[:8]
 
 
-def resume(file: Path, problems: list[dict], made: dict, unique: bool) -> list[dict]:
-    """The answers in `file`. UserError if one was made with another prompt or other settings than `made`."""
-    content, prompts = complete_lines(file), defaultdict(set)
-    for p in problems:
-        prompts[by_id(p)].add(p["prompt"])
-    entries = read_lines(file, "question_id", "text", unique=unique, content=content)
+def resume(file: Path, problems: list[dict], settings: dict) -> list[dict]:
+    """The answers in `file`. UserError if one was made with another prompt or other settings."""
+    entries = continue_lines(file, "question_id", "text", key=by_prompt)
+    ids, keys = set(map(by_id, problems)), set(map(by_prompt, problems))
     for entry in entries:
-        metadata = entry.get("metadata") or {}
-        different = [key for key in made if metadata.get(key) != made[key]]
-        if by_id(entry) in prompts and entry.get("prompt") not in prompts[by_id(entry)]:
+        made_with = entry.get("metadata")
+        if not isinstance(made_with, dict):
+            made_with = {}
+        different = [name for name in settings if made_with.get(name) != settings[name]]
+        if by_id(entry) in ids and by_prompt(entry) not in keys:
             different.append("prompt")
         if different:
-            raise UserError(f"{file} has an answer to question {by_id(entry)} that was made with another "
+            raise UserError(f"{file}: the answer to question {by_id(entry)} was made with another "
                             f"{different[0]}: name another --out")
-    rewrite(file, content)
     return entries
 
 
-def answer_all(args: Args, problems: list[dict], unique=True, message=lambda p: p["prompt"]) -> list[dict]:
+def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     """The answers to all problems, in their order: those in args.out, and the model's to the others, each of
     which is appended there at once."""
     for p in problems:
-        if p["file"] and not p["file"].exists() or "<image>" in message(p) and not p["image"]:
-            raise OSError(f"question {by_id(p)}: there is no image {p['file'] or ''}")
+        if p["file"] and not p["file"].exists():
+            raise OSError(f"question {by_id(p)}: there is no image {p['file']}")
     model, processor = load_model(args)
     flags = ("wording", "dtype", "quantize", "answer", "max_new_tokens", "blank")
-    made = {key: getattr(args, key, None) for key in flags}
-    made |= {key: getattr(model.config, key, None) for key in ("image_mode", "prune", "keep_tokens")}
-    made |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
-    entries = resume(args.out, problems, made, unique) if args.out else []
-    answered, tally, start = set(map(by_prompt, entries)), Counter(), time.perf_counter()
-    left = [p for p in problems if by_prompt(p) not in answered]
-    for p, prompt, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens,
-                                            args.blank, args.answer == "options", tally, message):
-        entries.append({"question_id": p["question_id"], "prompt": prompt, "text": text,
-                        "model_id": args.model, "metadata": made})
+    settings = {name: getattr(args, name) for name in flags}
+    settings |= {name: getattr(model.config, name) for name in ("image_mode", "prune", "keep_tokens")}
+    settings |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
+    stored = resume(args.out, problems, settings) if args.out else []
+    answers = {by_prompt(entry): entry for entry in stored}
+    left = [p for p in problems if by_prompt(p) not in answers]
+    for p, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
+                                    args.answer == "options"):
+        answers[by_prompt(p)] = {"question_id": p["question_id"], "prompt": p["prompt"], "text": text,
+                                 "model_id": args.model, "metadata": settings}
         if args.out:
-            append(args.out, entries[-1])
-    seconds = time.perf_counter() - start
-    print(f"{args.model}: {sum(count_parameters(model.config).values()):,} parameters in {args.dtype}, "
-          f"{len(left)} questions asked, {len(left) / seconds:.1f} questions/s, "
-          f"{tally['tokens'] / seconds:.1f} tokens/s, {peak_memory(args.device) / 2**30:.2f} GiB at the peak")
-    order = {by_prompt(p): n for n, p in enumerate(problems)}
-    entries.sort(key=lambda entry: order.get(by_prompt(entry), len(order)))
+            append(args.out, answers[by_prompt(p)])
+    entries = [answers.pop(by_prompt(p)) for p in problems] + list(answers.values())
     if args.out:
-        rewrite(args.out, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        with atomic_write(args.out) as temporary:
+            temporary.write_bytes("".join(json.dumps(entry) + "\n" for entry in entries).encode())
     return entries
 
 
@@ -475,42 +466,51 @@ def leave_one_out(text: str, humans: list[dict]) -> float:
 #    answers in "texts", in the order of their file, and the last of them, or None, in "text"
 
 
-def read_questions(args: Args) -> list[dict]:
+@contextmanager
+def fields_of(file, kind: str):
+    """Raise UserError, saying that `file` is not `kind`, where a field is missing or has another type."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} is not {kind} ({type(error).__name__}: {error})") from None
+
+
+def read_questions(files: list) -> list[dict]:
     """The questions of LLaVA's question files, one JSON object a line."""
-    questions = [q for file in args.questions for q in read_lines(file, "question_id", "image", "text")]
-    return [q | {"prompt": q["text"], "file": args.images and args.images / q["image"]} for q in questions]
+    lines = [q for file in files for q in read_lines(file, "question_id", "image", "text")]
+    return [q | {"prompt": q["text"]} for q in lines]
 
 
-def read_vqav2(args: Args) -> list[dict]:
-    """LLaVA's question files, or the official ones, which are one JSON object."""
+def read_vqav2(files: list) -> list[dict]:
+    """LLaVA's question files, or the official ones (.json), which are one JSON object."""
     questions = []
-    for file in args.questions:
-        try:
-            raw = json.loads(Path(file).read_bytes())
+    for file in files:
+        if Path(file).suffix != ".json":
+            questions += read_questions([file])
+            continue
+        with fields_of(file, "a question file of VQAv2"):
+            raw = read_json(file)
             split = raw["data_subtype"].replace("test-dev", "test")
-            lines = [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
-                      "prompt": q["question"] + SHORT_SUFFIX} for q in raw["questions"]]
-            questions += [q | {"file": args.images and args.images / q["image"]} for q in lines]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            questions += read_questions(Args(questions=[file], images=args.images))
+            questions += [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
+                           "prompt": q["question"] + SHORT_SUFFIX} for q in raw["questions"]]
     return questions
 
 
 def read_humans(args: Args, questions: list[dict]) -> dict:
     """Ten human answers and their type, by VQAv2's question id, or by TextVQA's image id and question."""
-    file, truth = args.annotations[0], {}
-    try:
-        for a in require(read_json(file), file)["data" if args.task == "textvqa" else "annotations"]:
-            key, records = a["question_id"], a["answers"]
-            if args.task == "textvqa":
+    textvqa, file, truth = args.task == "textvqa", args.annotations[0], {}
+    with fields_of(file, f"the annotation file of {args.task}"):
+        for a in read_json(file)["data" if textvqa else "annotations"]:
+            key, records = str(a["question_id"]), a["answers"]
+            if textvqa:
                 key = a["image_id"], a["question"].lower()
                 records = [{"answer": text, "id": i} for i, text in enumerate(records)]
             if len(records) != 10:
                 raise UserError(f"{file}: question {key} has {len(records)} human answers, not ten")
-            records = [record | {"answer": "" + record["answer"]} for record in records]
-            truth[key if args.task == "textvqa" else str(key)] = records, a.get("answer_type")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not the annotation file of {args.task} ({error})") from None
+            humans = [record | {"answer": strip_lines(record["answer"])} for record in records]
+            truth[key] = humans, a.get("answer_type")
     return truth
 
 
@@ -518,13 +518,12 @@ def score_vqav2(questions: list[dict]) -> dict:
     """Percent by answer type, rounded to two decimals as officially; a missing answer is ""."""
     accuracies = {"overall": [], "yes/no": [], "number": [], "other": []}
     for q in tqdm(questions, desc="scoring", disable=len(questions) < 10**4):
-        (records, kind), text = q["truth"], normalize_m4c(q["text"] or "")
-        humans = [strip_lines(record["answer"]) for record in records]
-        if len(set(humans)) > 1:             # ten equal human answers are compared as they are
-            text, humans = normalize_vqa(text), map(normalize_vqa, humans)
-        accuracy = leave_one_out(text, [record | {"answer": h} for record, h in zip(records, humans)])
-        accuracies["overall"].append(accuracy)
-        accuracies.setdefault(kind, []).append(accuracy)
+        (humans, kind), text = q["truth"], normalize_m4c(q["text"] or "")
+        if len({human["answer"] for human in humans}) > 1:       # ten equal answers are compared as they are
+            text = normalize_vqa(text)
+            humans = [human | {"answer": normalize_vqa(human["answer"])} for human in humans]
+        accuracies["overall"].append(leave_one_out(text, humans))
+        accuracies.setdefault(kind, []).append(accuracies["overall"][-1])
     return {name: round(percent(some), 2) if some else None for name, some in accuracies.items()}
 
 
@@ -552,7 +551,7 @@ def score_textvqa(questions: list[dict]) -> dict:
     """The mean over the answers that exist; a question answered twice counts twice, as officially."""
     accuracies = []
     for q in questions:
-        humans = [record | {"answer": normalize_m4c(record["answer"])} for record in q["truth"][0]]
+        humans = [human | {"answer": normalize_m4c(human["answer"])} for human in q["truth"][0]]
         accuracies += [leave_one_out(normalize_m4c(text), humans) for text in q["texts"]]
     return {"accuracy": percent(accuracies), "answers": len(accuracies)}
 
@@ -563,7 +562,8 @@ def read_pope(args: Args, questions: list[dict]) -> dict:
     for q in questions:
         sets[q.get("category")].append(q)
     for file in args.annotations:
-        labels, some = read_lines(file, "image", "text", "label"), sets[Path(file).stem[len("coco_pope_"):]]
+        labels = read_lines(file, "image", "text", "label")
+        some = sets[Path(file).stem.removeprefix("coco_pope_")]
         asked = [(q["image"], q["prompt"].split("\n")[0]) for q in some]
         if asked != [(label["image"], label["text"]) for label in labels]:
             raise UserError(f"{file} labels other questions: take the files of POPE's commit e3e39262")
@@ -579,20 +579,19 @@ def parse_pope(text: str) -> bool:
 
 def score_pope(questions: list[dict]) -> dict:
     """Counts and rates of each set over the answers that exist, and 100 x the mean F1."""
-    sets = {q["category"]: Counter() for q in questions}
+    counts, rows = {q["category"]: Counter() for q in questions}, {}
     for q in questions:
         if q["text"] is not None:
-            sets[q["category"]][parse_pope(q["text"]), q["truth"] != "no"] += 1
-    for name, counts in sets.items():
-        tp, fp, tn, fn = counts[True, True], counts[True, False], counts[False, False], counts[False, True]
-        precision, recall, n = tp / max(tp + fp, 1), tp / max(tp + fn, 1), max(counts.total(), 1)
+            counts[q["category"]][parse_pope(q["text"]), q["truth"] != "no"] += 1
+    for name, count in counts.items():
+        tp, fp, tn, fn = count[True, True], count[True, False], count[False, False], count[False, True]
+        precision, recall, n = tp / max(tp + fp, 1), tp / max(tp + fn, 1), max(count.total(), 1)
         f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
-        sets[name] = {"tp": tp, "fp": fp, "tn": tn, "fn": fn, "accuracy": (tp + tn) / n,
+        rows[name] = {"tp": tp, "fp": fp, "tn": tn, "fn": fn, "accuracy": (tp + tn) / n,
                       "precision": precision, "recall": recall, "f1": f1, "yes_ratio": (tp + fp) / n}
-    return {"f1": percent([row["f1"] for row in sets.values()])} | sets
+    return {"f1": percent([row["f1"] for row in rows.values()])} | rows
 
 
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
 
 
@@ -603,19 +602,20 @@ def mme_key(entry: dict) -> tuple[str, str, str]:
 
 
 def read_mme(args: Args, questions: list[dict]) -> dict:
-    """MME's key -> yes or no, from the release folder (a file an image) or the templates (a file a task)."""
+    """MME's key -> yes or no, from the templates (a file a task) or the release folder (a file an image)."""
     folder, truth = Path(args.annotations[0]), {}
     for task in {mme_key(q)[0] for q in questions}:
-        files = [folder / f"{task}.txt", *(folder / task).glob("**/*.txt")]
-        texts = {file: file.read_text("utf-8", "replace") for file in files if file.exists()}
-        for file, line in [(file, line) for file, text in texts.items() for line in text.split("\n")]:
+        template = folder / f"{task}.txt"
+        files = [template] if template.exists() else (folder / task).glob("**/*.txt")
+        lines = [(file, line) for file in files for line in file.read_text("utf-8", "replace").split("\n")]
+        for file, line in lines:
             if not line.strip():
                 continue
-            cells = line.split("\t") if file.parent == folder else [file.name, *line.split("\t")]
-            if len(cells) < 3 or cells[2].strip().lower() not in ("yes", "no"):
+            image, *cells = line.split("\t") if file == template else [file.name, *line.split("\t")]
+            if len(cells) < 2 or cells[1].strip().lower() not in ("yes", "no"):
                 raise UserError(f"{file}: a line holds no question with yes or no: {line}")
-            key = mme_key({"question_id": f"{task}/{cells[0]}", "prompt": cells[1]})
-            truth[key] = cells[2].strip().lower()
+            key = mme_key({"question_id": f"{task}/{image}", "prompt": cells[0]})
+            truth[key] = cells[1].strip().lower()
     return truth
 
 
@@ -633,10 +633,10 @@ def score_mme(questions: list[dict]) -> dict:
             images[q["question_id"]].append(parse_mme(q["text"]) == q["truth"])
     for image, correct in images.items():
         if len(correct) != 2:
-            raise UserError(f"MME has two questions about each image, but {image} has {len(correct)} answer")
+            raise UserError(f"MME needs two answers for each image, but {image} has {len(correct)}")
         tasks[image.split("/")[0]].append(correct)
-    for task in sorted(tasks, key=[*PERCEPTION, *COGNITION, *tasks].index):
-        acc, acc_plus = percent(sum(tasks[task], [])), percent(list(map(all, tasks[task])))
+    for task, pairs in tasks.items():
+        acc, acc_plus = percent(sum(pairs, [])), percent(list(map(all, pairs)))
         figures[task] = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus}
         figures["cognition" if task in COGNITION else "perception"] += acc + acc_plus
     return figures
@@ -646,31 +646,26 @@ MISSING = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan",
            "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")     # cells that pandas takes as empty
 
 
-def read_mmbench(args: Args) -> list[dict]:
+def read_mmbench(files: list) -> list[dict]:
     """The rows of the tsv; the rotations of one question's options have the same index modulo 1,000,000."""
     csv.field_size_limit(2**31 - 1)
     questions = []
-    for file in args.questions:
-        try:
-            with open(file, newline="", encoding="utf-8") as lines:
-                questions += map(mmbench_question, csv.DictReader(lines, delimiter="\t"))
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise UserError(f"{file} is not a tsv of MMBench ({type(error).__name__}: {error})") from None
+    for file in files:
+        with fields_of(file, "a tsv of MMBench"), open(file, newline="", encoding="utf-8") as lines:
+            questions += map(mmbench_question, csv.DictReader(lines, delimiter="\t"))
     return questions
 
 
 def mmbench_question(row: dict[str, str]) -> dict:
-    row, options = {key: None if cell in MISSING else cell for key, cell in row.items()}, {}
-    for letter in "ABCD":
-        if str(row[letter]).lower() in ("none", "nan"):
-            break
-        options[letter] = row[letter]
-    lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
-    if str(row["hint"]).lower() not in ("none", "nan"):
-        lines.insert(0, row["hint"])
-    q = {"question_id": int(row["index"]), "prompt": "\n".join(lines), "image": row["image"], "file": None}
+    """A row as a question; its prompt is hint, question, and the options before the first empty one."""
+    row = {name: None if cell in MISSING else cell for name, cell in row.items()}
+    given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}
+    options = {letter: row[letter] for letter in takewhile(lambda letter: letter in given, "ABCD")}
+    lines = [row["hint"]] if "hint" in given else []
+    prompt = "\n".join([*lines, row["question"], *(f"{letter}. {text}" for letter, text in options.items())])
     truth = {"truth": row["answer"]} if row.get("answer") else {}
-    return q | truth | {"options": options, "row": row}
+    return truth | {"question_id": int(row["index"]), "prompt": prompt, "options": options, "row": row,
+                    "message": f"<image>\n{prompt}{LETTER_SUFFIX}", "image": row["image"], "file": None}
 
 
 def parse_letter(text: str, options: dict[str, str]) -> str | None:
@@ -694,13 +689,15 @@ def parse_letter(text: str, options: dict[str, str]) -> str | None:
 
 def score_mmbench(questions: list[dict]) -> dict:
     """Percent correct: "circular" of questions, in every rotation; "one_pass" of rows; of l2-categories."""
-    groups, categories, rows = defaultdict(list), defaultdict(list), []
+    groups, categories = defaultdict(list), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["question_id"]):
-        rows.append(q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"])
-        groups[q["question_id"] % 10**6].append((rows[-1], q["row"].get("l2-category")))
+        q["correct"] = q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"]
+        groups[q["question_id"] % 10**6].append(q)
     for group in groups.values():
-        categories[str(group[0][1])].append(all(correct for correct, _ in group))
-    return {"circular": percent(sum(categories.values(), [])), "one_pass": percent(rows),
+        category = str(group[0]["row"].get("l2-category"))
+        categories[category].append(all(q["correct"] for q in group))
+    return {"circular": percent(sum(categories.values(), [])),
+            "one_pass": percent([q["correct"] for q in questions]),
             "categories": {name: percent(some) for name, some in categories.items()}}
 
 
@@ -737,8 +734,10 @@ def upload_mmbench(file: Path, questions: list[dict]) -> None:
 
 
 def xlsx_cell(value: int | str | None) -> str:
-    if value is None or isinstance(value, int):
-        return "<c/>" if value is None else f"<c><v>{value}</v></c>"
+    if value is None:
+        return "<c/>"
+    if isinstance(value, int):
+        return f"<c><v>{value}</v></c>"
     text = escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", value), quote=False)
     return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'.replace("\r", "&#13;")
 
@@ -758,13 +757,12 @@ BOXES = ": captions, one a line, then objects, each as category: [left, top, rig
 def read_llavabench(args: Args, questions: list[dict]) -> dict:
     """Question id -> the description of its image, its reference answer, and the name of its category."""
     contexts = {c["image"]: c for c in read_lines(args.annotations[0], "image")}
-    references = read_lines(args.annotations[1], "question_id", "text", unique=True)
+    references = read_lines(args.annotations[1], "question_id", "text", key=by_id)
     references, truth = {by_id(r): r for r in references}, {}
     for q in questions:
-        if q["image"] not in contexts or by_id(q) not in references:
-            continue
-        context, kind, detail = contexts[q["image"]], str(q.get("category")), ""
-        try:
+        kind, detail = str(q.get("category")), ""
+        with fields_of(" ".join(map(str, args.annotations)), f"context and reference of question {by_id(q)}"):
+            context = contexts[q["image"]]
             if "caption" in context:         # in the wild: one text or a list of texts
                 lines, kind = context["caption"], f"llava_bench_{kind}"
                 lines = [lines] if isinstance(lines, str) else lines
@@ -773,8 +771,6 @@ def read_llavabench(args: Args, questions: list[dict]) -> dict:
                 lines = [*context["captions"], "", *boxes]
             truth[by_id(q)] = {"context": "\n".join(lines), "detail": detail, "category": kind,
                                "reference": references[by_id(q)]}
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{args.annotations[0]} does not describe {q['image']} ({error})") from None
     return truth
 
 
@@ -799,31 +795,30 @@ def parse_verdict(content: str) -> list[float]:
 def judge_answers(args: Args, questions: list[dict]) -> None:
     """Append a review of each answer to args.reviews[0], unless it is there."""
     file, url, left = args.reviews[0], judge_url(args), []
-    content = complete_lines(file)
-    reviews = read_lines(file, "question_id", unique=True, content=content)
-    stored = {by_id(review): review for review in reviews}
-    for q in (q for q in questions if q["text"] is not None):
+    stored = {by_id(review): review for review in continue_lines(file, "question_id", key=by_id)}
+    for q in questions:
+        if q["text"] is None:
+            continue
         digest = hashlib.sha256(q["text"].encode()).hexdigest()[:8]
-        q["made"] = {"judge_model": args.judge_model, "answer": digest}
+        q["settings"] = {"judge_model": args.judge_model, "answer": digest}
         if by_id(q) not in stored:
             left.append(q)
-        elif stored[by_id(q)].get("metadata", q["made"]) != q["made"]:
+        elif stored[by_id(q)].get("metadata", q["settings"]) != q["settings"]:
             raise UserError(f"{file} has a review of question {by_id(q)} by another judge or of another "
                             "answer: name another --reviews")
-    rewrite(file, content)
     for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
         content = chat(url, args.judge_model, judge_messages(q, q["text"]))
         append(file, {"question_id": q["question_id"], "id": n, "category": q["truth"]["category"],
                       "answer1_id": q["truth"]["reference"].get("answer_id"),
-                      "answer2_id": q["made"]["answer"], "content": content, "tuple": parse_verdict(content),
-                      "metadata": q["made"]})
+                      "answer2_id": q["settings"]["answer"], "content": content,
+                      "tuple": parse_verdict(content), "metadata": q["settings"]})
 
 
 def score_reviews(args: Args, questions: list[dict]) -> dict:
     """100 x the model's mean rating / the reference's, by the official roundings; the mean over the files."""
     ratios, reviewed = defaultdict(list), []
     for file in args.reviews:
-        ratings, reviews = defaultdict(list), read_lines(file, "question_id", unique=True)
+        ratings, reviews = defaultdict(list), read_lines(file, "question_id", key=by_id)
         for review in reviews:
             rating = review.get("tuple", review.get("score"))
             if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
@@ -856,17 +851,12 @@ def judge_url(args: Args) -> str:
 def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, max_tokens: int = 1024,
          seconds: float = 60) -> str:
     """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...].
-
-    OPENAI_API_KEY is sent where it is set. At most 5 attempts of `seconds` each, with waits of 1, 2, 4 and
-    8 s, or what Retry-After asks for, up to 60 s. Raises UserError for a refused key and for replies that are
-    no chat completion, OSError where the endpoint cannot be reached or fails.
-    """
+    At most 5 attempts of `seconds`, with waits of 1, 2, 4 and 8 s, or as Retry-After asks for. UserError
+    for a refused key and for other replies, OSError where the endpoint cannot be reached or fails."""
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
                       {"Content-Type": "application/json"})
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
-        if not (key.isascii() and key.isprintable()):
-            raise UserError("OPENAI_API_KEY holds characters that a key cannot have")
         request.add_unredirected_header("Authorization", f"Bearer {key}")      # for this server only
     for wait in (1, 2, 4, 8, 0):
         try:
@@ -887,31 +877,20 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
 
 
 def read_reply(request: Request, seconds: float) -> str:
-    """The text of a chat completion, received by a thread: urlopen's timeout holds for each packet."""
-    results = []
-
-    def receive() -> None:
-        try:
-            with urlopen(request, timeout=seconds) as response:
-                results.append(response.read())
-        except Exception as error:
-            results.append(error)
-
-    thread = Thread(target=receive, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not results:
-        raise TimeoutError("timed out")
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return "" + json.loads(results[0])["choices"][0]["message"]["content"]
+    """The text of a chat completion; urlopen's timeout holds for each packet, `seconds` also for all."""
+    end, content = time.monotonic() + seconds, b""
+    with urlopen(request, timeout=seconds) as response:
+        while packet := response.read1():
+            content += packet
+            if time.monotonic() > end:
+                raise TimeoutError("timed out")
+    return "" + json.loads(content)["choices"][0]["message"]["content"]
 
 
 def retry_after(header: str | None, default: float) -> float:
-    """The seconds, at most 60, of a Retry-After header: a number or a date; default if it cannot be read."""
+    """The seconds in a Retry-After header, at most 60; default if it is missing or holds a date."""
     try:
-        date = parsedate_to_datetime(header) if "," in header else None
-        return min(60, max(0, date.timestamp() - time.time() if date else float(header)))
+        return min(60, max(0, float(header)))
     except (TypeError, ValueError):
         return default
 
@@ -923,10 +902,9 @@ def retry_after(header: str | None, default: float) -> float:
 @dataclass
 class Benchmark:
     """The functions and constants of one benchmark."""
-    read: Callable[[Args], list[dict]]       # its questions
+    read: Callable[[list], list[dict]]       # the questions in the files of --questions
     truth: Callable[[Args, list[dict]], dict] | None     # key -> what scoring needs of --annotations
     score: Callable[[list[dict]], dict] | None           # the figures
-    suffix: str = ""                         # appended to the prompt that the model gets
     key: Callable[[dict], object] = by_id    # the same for a question and its answers
     doubled: str = "the last one counts"     # what happens if a question has several answers
     upload: Callable[[Path, list[dict]], None] | None = None
@@ -937,30 +915,21 @@ BENCHMARKS = {
     "vqav2": Benchmark(read_vqav2, read_humans, score_vqav2, upload=upload_vqav2),
     "textvqa": Benchmark(read_questions, read_humans, score_textvqa, key=textvqa_key, doubled="each counts"),
     "pope": Benchmark(read_questions, read_pope, score_pope),
-    "mme": Benchmark(read_questions, read_mme, score_mme, key=by_prompt),
-    "mmbench": Benchmark(read_mmbench, None, score_mmbench, LETTER_SUFFIX, upload=upload_mmbench,
-                         max_new_tokens=1024),
+    "mme": Benchmark(read_questions, read_mme, score_mme, key=mme_key),
+    "mmbench": Benchmark(read_mmbench, None, score_mmbench, upload=upload_mmbench, max_new_tokens=1024),
     "llavabench": Benchmark(read_questions, read_llavabench, None, doubled="refused", max_new_tokens=1024),
 }
 
 
 def run_task(args: Args) -> dict:
-    """Ask the model or read its answers, write the upload file, and return the figures."""
+    """Ask the model or read its answers, write the upload file, print and return the figures."""
     benchmark, entries = BENCHMARKS[args.task], []
-    questions, unique = benchmark.read(args) if args.questions else [], benchmark.doubled == "refused"
-    if args.questions and len(set(map(benchmark.key, questions))) != (len(questions) or 1):
-        raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
-    if args.annotations and benchmark.truth:
-        truth, key = benchmark.truth(args, questions), mme_key if args.task == "mme" else benchmark.key
-        for q in questions:
-            if key(q) not in truth:
-                raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it another set?")
-            q["truth"] = truth[key(q)]
+    questions = read_task(args, benchmark) if args.questions else []
     if args.model:
-        entries = answer_all(args, questions[:args.limit], unique,
-                             lambda q: f"<image>\n{q['prompt']}{benchmark.suffix}")
+        entries = answer_all(args, questions[:args.limit])
     elif args.predictions:
-        entries = read_lines(args.predictions, "question_id", "text", unique=unique)
+        key = by_id if benchmark.doubled == "refused" else None
+        entries = read_lines(args.predictions, "question_id", "text", key=key)
     add_answers(benchmark, questions, entries, args.predictions or args.out)
     questions = questions[:args.limit]
     if args.judge_model:
@@ -972,7 +941,24 @@ def run_task(args: Args) -> dict:
         figures |= score_reviews(args, questions)
     elif benchmark.score and all("truth" in q for q in questions):
         figures |= benchmark.score(questions)
+    print_figures(figures)
     return figures
+
+
+def read_task(args: Args, benchmark: Benchmark) -> list[dict]:
+    """The questions with all that asking and scoring need: message, image file, truth."""
+    questions = benchmark.read(args.questions)
+    if not questions or len(set(map(benchmark.key, questions))) < len(questions):
+        raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
+    truth = benchmark.truth(args, questions) if args.annotations and benchmark.truth else None
+    for q in questions:
+        q.setdefault("message", f"<image>\n{q['prompt']}")
+        q.setdefault("file", args.images and args.images / q["image"])
+        if truth is not None:
+            if benchmark.key(q) not in truth:
+                raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it another set?")
+            q["truth"] = truth[benchmark.key(q)]
+    return questions
 
 
 def add_answers(benchmark: Benchmark, questions: list[dict], entries: list[dict], file) -> None:
@@ -993,16 +979,14 @@ def add_answers(benchmark: Benchmark, questions: list[dict], entries: list[dict]
 
 def print_figures(figures: dict) -> None:
     """Print the single figures in one line, and those of sets, tasks or categories as a table below."""
-    def cell(x) -> str:
-        return str(round(x, 4) if isinstance(x, float) else x)
-
-    print(", ".join(f"{name} {cell(x)}" for name, x in figures.items() if not isinstance(x, dict)))
+    print(", ".join(f"{name} {round(x, 4) if isinstance(x, float) else x}" for name, x in figures.items()
+                    if not isinstance(x, dict)))
     rows = {name: x for name, x in figures.items() if isinstance(x, dict)}
     if "categories" in rows:
         rows = {name: {"circular": x} for name, x in rows["categories"].items()}
     if rows:
-        columns = tuple(next(iter(rows.values())))
-        print_columns({name: list(map(cell, row.values())) for name, row in rows.items()}, "", columns)
+        columns = next(iter(rows.values()))
+        print_columns(columns, {name: list(row.values()) for name, row in rows.items()}, ".4f")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1042,31 +1026,26 @@ def projector_flops(config: LlavaConfig, patches: int) -> int:
     return 2 * patches * C * (config.vision.hidden_size + second)
 
 
-def cache_bytes(text: TextConfig, tokens: int, bytes_per_number: int = 2) -> int:
-    """Bytes of the keys and values of one row; they do not grow past the sliding window."""
-    slots = min(tokens, text.sliding_window or tokens)
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * slots * bytes_per_number
-
-
 def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
-    """Parameters, and the cost of the prefill of one image and `text_tokens`; "TFLOPs, causal" counts only
-    the needed pairs of tokens, the other figures all pairs."""
+    """Parameters, and the cost of the prefill of one image and `text_tokens`, with all pairs of tokens. In
+    4 bits it needs as many operations as in 16, although PruMerge's Table II divides them by four."""
     side, tiles = config.vision.image_size, 1
     if config.image_mode == "anyres":        # a square image of twice the tower's size
         side *= 2
         width, height = choose_grid((side, side), config.grids)
         tiles += width * height // config.vision.image_size**2
     tokens, parts = count_image_tokens(config, (side, side)) + text_tokens, count_parameters(config)
-    layers = config.vision.num_hidden_layers + 1 + config.vision_feature_layer
+    text, layers = config.text, config.vision.num_hidden_layers + 1 + config.vision_feature_layer
+    cached = min(tokens, text.sliding_window or tokens) * text.num_hidden_layers * text.num_key_value_heads
     flops = {"vision_tower": tiles * vision_flops(config.vision, layers),
              "projector": projector_flops(config, tiles * config.vision.side**2),
-             "language_model": language_flops(config.text, tokens, causal=False)}
-    causal = sum(flops.values()) - flops["language_model"] + language_flops(config.text, tokens)
+             "language_model": language_flops(text, tokens, causal=False)}
     return {**{f"parameters, {part}": n for part, n in parts.items()}, "parameters": sum(parts.values()),
-            "GiB in 16 bits": 2 * sum(parts.values()) / 2**30, "tokens, image and text": tokens,
+            "GiB in 16 bits": 2 * sum(parts.values()) / 2**30,
+            "GiB in 4 bits": 0.5 * sum(parts.values()) / 2**30, "tokens, image and text": tokens,
             **{f"TFLOPs, {part}": n / 1e12 for part, n in flops.items()},
-            "TFLOPs": sum(flops.values()) / 1e12, "TFLOPs, causal": causal / 1e12,
-            "MiB of keys and values": cache_bytes(config.text, tokens) / 2**20}
+            "TFLOPs": sum(flops.values()) / 1e12,
+            "MiB of keys and values": 2 * cached * text.head_dim * 2 / 2**20}
 
 
 LLAMA_7B = TextConfig("llama", intermediate_size=11008, num_key_value_heads=32, rope_theta=1e4,
@@ -1077,44 +1056,18 @@ PUBLISHED = {
     "LLaVA on Mistral-7B": LlavaConfig(),
     "LLaVA-1.5-7B": LlavaConfig(text=LLAMA_7B),
     "LLaVA-1.5-13B": LlavaConfig(text=LLAMA_13B),
-    "LLaVA-13B, 224 px": LlavaConfig(VisionConfig(image_size=224), LLAMA_13B, projector="linear"),
-}
-TABLE_II = {                                 # PruMerge: TFLOPs in FP16, pruned, in INT4, pruned
-    "LLaVA-1.5-7B": (9.3, 0.91, 2.3, 0.28),
-    "LLaVA-1.5-13B": (18.2, 1.80, 4.6, 0.45),
 }
 
 
-def print_costs(configs: dict[str, LlavaConfig], text_tokens: int) -> None:
-    columns = [costs(config, text_tokens) for config in configs.values()]
-    print(" " * 26, *(f"{name:>19}" for name in configs))
-    for key, first in columns[0].items():
-        form = "19," if isinstance(first, int) else "19.5g"
-        print(f"{key:26}", *(format(column[key], form) for column in columns))
-
-
-def print_published() -> None:
-    """Print two published claims beside the formulas: PruMerge's saving and the size of Mistral."""
-    print("\nPruMerge's Table II, TFLOPs of the language model, published (by formula): 700 tokens, 70, both "
-          "in INT4.\nINT4 FLOPs are FP16 / 4: the operations are the same, the bytes are a quarter.")
-    for name, published in TABLE_II.items():
-        config, cells = PUBLISHED[name], []
-        full, pruned, real = (language_flops(config.text, n, causal=False) / 1e12 for n in (700, 70, 606))
-        for there, here in zip(published, (full, pruned, full / 4, pruned / 4)):
-            note = " <- looks wrong" if abs(here / there - 1) > 0.05 else ""
-            cells.append(f"{there:5} ({here:.3g}){note}")
-        tower = vision_flops(config.vision, 23)
-        before, after = ((tower + projector_flops(config, n)) / 1e12 for n in (576, 40))
-        print(f"{name:14}", *cells)
-        print(f"{'':14} 30 text tokens and 576 image tokens, pruned to 40: {real:.3g} -> {pruned:.3g}, "
-              f"{real / pruned:.1f} times fewer; with tower and projector "
-              f"{(real + before) / (pruned + after):.1f}")
-    sizes = [count_parameters(config) for config in PUBLISHED.values()]
-    mistral, small, large, _ = (parts["language_model"] for parts in sizes)
-    whole = 1 - sum(sizes[0].values()) / sum(sizes[3].values())
-    print(f'\n"46 percent smaller" is 1 - 7/13, from the names: Mistral-7B has {1 - mistral / large:.1%} '
-          f"fewer\nparameters than LLaMA-13B, the LLaVA on it {whole:.1%} fewer than LLaVA-13B; beside "
-          f"LLaMA-7B it\nhas {mistral / small - 1:.1%} more.")
+def run_cost(args: Args) -> dict[str, dict]:
+    """Print and return the costs of --model, or of the published models."""
+    configs = PUBLISHED
+    if args.model:
+        configs = {args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}
+    models = {name: costs(config, args.cost) for name, config in configs.items()}
+    first, *_ = models.values()
+    print_columns(models, {row: [model[row] for model in models.values()] for row in first}, ".5g")
+    return models
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1154,36 +1107,46 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--judge", metavar="URL", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if mistakes := [complaint for wrong, complaint in find_misuse(args) if wrong]:
-        parser.error(mistakes[0])
+    if mistake := find_misuse(args, parser):
+        parser.error(mistake)
     if args.max_new_tokens is None:
         args.max_new_tokens = BENCHMARKS[args.task].max_new_tokens if args.task else 512
     return args
 
 
-def find_misuse(args: Args) -> list[tuple]:
-    """Mistakes in the combination of flags: whether each was made, and what to say of it."""
-    task, annotations, reviews = args.task, len(args.annotations or ()), len(args.reviews or ())
-    answers, bench = args.model or args.predictions, task == "llavabench"
-    if not task:
-        return [(args.scienceqa and not (answers or args.compare),
-                 "--scienceqa needs --model, --predictions or --compare"),
-                (args.questions or args.upload or reviews or args.judge_model, "such flags need --task")]
-    return [(args.compare or args.answer != "generate" or args.wording != "qcm",
-             "--compare, --answer and --wording are for --scienceqa"),
-            ((reviews or args.judge_model) and not bench, "--reviews and --judge-model are for llavabench"),
-            (args.judge_model and reviews != 1, "--judge-model needs one --reviews FILE"),
-            (bench and annotations != 2 and (annotations or args.judge_model),
-             "llavabench needs --annotations CONTEXT REFERENCE"),
-            (not (args.questions and answers) and not (reviews and not args.judge_model),
-             "--task needs --questions, and --model or --predictions"),
-            (args.model and not args.images and task != "mmbench", "--model needs --images"),
-            (args.upload and not BENCHMARKS[task].upload, "--upload is for vqav2 and mmbench"),
-            (args.predictions and not (reviews if bench else annotations or args.upload or task == "mmbench"),
-             f"{task} needs {'--reviews' if bench else '--annotations'} to score answers")]
+ONLY_FOR = {                                 # flags that only some tasks have
+    **dict.fromkeys(("compare", "split", "pictures", "wording", "answer"), ("scienceqa",)),
+    **dict.fromkeys(("questions", "annotations", "images"), tuple(BENCHMARKS)),
+    **dict.fromkeys(("reviews", "judge", "judge_model"), ("llavabench",)), "upload": ("vqav2", "mmbench")}
 
 
-def run_scienceqa(args: Args) -> dict | None:
+def find_misuse(args: Args, parser: argparse.ArgumentParser) -> str | None:
+    """The first mistake in the combination of flags, or None."""
+    task = args.task or ("scienceqa" if args.scienceqa else "cost")
+    for name, tasks in ONLY_FOR.items():
+        if getattr(args, name) != parser.get_default(name) and task not in tasks:
+            return f"--{name.replace('_', '-')} is for {', '.join(tasks)}"
+    annotations, reviews = len(args.annotations or ()), len(args.reviews or ())
+    answers, only_reviews = args.model or args.predictions, reviews and not args.judge_model
+    if task == "scienceqa" and not (answers or args.compare):
+        return "--scienceqa needs --model, --predictions or --compare"
+    if args.task and not only_reviews and not (args.questions and answers):
+        return "--task needs --questions, and --model or --predictions"
+    if args.task and task != "mmbench" and args.model and not args.images:
+        return "--model needs --images"
+    if task == "llavabench":
+        if args.judge_model and reviews != 1:
+            return "--judge-model needs one --reviews FILE"
+        if annotations != 2 and (annotations or args.judge_model):
+            return "llavabench needs --annotations CONTEXT REFERENCE"
+        if args.predictions and not reviews:
+            return "llavabench needs --reviews to score answers"
+    elif args.task and task != "mmbench" and args.predictions and not (annotations or args.upload):
+        return f"{task} needs --annotations to score answers"
+    return None
+
+
+def run_scienceqa(args: Args) -> dict:
     """Print and return ScienceQA's table."""
     problems = read_scienceqa(args.scienceqa, args.split, args.pictures, args.limit, args.wording)
     if not problems:
@@ -1198,24 +1161,18 @@ def run_scienceqa(args: Args) -> dict | None:
     print_table({args.split: table})
     print("Avg {:.2f}, and in 95% of 10,000 resampled tests from {:.2f} to {:.2f}".format(*interval(correct)))
     if args.wording == "letter":
-        seen = [right for p, right in zip(problems, correct) if p["image"]]
-        print(f"with an image, LLaVA-1.5's published figure: {table['IMG']} ({sum(seen)} of {len(seen)})")
+        print(f"LLaVA-1.5's published figure is that of the questions with an image: {table['IMG']}")
     return table
 
 
 def main() -> None:
     args = parse_args()
-    if args.cost is None:
-        figures = run_task(args) if args.task else run_scienceqa(args)
-        if args.task:
-            print_figures(figures)
-        if args.json:
-            write_json(args.json, figures)
-    elif args.model:
-        print_costs({args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}, args.cost)
+    if args.cost:
+        figures = run_cost(args)
     else:
-        print_costs(PUBLISHED, args.cost)
-        print_published()
+        figures = run_task(args) if args.task else run_scienceqa(args)
+    if args.json:
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

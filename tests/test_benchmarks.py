@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import threading
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -152,8 +151,7 @@ def test_a_reply_that_comes_byte_by_byte_is_given_up_in_time(judge, waits):
 
 
 def test_retry_after_is_followed_up_to_a_minute(judge, waits):
-    soon = formatdate(eval.time.time() + 30, usegmt=True)
-    assert 20 < retry_after(soon, 1) <= 30
+    assert [retry_after(header, 2) for header in ("7", "-1", "?", None)] == [7, 0, 2, 2]
     server = judge((429, {"Retry-After": 7}, ""), (503, {"Retry-After": 3600}, ""),
                    (429, {"Retry-After": "?"}, ""), "5")
     assert chat(server.url, "m", MESSAGES) == "5"
@@ -323,10 +321,10 @@ def perfect(folder, task: str) -> list[dict]:
     words = flags(folder, task)
     args = eval.parse_args([*map(str, words), "--predictions", "x"])
     benchmark = eval.BENCHMARKS[task]
-    questions = benchmark.read(args)
+    questions = benchmark.read(args.questions)
     truth = benchmark.truth(args, questions) if benchmark.truth else {}
-    key = eval.mme_key if task == "mme" else benchmark.key
-    return [{"question_id": q["question_id"], "prompt": q["prompt"], "text": truth.get(key(q)) or q["truth"]}
+    return [{"question_id": q["question_id"], "prompt": q["prompt"],
+             "text": truth.get(benchmark.key(q)) or q["truth"]}
             for q in questions]
 
 
@@ -356,7 +354,7 @@ def test_mme_scores_images_and_questions(monkeypatch, toy, tmp_path):
                                 "score": 162.5} and figures["perception"] == 162.5
     assert figures["code_reasoning"]["score"] == 200 == figures["cognition"] and figures["missing"] == 2
     write_lines(tmp_path / "p", answers[:-1])
-    with pytest.raises(UserError, match="two questions about each image, but code_reasoning/.* has 1 answer"):
+    with pytest.raises(UserError, match="two answers for each image, but code_reasoning/.* has 1"):
         run(monkeypatch, *flags(toy / "data", "mme"), "--predictions", tmp_path / "p")
 
 
@@ -392,9 +390,7 @@ def test_mmbench_counts_a_question_only_if_every_rotation_is_right(monkeypatch, 
 def test_mmbench_cells_keep_every_character_and_empty_cells(monkeypatch, tmp_path):
     (tmp_path / "t.tsv").write_text("index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n"
                                     '3\t"a ""b"" <c> & d\n e"\tNA\t one\ttwo\tNone\tthree\tB\tAAAA\n')
-    args = eval.parse_args(["--task", "mmbench", "--questions", str(tmp_path / "t.tsv"), "--predictions",
-                            "x"])
-    (q,) = eval.read_mmbench(args)
+    (q,) = eval.read_mmbench([tmp_path / "t.tsv"])
     assert q["prompt"] == 'a "b" <c> & d\n e\nA.  one\nB. two' and q["question_id"] == 3
     eval.upload_mmbench(tmp_path / "u.xlsx", [q | {"text": "x\x01\ry"}])
     openpyxl = pytest.importorskip("openpyxl")
@@ -542,7 +538,10 @@ def test_answers_to_another_task_are_not_continued(monkeypatch, toy, tmp_path):
     ["--task", "llavabench", "--questions", "q", "--predictions", "p"],
     ["--task", "llavabench", "--questions", "q", "--predictions", "p", "--judge-model", "m", "--reviews",
      "a", "b"],
-    ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--reviews", "r"]])
+    ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--reviews", "r"],
+    ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--split", "val"],
+    ["--task", "llavabench", "--questions", "q", "--model", "m", "--reviews", "r"],
+    ["--scienceqa", "d", "--predictions", "p", "--upload", "u"], ["--cost", "--wording", "letter"]])
 def test_misuse_exits_with_2(monkeypatch, words):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *words)

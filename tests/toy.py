@@ -545,7 +545,7 @@ def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
     problems, tables = read_scienceqa(data / "scienceqa", "test"), {}
     for name, blank in (("image", False), ("white image", True)):
         answers = generate_answers(model, processor, problems, batch_size=64, max_new_tokens=48, blank=blank)
-        tables[name] = score(problems, {p["id"]: text for p, _, text in answers})
+        tables[name] = score(problems, {p["id"]: text for p, text in answers})
     print_table(tables)
     result = {"IMG": tables["image"]["IMG"], "IMG_blank": tables["white image"]["IMG"],
               "Avg": tables["image"]["Avg"], "seconds": round(time.perf_counter() - began, 1)}
