@@ -1002,6 +1002,16 @@ def count_parameters(config: LlavaConfig) -> dict[str, int]:
     return dict(parts)
 
 
+def int4_bytes(config: LlavaConfig) -> float:
+    """Bytes of all weights with --quantize int4: layers in 4 bits and 1 bit of scales, lm_head in 8 bits,
+    the rest in 16."""
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in Llava(config).named_parameters()}
+    layers = sum(n for name, n in sizes.items() if re.match(r"language_model\.layers\..*_proj\.", name))
+    head = sizes["language_model.lm_head.weight"]
+    return 5 / 8 * layers + head + 2 * (sum(sizes.values()) - layers - head)
+
+
 def language_flops(text: TextConfig, tokens: int, logits: int = 1, causal: bool = True) -> int:
     """FLOPs of one row of `tokens` through the decoder, with `logits` logits. `causal` counts the pairs of
     query and key inside mask and window; without it all pairs, as papers and torch do."""
@@ -1042,7 +1052,7 @@ def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
              "language_model": language_flops(text, tokens, causal=False)}
     return {**{f"parameters, {part}": n for part, n in parts.items()}, "parameters": sum(parts.values()),
             "GiB in 16 bits": 2 * sum(parts.values()) / 2**30,
-            "GiB in 4 bits": 0.5 * sum(parts.values()) / 2**30, "tokens, image and text": tokens,
+            "GiB with --quantize int4": int4_bytes(config) / 2**30, "tokens, image and text": tokens,
             **{f"TFLOPs, {part}": n / 1e12 for part, n in flops.items()},
             "TFLOPs": sum(flops.values()) / 1e12,
             "MiB of keys and values": 2 * cached * text.head_dim * 2 / 2**20}
@@ -1058,6 +1068,21 @@ PUBLISHED = {
     "LLaVA-1.5-13B": LlavaConfig(text=LLAMA_13B),
 }
 
+TABLE_II = {                                 # TFLOPs of 700 tokens, of 70, of both in INT4
+    "LLaVA-1.5-7B": (9.3, 0.91, 2.3, 0.28),
+    "LLaVA-1.5-13B": (18.2, 1.80, 4.6, 0.45),
+}
+
+
+def print_table_ii() -> None:
+    """Print PruMerge's Table II beside the formula; its prompts have 700 tokens, with PruMerge 70."""
+    print("\nPruMerge's Table II: TFLOPs of the language model, published (by formula), for 700 tokens, 70,"
+          "\n700 in INT4, 70 in INT4. INT4 means FP16 / 4: as many operations, a quarter of the bytes.")
+    for name, published in TABLE_II.items():
+        full, pruned = (language_flops(PUBLISHED[name].text, n, causal=False) / 1e12 for n in (700, 70))
+        formula = (full, pruned, full / 4, pruned / 4)
+        print(f"{name:14}", *(f"{there:5} ({here:.3g})" for there, here in zip(published, formula)))
+
 
 def run_cost(args: Args) -> dict[str, dict]:
     """Print and return the costs of --model, or of the published models."""
@@ -1067,6 +1092,8 @@ def run_cost(args: Args) -> dict[str, dict]:
     models = {name: costs(config, args.cost) for name, config in configs.items()}
     first, *_ = models.values()
     print_columns(models, {row: [model[row] for model in models.values()] for row in first}, ".5g")
+    if not args.model:
+        print_table_ii()
     return models
 
 
