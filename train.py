@@ -670,6 +670,7 @@ def estimate_memory(model: Llava, load: Load, args: argparse.Namespace) -> dict[
     """Bytes on one device, by use; "peak" is the most that is needed at once. The
     model may be on device meta. Tests hold the estimate within 8% of the measured bytes."""
     text, size = model.config.text, 2 if args.dtype == "bfloat16" else 4
+    C, (attention, mlp) = text.hidden_size, layer_bytes(text, args, size)
     on_cpu = args.card == "cpu" or not (args.card or is_cuda(args.device))
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     need = {"weights": weight_bytes(model, args, size),
@@ -677,17 +678,24 @@ def estimate_memory(model: Llava, load: Load, args: argparse.Namespace) -> dict[
             "gradients": size * (max(trainable) if args.in_backward else sum(trainable)) / PROCESSES,
             "activations": activation_bytes(model.config, load, args, size),
             "logits": 12 * load.supervised * text.vocab_size}    # float32: log-softmax, two gradients
-    in_layer = load.tokens * size * 4 * text.intermediate_size            # the backward pass of one layer
-    if args.checkpoint_blocks:
-        in_layer += load.tokens * sum(layer_bytes(text, args, size))
-    accumulates = not args.in_backward and args.micro_batch_size < args.batch_size
-    accumulated = need["gradients"] if accumulates else 0    # of the micro-batches before
-    kept_gradients = need["gradients"] if args.in_backward else accumulated
+    before = in_middle = at_update = 0.0     # what else is held at some of the moments below
+    if args.in_backward:
+        at_update = need["activations"]      # the first update is lm_head's
+    else:
+        if args.micro_batch_size < args.batch_size:          # the gradients of the micro-batches before
+            before = need["gradients"]
+        whole = 1 - args.checkpoint_blocks / text.num_hidden_layers
+        in_middle = max(before, whole * need["gradients"])
+    in_norm = load.tokens * ((24 + size) * C - attention)    # six float32 tensors; the attention's are freed
+    in_mlp = load.tokens * size * (C + (2 if args.stage == 2 else 3) * text.intermediate_size)
+    in_layer = load.tokens * (attention + mlp) + in_mlp      # also its activations, perhaps recomputed
+    inputs = load.tokens * size * C * args.checkpoint_blocks
     update = 24 * min(max(trainable), CHUNK["cpu" if on_cpu else "gpu"])  # six float32 tensors
-    moments = (need["activations"] + need["logits"] + accumulated,        # at the loss
-               need["activations"] + in_layer + kept_gradients,           # in the last layer's backward
+    moments = (need["activations"] + need["logits"] + before,             # at the loss
+               need["activations"] + in_norm + before,                    # in the last layer's backward
+               inputs + in_layer + in_middle,                             # in the last checkpointed layer's
                need["gradients"] + in_layer,                              # in the first layer's
-               need["gradients"] + update)                                # in the optimizer
+               at_update + need["gradients"] + update)                    # in the optimizer
     need["peak"] = need["weights"] + need["optimizer"] + max(moments) * (ALLOCATOR_OVERHEAD if on_cpu else 1)
     return need
 
@@ -714,7 +722,9 @@ def layer_bytes(text: TextConfig, args: argparse.Namespace, size: int) -> tuple[
     qkvy = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
     attention, mlp = 4 * C + size * qkvy, 4 * C + size * 3 * inner        # the norms are in float32
     if args.stage == 2:                      # inputs of trainable layers
-        attention, mlp = attention + size * C, mlp + size * (C + inner)
+        rank, width = args.lora_rank or 0, text.head_dim * text.num_attention_heads
+        attention += size * (C + width + 4 * rank)
+        mlp += size * (C + inner + 3 * rank)
     if args.stage == 2 and not args.lora_rank:
         attention, mlp = attention + size * C, mlp + size * C
     return attention, mlp
@@ -726,7 +736,7 @@ def activation_bytes(config: LlavaConfig, load: Load, args: argparse.Namespace, 
     attention, mlp = layer_bytes(text, args, size)
     whole_layers = text.num_hidden_layers - args.checkpoint_blocks
     total = load.tokens * (whole_layers * (attention + mlp)
-                           + size * text.hidden_size * (args.checkpoint_blocks + 3))
+                           + size * text.hidden_size * args.checkpoint_blocks)
     if whole_layers > 0:                     # the last MLP sees supervised positions only
         total -= (load.tokens - load.supervised) * mlp
     patch = vision.hidden_size + 2 * text.hidden_size
