@@ -12,7 +12,10 @@ import subprocess
 import sys
 import time
 import weakref
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +127,14 @@ def test_frozen_weights_do_not_change(toy_folder, tmp_path):
         after = Llava.from_pretrained(tmp_path / stage[0], dtype=torch.float32).state_dict()
         for name in before:
             assert torch.equal(before[name], after[name]) != name.startswith(moves), name
+
+
+def test_labels_that_are_all_ignored_raise(toy_folder, tmp_path):
+    model, batch = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32), inputs(toy_folder)
+    with pytest.raises(llava.UserError, match="all labels are -100"):
+        model(**batch | {"labels": torch.full_like(batch["labels"], -100)})
+    assert "no record has an answer within --max-length 3" in refused(
+        toy_folder, tmp_path / "run", "--max-length 3")
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -762,6 +773,18 @@ def test_bf16_is_the_default_only_where_the_gpu_supports_it_and_mps_is_never_cho
         assert (train.parse(argv).device, train.parse(argv).dtype) == ("cuda", dtype)
 
 
+def test_the_toy_run_is_in_float32_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(toy, "build", lambda *_, **__: toy.write_scienceqa(
+        tmp_path / "scienceqa", sizes=(("train", 8), ("val", 8), ("test", 8))))
+    monkeypatch.setattr(toy, "draw_losses", lambda *_: 1 / 0)             # after both stages
+    runs = []
+    with pytest.raises(ZeroDivisionError):
+        toy.play(runs.append, train.parse, tmp_path, tmp_path / "runs")
+    assert [(args.device, args.dtype) for args in runs] == [("cuda", "float32")] * 2
+
+
 def test_the_second_ctrl_c_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), train.deferred_signals() as signals:
@@ -790,6 +813,29 @@ def test_gradients_are_reduced_in_float32(toy_folder, tmp_path, monkeypatch):
     args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
     train.wrap_blocks(Llava.from_pretrained(toy_folder / "base", dtype=torch.bfloat16), args)
     assert [policy.reduce_dtype for policy in policies] == [torch.float32] * 4
+
+
+def test_every_process_waits_after_a_save_and_before_it_leaves(toy_folder, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    monkeypatch.setattr(train, "run_stage", lambda args: calls.append("run"))
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, partial(lambda name, **how: calls.append((name, how)), name))
+    argv = flags(toy_folder, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    train.main()
+    (_, how), *rest = calls
+    assert rest == ["run", ("barrier", {}), ("destroy_process_group", {})]
+    assert how["timeout"] >= timedelta(hours=1)              # 60 GB at 17 MB/s
+    for rank, written in ((1, False), (0, True)):
+        monkeypatch.setattr(train, "RANK", rank)
+        calls.clear()
+        model = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32)
+        optimizer = SimpleNamespace(steps=4, state={})
+        processor = Processor.from_pretrained(toy_folder / "base", model.config)
+        args = train.parse(argv)
+        train.Checkpoints(args, 10).save(model, processor, optimizer)
+        assert calls == [("barrier", {})] and (tmp_path / "trainer/step-000004").exists() == written
 
 
 class Opaque(torch.nn.Module):
@@ -899,15 +945,16 @@ def two(toy_folder):
     return toy_folder / "two"
 
 
-PAIRS = {"micro": "--epochs 1 --batch-size 7 --micro-batch-size 2",
-         "in_backward": "--epochs 1 --batch-size 7 --in-backward",
-         "lora": "--epochs 1 --batch-size 7 --lora-rank 2 --lora-vision --save-every 2"}
+PAIRS = {"micro": "--epochs 1 --batch-size 7 --seed 0 --micro-batch-size 2",
+         "in_backward": "--epochs 1 --batch-size 7 --seed 2 --in-backward",
+         "lora": "--epochs 1 --batch-size 7 --seed 3 --lora-rank 2 --lora-vision --save-every 2"}
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_processes_have_the_losses_and_weights_of_one(toy_folder, two, tmp_path, name):
     expected = go(toy_folder, tmp_path, PAIRS[name])
-    assert {len(batch) for batch in train.make_batches(range(22), [1] * 22, 7, 0)} == {7, 1}
+    seed, short = {"micro": (0, 0), "in_backward": (2, 2), "lora": (3, 3)}[name]
+    assert len(train.make_batches(range(22), [1] * 22, 7, seed)[short]) == 1
     for line, other in zip(log(tmp_path), log(two / name), strict=True):
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
