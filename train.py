@@ -44,11 +44,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from eval import language_flops, peak_memory, projector_flops, vision_flops
-from llava import (IGNORE, FROM_PUBLISHED, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, TextConfig,
-                   UserError, atomic_write, command_line, count_image_tokens, count_tiles, default_dtype, devices,
-                   first_line, hf_config, number, open_checkpoint, open_file, open_image, read_json,
-                   rename_key, save_sharded, write_json)
+from eval import collate, language_flops, peak_memory, projector_flops, vision_flops
+from llava import (FROM_PUBLISHED, IGNORE, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, TextConfig,
+                   UserError, atomic_write, command_line, count_image_tokens, count_tiles, default_dtype,
+                   devices, first_line, hf_config, number, open_checkpoint, open_file, open_image,
+                   read_json, rename_key, save_sharded, write_json)
 
 RECIPE = {                                   # Miao et al. 2024: 558k captions, then ScienceQA
     "1": {"lr": 1e-3, "batch_size": 64, "epochs": 1},
@@ -69,7 +69,6 @@ progress = partial(tqdm, leave=False, disable=RANK > 0)
 
 # ---------------------------------------------------------------------------------------------
 # 1. One stage and its training loop
-
 
 def run_stage(args: argparse.Namespace) -> None:
     """Run one stage: read the records, choose what fits into memory, train, and save to args.out."""
@@ -116,8 +115,6 @@ def train(model: Llava, optimizer: Adam, samples: Samples, val: Samples | None, 
     with deferred_signals() as signals:
         began = time.perf_counter()
         for batch in make_loader(samples, batches[optimizer.steps:], args):
-            if isinstance(batch, Exception):
-                raise batch
             waited = time.perf_counter() - began
             optimizer.begin(args.lr * schedule(optimizer.steps, len(batches)))
             step, loss = optimizer.steps, 0.0
@@ -125,13 +122,11 @@ def train(model: Llava, optimizer: Adam, samples: Samples, val: Samples | None, 
             micro_batches, tokens = split_step(batch, len(batches[step - 1]))
             for micro, weight in micro_batches:
                 part = model(**to_device(micro, args.device)) * weight
-                if not math.isfinite(part.item()):
-                    raise_nonfinite(samples, batches, step, "loss", part.item())
+                check_finite("loss", part.item(), samples, batches, step)
                 part.backward()                      # with --in-backward this also updates the weights
                 loss += part.item()
             norm = optimizer.clip(args.clip)
-            if not math.isfinite(norm):
-                raise_nonfinite(samples, batches, step, "gradient", norm)
+            check_finite("gradient", norm, samples, batches, step)
             optimizer.step()
             line = {"loss": all_reduce_sum(loss) / PROCESSES, "lr": optimizer.lr, "grad_norm": norm,
                     "tokens": tokens, "seconds": time.perf_counter() - began, "waited": waited}
@@ -150,14 +145,16 @@ def train(model: Llava, optimizer: Adam, samples: Samples, val: Samples | None, 
 def make_loader(samples: Samples, batches: list[list[int]], args: argparse.Namespace) -> DataLoader:
     """This process's part of each batch as micro-batches; a process without any takes the first record."""
     return DataLoader(samples, batch_sampler=[batch[RANK::PROCESSES] or batch[:1] for batch in batches],
-                      collate_fn=partial(collate, args.micro_batch_size), num_workers=args.workers,
-                      worker_init_fn=ignore_interrupts, pin_memory=is_cuda(args.device))
+                      collate_fn=partial(make_micro_batches, args.micro_batch_size), num_workers=args.workers,
+                      worker_init_fn=ignore_interrupts, pin_memory=args.device.startswith("cuda"))
 
 
-def split_step(batch: list[dict], batch_size: int) -> tuple[list[tuple[dict, float]], int]:
+def split_step(batch: list[dict] | OSError, batch_size: int) -> tuple[list[tuple[dict, float]], int]:
     """([(micro-batch, weight of its mean loss), ...], the number of supervised tokens in the step).
     All supervised tokens of a step have equal weight. Gradients are averaged over the processes, and
     all must take part in every pass: one with fewer micro-batches repeats its last one with weight 0."""
+    if isinstance(batch, OSError):
+        raise batch
     counts = [int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in batch]
     if RANK >= batch_size:
         counts = [0] * len(batch)
@@ -176,8 +173,6 @@ def validation_loss(model: Llava, val: Samples, args: argparse.Namespace) -> flo
     batches = [order[i:i + size] for i in range(0, len(order), size)]
     loader = make_loader(val, batches, args)
     for indices, batch in zip(batches, progress(loader, desc="validation", delay=2)):
-        if isinstance(batch, Exception):
-            raise batch
         micro_batches, count = split_step(batch, len(indices))
         loss = sum(model(**to_device(micro, args.device)).item() * weight for micro, weight in micro_batches)
         total, tokens = total + all_reduce_sum(loss) / PROCESSES * count, tokens + count
@@ -202,7 +197,9 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def raise_nonfinite(samples: Samples, batches: list[list[int]], step: int, what: str, value: float) -> None:
+def check_finite(what: str, value: float, samples: Samples, batches: list[list[int]], step: int) -> None:
+    if math.isfinite(value):
+        return
     names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
     raise UserError(f"step {step}: the {what} is {value}, so the run stops as last saved; use a lower --lr "
                     f"or remove the record that causes it; the step contained the records {names}")
@@ -276,7 +273,6 @@ def print_summary(args, samples: Samples, steps: int, newest: Path | None, model
 
 # ---------------------------------------------------------------------------------------------
 # 2. Records
-
 
 def read_records(file: Path, folder: Path) -> list[dict]:
     """LLaVA's records as {"id", "messages", "images"}. All errors that show without decoding an
@@ -369,14 +365,14 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> dict | Exception:
+    def __getitem__(self, i: int) -> dict | OSError:
         ids, labels, _, _ = self.tokenize(i)
         shown = ids.count(self.processor.config.image_token_id)           # some may have been cut
         try:
             images = [open_image(file) for file in self.records[i]["images"][:shown]]
         except OSError as error:             # raised in a worker it would have a long traceback
             return error
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+        return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]),
                 "images": [self.processor.pixels(image) for image in images],
                 "image_sizes": [(image.height, image.width) for image in images]}
 
@@ -407,27 +403,21 @@ def put_largest_first(samples: Samples, batches: list[list[int]], args: argparse
     batches.insert(0, batches.pop(loads.index(max(loads))))
 
 
-def collate(micro_batch_size: int, samples: list) -> list[dict] | Exception:
-    """Right-padded micro-batches, longest first, of the samples of one step."""
-    if errors := [sample for sample in samples if isinstance(sample, Exception)]:
+def make_micro_batches(size: int, samples: list[dict | OSError]) -> list[dict] | OSError:
+    """The samples of one step as right-padded batches of at most `size` rows, longest first."""
+    if errors := [sample for sample in samples if isinstance(sample, OSError)]:
         return errors[0]
-    samples = sorted(samples, key=lambda s: -len(s["input_ids"]))
+    samples = sorted(samples, key=lambda s: -s["input_ids"].shape[1])
     micro_batches = []
-    for i in range(0, len(samples), micro_batch_size):
-        rows = samples[i:i + micro_batch_size]
-        ids, labels = [s["input_ids"] for s in rows], [s["labels"] for s in rows]
-        real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-        micro_batches.append({"input_ids": pad_sequence(ids, batch_first=True),
-                              "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-                              "attention_mask": pad_sequence(real, batch_first=True),
-                              "images": [image for s in rows for image in s["images"]],
-                              "image_sizes": [size for s in rows for size in s["image_sizes"]]})
+    for i in range(0, len(samples), size):
+        rows = samples[i:i + size]
+        labels = pad_sequence([s["labels"][0] for s in rows], batch_first=True, padding_value=IGNORE)
+        micro_batches.append(collate(rows) | {"labels": labels})
     return micro_batches
 
 
 # ---------------------------------------------------------------------------------------------
 # 3. The model and its trainable parameters
-
 
 def open_config(args: argparse.Namespace) -> LlavaConfig:
     """The configuration of the model to train; reads config.json alone."""
@@ -544,13 +534,8 @@ def all_reduce_sum(number: float, op=dist.ReduceOp.SUM) -> float:
     return cell.item()
 
 
-def is_cuda(device: str) -> bool:
-    return torch.device(device).type == "cuda"
-
-
 # ---------------------------------------------------------------------------------------------
 # 4. The optimizer
-
 
 class Adam:
     """Adam without weight decay, computed in float32 for bf16 weights, too: in bf16 alone, steps of lr
@@ -601,18 +586,19 @@ class Adam:
     def update(self, name: str, p: Tensor) -> None:
         """Update one weight and clear its gradient, in chunks, so that the temporary float32 tensors take
         little memory. All chunks share the noise that rounds them."""
-        gradient, p.grad, p = local_shard(p.grad).reshape(-1), None, local_shard(p)
+        gradient, weight = local_shard(p.grad).reshape(-1), local_shard(p).view(-1)
+        p.grad = None
         size = CHUNK["cpu" if p.device.type == "cpu" else "gpu"]
         kinds, noise = ("m", "v"), None
         if p.dtype == torch.bfloat16:        # float32 weights need neither low bits nor rounding noise
             kinds = ("m", "v", "low")
-            noise = torch.randint(1 << 16, (min(size, p.numel()),), dtype=torch.int32, device=p.device)
-        kept = [p.view(-1), *(local_shard(self.state[f"{name}.{kind}"]).view(-1) for kind in kinds)]
-        for gradient, *kept in zip(*(tensor.split(size) for tensor in [gradient, *kept])):
-            gradient = gradient.float()
+            noise = torch.randint(1 << 16, (min(size, len(weight)),), dtype=torch.int32, device=p.device)
+        states = [local_shard(self.state[f"{name}.{kind}"]).view(-1) for kind in kinds]
+        for chunk, *chunks in zip(*(tensor.split(size) for tensor in (gradient, weight, *states))):
+            chunk = chunk.float()
             if self.in_backward:
-                self.square_sum += gradient.dot(gradient)
-            self.update_chunk(gradient, *kept, noise=noise, rate=self.rate, v_scale=self.v_scale)
+                self.square_sum += chunk.dot(chunk)
+            self.update_chunk(chunk, *chunks, noise=noise, rate=self.rate, v_scale=self.v_scale)
 
     def update_chunk(self, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, low: Tensor | None = None, *,
                      noise: Tensor | None, rate: Tensor, v_scale: Tensor) -> None:
@@ -651,7 +637,6 @@ def round_stochastically(exact: Tensor, out: Tensor, noise: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------
 # 5. Memory, and --plan
 
-
 Load = namedtuple("Load", "tokens supervised tiles")         # of a micro-batch; tokens with padding
 
 
@@ -671,7 +656,7 @@ def estimate_memory(model: Llava, load: Load, args: argparse.Namespace) -> dict[
     model may be on device meta. Tests hold the estimate within 8% of the measured bytes."""
     text, size = model.config.text, 2 if args.dtype == "bfloat16" else 4
     C, (attention, mlp) = text.hidden_size, layer_bytes(text, args, size)
-    on_cpu = args.card == "cpu" or not (args.card or is_cuda(args.device))
+    on_cpu = args.card == "cpu" or not (args.card or args.device.startswith("cuda"))
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     need = {"weights": weight_bytes(model, args, size),
             "optimizer": (6 if size == 2 else 8) * sum(trainable) / PROCESSES,
@@ -721,12 +706,12 @@ def layer_bytes(text: TextConfig, args: argparse.Namespace, size: int) -> tuple[
     C, inner = text.hidden_size, text.intermediate_size
     qkvy = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
     attention, mlp = 4 * C + size * qkvy, 4 * C + size * 3 * inner        # the norms are in float32
-    if args.stage == 2:                      # inputs of trainable layers
+    if args.stage == 2:                      # inputs of the trainable layers; with LoRA also of its B
         rank, width = args.lora_rank or 0, text.head_dim * text.num_attention_heads
         attention += size * (C + width + 4 * rank)
         mlp += size * (C + inner + 3 * rank)
-    if args.stage == 2 and not args.lora_rank:
-        attention, mlp = attention + size * C, mlp + size * C
+        if not args.lora_rank:               # of the norms' weights
+            attention, mlp = attention + size * C, mlp + size * C
     return attention, mlp
 
 
@@ -752,20 +737,18 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list[list[int]],
     available = math.inf
     if args.card and GPUS[args.card][1]:
         available = GPUS[args.card][1] * 2**30
-    elif not args.card and is_cuda(args.device):             # free now, on the GPU that has least
+    elif not args.card and args.device.startswith("cuda"):             # free now, on the GPU that has least
         available = all_reduce_sum(torch.cuda.mem_get_info()[0], dist.ReduceOp.MIN)
     share, layers = math.ceil(args.batch_size / PROCESSES), len(model.language_model.layers)
-    sizes = [args.micro_batch_size or share]
+    sizes, checkpointed = [args.micro_batch_size or share], [args.checkpoint_blocks or 0]
     if not args.micro_batch_size and not args.in_backward:
         sizes = [share >> i for i in range(share.bit_length())]           # halves
-    checkpointed = [args.checkpoint_blocks]
-    if args.checkpoint_blocks is None:
-        checkpointed = [0]
-        if args.stage == 2:
-            checkpointed = range(0, layers + 1, max(1, layers // 8))
-    for args.micro_batch_size in sizes:
-        load = largest_load(samples, batches, args.micro_batch_size)
-        for args.checkpoint_blocks in checkpointed:
+    if args.checkpoint_blocks is None and args.stage == 2:
+        checkpointed = range(0, layers + 1, max(1, layers // 8))
+    for size in sizes:
+        load = largest_load(samples, batches, size)
+        for blocks in checkpointed:
+            args.micro_batch_size, args.checkpoint_blocks = size, min(blocks, layers)
             need = estimate_memory(model, load, args)
             if need["peak"] < MEMORY_FRACTION * available:
                 return need
@@ -801,7 +784,6 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args, uti
 
 # ---------------------------------------------------------------------------------------------
 # 6. --check-data and --show
-
 
 def check_data(args: argparse.Namespace, processor: Processor) -> None:
     """Read every record and decode every image once; write all errors to RUN/check.json."""
@@ -864,7 +846,6 @@ def show(samples: Samples, number: int) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # 7. Checkpoints
-
 
 def step_number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
@@ -971,7 +952,6 @@ def load_trained(model: Llava, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 # 8. The command line
 
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add, positive = parser.add_argument, number(int, 1)
     add("--stage", type=int, choices=(1, 2), required=True, help="1: projector; 2: also the language model")
@@ -1073,7 +1053,7 @@ def main() -> None:
     args = parse()
     if PROCESSES == 1:
         return run_stage(args)
-    if is_cuda(args.device):                 # torchrun: each process has its own GPU, or CPU cores
+    if args.device.startswith("cuda"):                 # torchrun: each process has its own GPU, or CPU cores
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=timedelta(hours=3))      # longer than the first process writes 60 GB
     if RANK > 0:

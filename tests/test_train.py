@@ -108,7 +108,7 @@ def gradients(toy_folder: Path, micro_batch_size: int) -> torch.Tensor:
     model = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32)
     processor = Processor.from_pretrained(toy_folder / "base", model.config)
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
-    micros, _ = train.split_step(train.collate(micro_batch_size, [samples[i] for i in range(8)]), 8)
+    micros, _ = train.split_step(train.make_micro_batches(micro_batch_size, [samples[i] for i in range(8)]), 8)
     for micro, weight in micros:
         (model(**micro) * weight).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -359,7 +359,7 @@ def inputs(toy_folder: Path) -> dict:
     config = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32).config
     processor = Processor.from_pretrained(toy_folder / "base", config)
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
-    return train.collate(4, [samples[i] for i in range(4)])[0]
+    return train.make_micro_batches(4, [samples[i] for i in range(4)])[0]
 
 
 def test_an_adapter_opens_merged(toy_folder, tmp_path, monkeypatch):
@@ -455,11 +455,11 @@ def test_memory_estimate_is_within_8_percent(toy_folder, tmp_path, monkeypatch, 
         sample = samples[8]
         if words > 1000:                     # where logits decide: every token is supervised
             sample["labels"] = sample["input_ids"].where(sample["input_ids"] != words, -100)
-            samples.supervised[8] = int((sample["labels"][1:] != -100).sum())
+            samples.supervised[8] = int((sample["labels"][:, 1:] != -100).sum())
         need = train.choose_micro_batch(model, samples, [[8] * 4], args)    # no padding
         train.wrap_blocks(model, args)
         optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
-        micros = train.collate(args.micro_batch_size, [sample] * 4)
+        micros = train.make_micro_batches(args.micro_batch_size, [sample] * 4)
         live.most = 0
         optimizer.begin(1e-3)
         for micro in micros:
@@ -602,7 +602,7 @@ def test_validation_loss_is_the_mean_over_fixed_records_and_resumes_exactly(toy_
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
     total = tokens = 0
     for i in range(22):
-        micro, = train.collate(1, [samples[i]])
+        micro, = train.make_micro_batches(1, [samples[i]])
         count = int((micro["labels"] != -100).sum())
         total, tokens = total + count * model(**micro).item(), tokens + count
     assert lines[-1]["val_loss"] == pytest.approx(total / tokens, rel=1e-5)
@@ -702,10 +702,9 @@ def test_free_memory_decides_what_fits(toy_folder, tmp_path, monkeypatch):
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder),
                             Processor.from_pretrained(toy_folder / "base", config), 2048)
     model = Llava(config)
-    monkeypatch.setattr(train, "is_cuda", lambda device: True)
-
     def choose(free: float) -> tuple[int, float]:
         args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
+        args.device = "cuda"
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 50))
         need = train.choose_micro_batch(model, samples, [[1, 3, 5, 7, 9]], args)
         return args.micro_batch_size, need["peak"]
