@@ -753,6 +753,7 @@ def test_lengths_are_counted_after_token_reduction(toy_folder):
     "--val-images x", "--quantize int3 --lora-rank 2"])
 def test_a_flag_out_of_range_exits_with_2(toy_folder, tmp_path, capsys, monkeypatch, flag):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
         train.parse(flags(toy_folder, tmp_path, flag))
@@ -886,7 +887,7 @@ def test_quantize_reaches_the_model_and_the_plan(toy_folder, tmp_path, monkeypat
         more = f"--lora-rank 2 --dtype bfloat16 {f'--quantize {bits}' if bits else ''}"
         args = train.parse(flags(toy_folder, tmp_path, more))
         args.micro_batch_size, args.checkpoint_blocks = 1, 0
-        model = train.build_model(args, config)
+        model, _ = train.build(args, config, None)
         need[bits] = train.estimate_memory(model, train.Load(10, 5, 1), args)["weights"]
     assert [how.get("quantize") for how in chosen] == ["int4", "int8", None]
     linear = sum(m.frozen.weight.numel() for m in model.modules() if isinstance(m, train.LoRA))
