@@ -61,6 +61,7 @@ GPUS = {                                     # TFLOP/s of dense bf16 in the data
     "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "rtx4090": (165, 24),
     "cpu": (0.1, None),                      # two cores
 }
+UTILISATION = 0.5                            # of a GPU's speed that --plan expects
 MEMORY_FRACTION = 0.95                       # of a GPU's memory may be used; the allocator needs the rest
 ALLOCATOR_OVERHEAD = 1.15                    # of temporary tensors on a CPU: malloc holds 1.0 to 1.3 times
 CHUNK = {"gpu": 1 << 24, "cpu": 1 << 18}     # weights updated at once; on a CPU they fit into its cache
@@ -163,8 +164,7 @@ def split_step(batch: list[dict] | OSError, batch_size: int) -> tuple[list[tuple
     tokens = all_reduce_sum(sum(counts))
     missing = int(all_reduce_sum(len(batch), dist.ReduceOp.MAX)) - len(batch)
     weighted = [(micro, PROCESSES * count / tokens) for micro, count in zip(batch, counts)]
-    weighted += [(batch[-1], 0.0)] * missing
-    return weighted, int(tokens)
+    return weighted + [(batch[-1], 0.0)] * missing, int(tokens)
 
 
 @torch.no_grad()
@@ -256,7 +256,7 @@ class TrainingLog:
         self.bar.update()
 
 
-def print_summary(args, samples: Samples, steps: int, newest: Path | None, model: Llava) -> None:
+def print_summary(args: Args, samples: Samples, steps: int, newest: Path | None, model: Llava) -> None:
     """Print what is trained, and write to cut.json which records are cut or left out."""
     start = 1 + (step_number(newest) if newest else 0)
     total = sum(p.numel() for p in model.parameters())
@@ -455,11 +455,11 @@ def choose_trainable(model: Llava, args: Args) -> None:
         trainable += ("language_model.",)
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(trainable))
+    if not args.lora_rank:
+        return
     blocks, tower = list(model.language_model.layers), model.vision_tower.layers
     if args.lora_vision:                     # not in the layers that LLaVA never evaluates
         blocks += tower[:len(tower) + 1 + model.config.vision_feature_layer]
-    if not args.lora_rank:
-        return
     like = model.language_model.embed_tokens.weight
     for block in blocks:
         for name, module in list(block.named_modules()):
@@ -537,7 +537,8 @@ class Adam:
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
         self.betas, self.eps, self.steps, self.square_sum = betas, eps, 0, 0.0
         self.in_backward, self.state = in_backward, {}
-        self.update_chunk = torch.compile(self.update_chunk) if compile else self.update_chunk
+        if compile:
+            self.update_chunk = torch.compile(self.update_chunk)
         for name, p in self.parameters.items():
             self.state[f"{name}.m"], self.state[f"{name}.v"] = torch.zeros_like(p), torch.zeros_like(p)
             if p.dtype == torch.bfloat16:    # bits, not numbers; bf16 because processes exchange no int16
@@ -653,14 +654,12 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
             "gradients": size * (max(trainable) if args.in_backward else sum(trainable)) / PROCESSES,
             "activations": activation_bytes(model.config, load, args, size),
             "logits": 12 * load.supervised * text.vocab_size}    # float32: log-softmax, two gradients
-    before = in_middle = at_update = 0.0     # what else is held at some of the moments below
-    if args.in_backward:
-        at_update = need["activations"]      # the first update is lm_head's
-    else:
-        if args.micro_batch_size < args.batch_size:          # the gradients of the micro-batches before
-            before = need["gradients"]
-        whole = 1 - args.checkpoint_blocks / text.num_hidden_layers
-        in_middle = max(before, whole * need["gradients"])
+    before, whole = 0.0, need["gradients"] * (1 - args.checkpoint_blocks / text.num_hidden_layers)
+    if args.in_backward:                     # `whole` is what exists after the whole layers' backward
+        whole = 0.0
+    elif args.micro_batch_size < args.batch_size:            # those of the micro-batches before
+        before = whole = need["gradients"]
+    at_update = need["activations"] if args.in_backward else 0.0          # lm_head's, before all others
     in_norm = load.tokens * ((24 + size) * C - attention)    # six float32 tensors; the attention's are freed
     in_mlp = load.tokens * size * (C + (2 if args.stage == 2 else 3) * text.intermediate_size)
     in_layer = load.tokens * (attention + mlp) + in_mlp      # also its activations, perhaps recomputed
@@ -668,7 +667,7 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
     update = 24 * min(max(trainable), CHUNK["cpu" if on_cpu else "gpu"])  # six float32 tensors
     moments = (need["activations"] + need["logits"] + before,             # at the loss
                need["activations"] + in_norm + before,                    # in the last layer's backward
-               inputs + in_layer + in_middle,                             # in the last checkpointed layer's
+               inputs + in_layer + whole,                                 # in the last checkpointed layer's
                need["gradients"] + in_layer,                              # in the first layer's
                at_update + need["gradients"] + update)                    # in the optimizer
     need["peak"] = need["weights"] + need["optimizer"] + max(moments) * (ALLOCATOR_OVERHEAD if on_cpu else 1)
@@ -710,10 +709,9 @@ def activation_bytes(config: LlavaConfig, load: Load, args: Args, size: int) -> 
     text, vision = config.text, config.vision
     attention, mlp = layer_bytes(text, args, size)
     whole_layers = text.num_hidden_layers - args.checkpoint_blocks
-    total = load.tokens * (whole_layers * (attention + mlp)
-                           + size * text.hidden_size * args.checkpoint_blocks)
+    total = load.tokens * size * text.hidden_size * args.checkpoint_blocks
     if whole_layers > 0:                     # the last MLP sees supervised positions only
-        total -= (load.tokens - load.supervised) * mlp
+        total += load.tokens * (whole_layers * (attention + mlp) - mlp) + load.supervised * mlp
     patch = vision.hidden_size + 2 * text.hidden_size
     if args.lora_vision:
         patch += (8 * vision.hidden_size + 3 * vision.intermediate_size) * vision.num_hidden_layers
@@ -726,7 +724,7 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list, args: Args
     available = math.inf
     if args.card and GPUS[args.card][1]:
         available = GPUS[args.card][1] * 2**30
-    elif not args.card and args.device.startswith("cuda"):             # free now, on the GPU that has least
+    elif not args.card and args.device.startswith("cuda"):          # free now, on the GPU that has least
         available = all_reduce_sum(torch.cuda.mem_get_info()[0], dist.ReduceOp.MIN)
     share, layers = math.ceil(args.batch_size / PROCESSES), len(model.language_model.layers)
     sizes, checkpointed = [args.micro_batch_size or share], [args.checkpoint_blocks or 0]
@@ -744,7 +742,7 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list, args: Args
     return need
 
 
-def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args, utilisation=0.5) -> None:
+def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Args) -> None:
     """Print the estimated memory, disk space, FLOPs and hours on the GPU --card. A backward pass costs
     as much as a forward pass, and for layers with trainable weights twice as much."""
     print_summary(args, samples, steps, None, model)
@@ -757,7 +755,7 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args, uti
     flops = args.epochs * sum(
         passes * language_flops(config.text, samples.lengths[i], samples.supervised[i])
         + tile * samples.tiles[i] for i in samples.usable)
-    hours = flops / (speed * 1e12 * utilisation * PROCESSES) / 3600
+    hours = flops / (speed * 1e12 * UTILISATION * PROCESSES) / 3600
     for name, size in need.items():
         print(f"  {name:12} {size / 2**30:10.2f} GiB")
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if bf16 else 4)
@@ -768,7 +766,7 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args, uti
         print(f"  more than {memory} GB: use --in-backward, --lora-rank 128 or a smaller --batch-size")
     tokens = args.epochs * sum(samples.lengths[i] for i in samples.usable)
     print(f"  {tokens:,} tokens, {flops / 1e15:,.3g} PFLOP: {hours:,.2f} hours on {PROCESSES} x {args.card}, "
-          f"at {utilisation:.0%} of {speed:g} TFLOP/s")
+          f"at {UTILISATION:.0%} of {speed:g} TFLOP/s")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -778,7 +776,7 @@ def check_data(args: Args, processor: Processor) -> None:
     """Read every record and decode every image once; write all errors to RUN/check.json."""
     raw = read_json_list(args.data)
     with ThreadPool(args.workers or os.cpu_count()) as pool:              # Pillow decodes in parallel
-        found = pool.imap(partial(check_record, folder=args.images), enumerate(raw), chunksize=16)
+        found = pool.imap(lambda pair: check_record(*pair, args.images), enumerate(raw), chunksize=16)
         found = list(progress(found, total=len(raw), desc="checking"))
     records = [record for record, _ in found if isinstance(record, dict)]
     copies = Counter(str((record["messages"], record["images"])) for record in records)
@@ -796,9 +794,9 @@ def check_data(args: Args, processor: Processor) -> None:
         raise UserError(f"{args.data} has records with errors, the first is: {lists['wrong'][0]}")
 
 
-def check_record(number_and_raw: tuple[int, dict], folder: Path) -> tuple[dict | ValueError, list[str]]:
+def check_record(number: int, raw, folder: Path) -> tuple[dict | ValueError, list[str]]:
     """(the record or its error, what is unusual about its images but accepted)."""
-    record, odd = try_record(number_and_raw[1], number_and_raw[0], folder), []
+    record, odd = try_record(raw, number, folder), []
     if isinstance(record, ValueError):
         return record, odd
     for file in record["images"]:

@@ -13,7 +13,6 @@ import sys
 import time
 import weakref
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,7 +107,8 @@ def gradients(toy_folder: Path, micro_batch_size: int) -> torch.Tensor:
     model = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32)
     processor = Processor.from_pretrained(toy_folder / "base", model.config)
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
-    micros, _ = train.split_step(train.make_micro_batches(micro_batch_size, [samples[i] for i in range(8)]), 8)
+    batch = train.make_micro_batches(micro_batch_size, [samples[i] for i in range(8)])
+    micros, _ = train.split_step(batch, 8)
     for micro, weight in micros:
         (model(**micro) * weight).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -820,7 +820,7 @@ def test_every_process_waits_after_a_save_and_before_it_leaves(toy_folder, tmp_p
     monkeypatch.setattr(train, "PROCESSES", 2)
     monkeypatch.setattr(train, "run_stage", lambda args: calls.append("run"))
     for name in ("init_process_group", "barrier", "destroy_process_group"):
-        monkeypatch.setattr(torch.distributed, name, partial(lambda name, **how: calls.append((name, how)), name))
+        monkeypatch.setattr(torch.distributed, name, lambda name=name, **how: calls.append((name, how)))
     argv = flags(toy_folder, tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
     train.main()
