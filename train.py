@@ -213,18 +213,18 @@ def deferred_signals():
     second one stops at once."""
     caught = []
 
-    def handle(number: int, _) -> None:
+    def handle(caught_signal: int, _) -> None:
         if caught:
             raise KeyboardInterrupt
-        caught.append(number)
+        caught.append(caught_signal)
         print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {name: signal.signal(name, handle) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for name, handler in previous.items():
+            signal.signal(name, handler)
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -280,8 +280,8 @@ def read_records(file: Path, folder: Path) -> list[dict]:
     """LLaVA's records as {"id", "messages", "images"}. All errors that show without decoding an
     image are raised here, before any model is loaded."""
     records = []
-    for number, raw in enumerate(progress(read_json_list(file), desc=f"reading {file.name}")):
-        record = try_record(raw, number, folder)
+    for i, raw in enumerate(progress(read_json_list(file), desc=f"reading {file.name}")):
+        record = try_record(raw, i, folder)
         if isinstance(record, ValueError):
             raise UserError(f"{file}, {record}; --check-data lists all errors")
         records.append(record)
@@ -295,12 +295,12 @@ def read_json_list(file: Path) -> list:
     return raw
 
 
-def try_record(raw, number: int, folder: Path) -> dict | ValueError:
+def try_record(raw, i: int, folder: Path) -> dict | ValueError:
     """The record, or as a returned error what is wrong with it."""
     try:
         return read_record(raw, folder)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        name = raw.get("id", number) if isinstance(raw, dict) else number
+        name = raw.get("id", i) if isinstance(raw, dict) else i
         reason = error if isinstance(error, ValueError) else f"not a LLaVA record ({error!r})"
         return ValueError(f"record {name}: {reason}")
 
@@ -515,11 +515,11 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if PROCESSES > 1 else t
 
 
-def all_reduce_sum(number: float, op=dist.ReduceOp.SUM) -> float:
+def all_reduce_sum(value: float, op=dist.ReduceOp.SUM) -> float:
     """A number that each process has, summed over all of them, or reduced by `op`."""
     if PROCESSES == 1:
-        return number
-    cell = torch.tensor(number, dtype=torch.float64)
+        return value
+    cell = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(cell, op)
     return cell.item()
 
@@ -794,9 +794,9 @@ def check_data(args: Args, processor: Processor) -> None:
         raise UserError(f"{args.data} has records with errors, the first is: {lists['wrong'][0]}")
 
 
-def check_record(number: int, raw, folder: Path) -> tuple[dict | ValueError, list[str]]:
+def check_record(i: int, raw, folder: Path) -> tuple[dict | ValueError, list[str]]:
     """(the record or its error, what is unusual about its images but accepted)."""
-    record, odd = try_record(raw, number, folder), []
+    record, odd = try_record(raw, i, folder), []
     if isinstance(record, ValueError):
         return record, odd
     for file in record["images"]:
@@ -812,12 +812,12 @@ def check_record(number: int, raw, folder: Path) -> tuple[dict | ValueError, lis
     return record, odd
 
 
-def show(samples: Samples, number: int) -> None:
+def show(samples: Samples, record: int) -> None:
     """Print a record as the model gets it: which tokens are image, prompt, supervised and end."""
-    if not 0 <= number < len(samples):
-        raise UserError(f"--show {number}: the records are 0 to {len(samples) - 1}")
-    processor, files = samples.processor, list(samples.records[number]["images"])
-    ids, labels, _, _ = samples.tokenize(number)
+    if not 0 <= record < len(samples):
+        raise UserError(f"--show {record}: the records are 0 to {len(samples) - 1}")
+    processor, files = samples.processor, list(samples.records[record]["images"])
+    ids, labels, _, _ = samples.tokenize(record)
     special = {processor.config.image_token_id: "image", processor.bos: "start", processor.eos: "end"}
     colors = {"image": 35, "start": 31, "end": 31, "prompt": 34, "answer": 32}
     states = [("prompt", "") if label == IGNORE else ("answer", "learned") for label in labels]
@@ -826,7 +826,7 @@ def show(samples: Samples, number: int) -> None:
         text = "".join(str(files.pop(0)) if kind == "image" else processor.tokenizer.id_to_token(token)
                        for _, token in group).replace("▁", " ").replace("<0x0A>", "\n")
         print(f"{kind:8}{learned:8}\033[{colors[kind]}m{text}\033[0m")
-    print(f"{samples.lengths[number]} tokens with those of the images, {samples.supervised[number]} learned")
+    print(f"{samples.lengths[record]} tokens with those of the images, {samples.supervised[record]} learned")
 
 
 # ---------------------------------------------------------------------------------------------
