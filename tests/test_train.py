@@ -481,6 +481,7 @@ def test_checkpointed_layers_and_then_smaller_micro_batches_make_it_fit(toy_fold
     free, *rest = plan(80)
     twice, *_ = plan(80, "--checkpoint-blocks 3")
     assert rest == [5, 0] and twice < free
+    assert plan(80, "--checkpoint-blocks 40") == (twice, 5, 3)               # there are only 3
     assert plan(twice * 1.01 / train.MEMORY_FRACTION / 2**30)[1:] == (5, 3)          # just that fits
     assert plan(twice * 0.9 / train.MEMORY_FRACTION / 2**30)[1] < 5
     assert plan(twice * 0.9 / train.MEMORY_FRACTION / 2**30, "--in-backward")[1:] == (5, 3)
