@@ -118,7 +118,8 @@ def test_batches_for_a_gpu_come_from_pinned_memory(toy_folder, tmp_path, device,
 
 PEAKS = ["--stage 2 --lora-rank 8"]
 if torch.cuda.is_available() or os.environ.get("LLAVA_TEST_ALL"):
-    PEAKS += ["--stage 1", "--stage 2", "--stage 2 --in-backward", "--stage 2 --checkpoint-blocks 8"]
+    PEAKS += ["--stage 1", "--stage 2", "--stage 2 --in-backward", "--stage 2 --checkpoint-blocks 4",
+              "--stage 2 --checkpoint-blocks 8"]
 
 
 @pytest.mark.parametrize("more", PEAKS)

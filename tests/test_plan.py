@@ -5,6 +5,7 @@ take seconds. Attention is the flash kernel, as on a GPU: its operator has a met
 Ids and labels are on the CPU, where their positions can be read.
 """
 
+import inspect
 import os
 
 import pytest
@@ -60,26 +61,68 @@ def trace_peak(config: LlavaConfig, args, batch: dict) -> tuple[Llava, float]:
     return model, live.most
 
 
-CASES = [("pad", "--stage 1"), ("text", "--stage 2 --in-backward --checkpoint-blocks 32"),
-         ("anyres", "--stage 2 --lora-rank 128 --checkpoint-blocks 16")]
-if os.environ.get("LLAVA_TEST_ALL"):         # about ten seconds each
-    CASES += [("anyres", "--stage 2"), ("anyres", "--stage 2 --checkpoint-blocks 8"),
-              ("pad", "--stage 2 --lora-rank 128"), ("pad", "--stage 2"), ("text", "--stage 2"),
-              ("pad", "--stage 2 --in-backward"), ("text", "--stage 2 --checkpoint-blocks 32")]
+CASES = {                                    # layers, image mode, words in a row, labels of a row, flags
+    "stage 1": (32, "pad", 200, 60, "--stage 1"),
+    "in-backward": (32, "text", 800, 60, "--stage 2 --in-backward --checkpoint-blocks 32"),
+    "LoRA": (32, "anyres", 200, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 16"),
+    # with few layers, each of the moments that the estimate knows
+    "loss": (4, "text", 800, 800, "--stage 2 --lora-rank 128"),
+    "last layer": (4, "text", 8000, 60, "--stage 2 --lora-rank 128"),
+    "4 of 8 layers checkpointed": (8, "text", 8000, 60, "--stage 2 --in-backward --checkpoint-blocks 4"),
+    "last checkpointed layer": (8, "text", 8000, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 8"),
+    "first layer": (8, "text", 8000, 60, "--stage 2 --checkpoint-blocks 8"),
+    "optimizer": (4, "text", 100, 60, "--stage 2 --checkpoint-blocks 4"),
+    "first update": (4, "text", 400, 60, "--stage 2 --in-backward"),
+    "two micro-batches": (4, "text", 8000, 60, "--stage 2 --micro-batch-size 1"),
+}
+if os.environ.get("LLAVA_TEST_ALL"):         # about five seconds each
+    for mode, words, more in (
+            ("anyres", 200, ""), ("anyres", 200, "--checkpoint-blocks 8"), ("anyres", 200, "--lora-rank 128"),
+            ("anyres", 200, "--in-backward"), ("anyres", 200, "--in-backward --checkpoint-blocks 8"),
+            ("pad", 200, "--lora-rank 128"), ("pad", 200, ""), ("pad", 200, "--in-backward"),
+            ("text", 800, ""), ("text", 800, "--checkpoint-blocks 32")):
+        CASES[f"{mode} {more}"] = (32, mode, words, 60, f"--stage 2 {more}")
 
 
-@pytest.mark.parametrize("mode, more", CASES)
-def test_memory_estimate_of_a_7b_run_is_within_3_percent(monkeypatch, mode, more):
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
+def describe(case: str) -> tuple:
+    """The configuration, the flags, the load of a micro-batch, and the batch itself."""
+    layers, mode, words, supervised, more = CASES[case]
     args = train.parse("--data x --init x --out x --plan --card a100 --batch-size 2 --micro-batch-size 2 "
                        f"--checkpoint-blocks 0 {more}".split())
-    rows, supervised, images, words = 2, 60, 1, 200
-    if mode == "text":
-        images, words = 0, 800
-    config = LlavaConfig(text=TextConfig(vocab_size=32064), image_mode=mode.replace("text", "pad"))
+    rows, images = args.micro_batch_size, min(1, TILES[mode])
+    text = TextConfig(vocab_size=32064, num_hidden_layers=layers)
+    config = LlavaConfig(text=text, image_mode=mode.replace("text", "pad"))
     tokens = words + images * count_image_tokens(config, SIZE)
-    load = train.Load(rows * tokens, rows * supervised, rows * TILES[mode])
-    model, peak = trace_peak(config, args, make_batch(config, rows, images, words, supervised))
+    load = train.Load(rows * tokens, rows * min(supervised, tokens - 1), rows * TILES[mode])
+    return config, args, load, make_batch(config, rows, images, words, supervised)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_estimate_of_a_7b_run_is_within_3_percent(monkeypatch, case):
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
+    config, args, load, batch = describe(case)
+    model, peak = trace_peak(config, args, batch)
     estimate = train.estimate_memory(model, load, args)["peak"]
-    print(f"{mode} {more}: {estimate / 2**30:.2f} GiB estimated, {peak / 2**30:.2f} traced")
+    print(f"{case}: {peak / 2**30:.2f} GiB traced, the estimate differs by {estimate / peak - 1:+.2%}")
     assert estimate == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize("case, term", [
+    ("stage 1", "weight_bytes("), ("stage 1", "activation_bytes("), ("last layer", "in_norm + before"),
+    ("in-backward", "(6 if size == 2 else 8)"), ("loss", "12 * load.supervised"),
+    ("last checkpointed layer", "inputs + in_layer"), ("last checkpointed layer", "in_layer + whole"),
+    ("last checkpointed layer", "(attention + mlp)"), ("last checkpointed layer", "in_mlp      #"),
+    ("first layer", "size * (max(trainable)"), ("two micro-batches", 'need["gradients"]\n    at_update'),
+    ("first update", 'need["activations"] if')])
+def test_an_estimate_without_one_of_its_terms_differs_by_more_than_4_percent(case, term):
+    """So the test above fails if a term is dropped: it is multiplied by 0 here."""
+    config, args, load, _ = describe(case)
+    model = build(config)
+    train.choose_trainable(model, args)
+    source, changed = inspect.getsource(train.estimate_memory), dict(vars(train))
+    assert term in source
+    exec(source.replace(term, f"0 * {term}", 1), changed)
+    wanted, found = (function(model, load, args)["peak"]
+                     for function in (train.estimate_memory, changed["estimate_memory"]))
+    print(f"{case}, {term}: {found / wanted - 1:+.2%}")
+    assert found < 0.96 * wanted

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 import weakref
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,7 +107,8 @@ def gradients(toy_folder: Path, micro_batch_size: int) -> torch.Tensor:
     model = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32)
     processor = Processor.from_pretrained(toy_folder / "base", model.config)
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
-    micros, _ = train.split_step(train.collate(micro_batch_size, [samples[i] for i in range(8)]), 8)
+    batch = train.make_micro_batches(micro_batch_size, [samples[i] for i in range(8)])
+    micros, _ = train.split_step(batch, 8)
     for micro, weight in micros:
         (model(**micro) * weight).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -124,6 +127,14 @@ def test_frozen_weights_do_not_change(toy_folder, tmp_path):
         after = Llava.from_pretrained(tmp_path / stage[0], dtype=torch.float32).state_dict()
         for name in before:
             assert torch.equal(before[name], after[name]) != name.startswith(moves), name
+
+
+def test_labels_that_are_all_ignored_raise(toy_folder, tmp_path):
+    model, batch = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32), inputs(toy_folder)
+    with pytest.raises(llava.UserError, match="all labels are -100"):
+        model(**batch | {"labels": torch.full_like(batch["labels"], -100)})
+    assert "no record has an answer within --max-length 3" in refused(
+        toy_folder, tmp_path / "run", "--max-length 3")
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -348,7 +359,7 @@ def inputs(toy_folder: Path) -> dict:
     config = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32).config
     processor = Processor.from_pretrained(toy_folder / "base", config)
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
-    return train.collate(4, [samples[i] for i in range(4)])[0]
+    return train.make_micro_batches(4, [samples[i] for i in range(4)])[0]
 
 
 def test_an_adapter_opens_merged(toy_folder, tmp_path, monkeypatch):
@@ -444,11 +455,11 @@ def test_memory_estimate_is_within_8_percent(toy_folder, tmp_path, monkeypatch, 
         sample = samples[8]
         if words > 1000:                     # where logits decide: every token is supervised
             sample["labels"] = sample["input_ids"].where(sample["input_ids"] != words, -100)
-            samples.supervised[8] = int((sample["labels"][1:] != -100).sum())
+            samples.supervised[8] = int((sample["labels"][:, 1:] != -100).sum())
         need = train.choose_micro_batch(model, samples, [[8] * 4], args)    # no padding
         train.wrap_blocks(model, args)
         optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
-        micros = train.collate(args.micro_batch_size, [sample] * 4)
+        micros = train.make_micro_batches(args.micro_batch_size, [sample] * 4)
         live.most = 0
         optimizer.begin(1e-3)
         for micro in micros:
@@ -470,6 +481,7 @@ def test_checkpointed_layers_and_then_smaller_micro_batches_make_it_fit(toy_fold
     free, *rest = plan(80)
     twice, *_ = plan(80, "--checkpoint-blocks 3")
     assert rest == [5, 0] and twice < free
+    assert plan(80, "--checkpoint-blocks 40") == (twice, 5, 3)               # there are only 3
     assert plan(twice * 1.01 / train.MEMORY_FRACTION / 2**30)[1:] == (5, 3)          # just that fits
     assert plan(twice * 0.9 / train.MEMORY_FRACTION / 2**30)[1] < 5
     assert plan(twice * 0.9 / train.MEMORY_FRACTION / 2**30, "--in-backward")[1:] == (5, 3)
@@ -591,7 +603,7 @@ def test_validation_loss_is_the_mean_over_fixed_records_and_resumes_exactly(toy_
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
     total = tokens = 0
     for i in range(22):
-        micro, = train.collate(1, [samples[i]])
+        micro, = train.make_micro_batches(1, [samples[i]])
         count = int((micro["labels"] != -100).sum())
         total, tokens = total + count * model(**micro).item(), tokens + count
     assert lines[-1]["val_loss"] == pytest.approx(total / tokens, rel=1e-5)
@@ -691,10 +703,9 @@ def test_free_memory_decides_what_fits(toy_folder, tmp_path, monkeypatch):
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder),
                             Processor.from_pretrained(toy_folder / "base", config), 2048)
     model = Llava(config)
-    monkeypatch.setattr(train, "is_cuda", lambda device: True)
-
     def choose(free: float) -> tuple[int, float]:
         args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
+        args.device = "cuda"
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 50))
         need = train.choose_micro_batch(model, samples, [[1, 3, 5, 7, 9]], args)
         return args.micro_batch_size, need["peak"]
@@ -743,6 +754,7 @@ def test_lengths_are_counted_after_token_reduction(toy_folder):
     "--val-images x", "--quantize int3 --lora-rank 2"])
 def test_a_flag_out_of_range_exits_with_2(toy_folder, tmp_path, capsys, monkeypatch, flag):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
         train.parse(flags(toy_folder, tmp_path, flag))
@@ -760,6 +772,18 @@ def test_bf16_is_the_default_only_where_the_gpu_supports_it_and_mps_is_never_cho
     for supported, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
         assert (train.parse(argv).device, train.parse(argv).dtype) == ("cuda", dtype)
+
+
+def test_the_toy_run_is_in_float32_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(toy, "build", lambda *_, **__: toy.write_scienceqa(
+        tmp_path / "scienceqa", sizes=(("train", 8), ("val", 8), ("test", 8))))
+    monkeypatch.setattr(toy, "draw_losses", lambda *_: 1 / 0)             # after both stages
+    runs = []
+    with pytest.raises(ZeroDivisionError):
+        toy.play(runs.append, train.parse, tmp_path, tmp_path / "runs")
+    assert [(args.device, args.dtype) for args in runs] == [("cuda", "float32")] * 2
 
 
 def test_the_second_ctrl_c_stops_at_once():
@@ -790,6 +814,29 @@ def test_gradients_are_reduced_in_float32(toy_folder, tmp_path, monkeypatch):
     args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
     train.wrap_blocks(Llava.from_pretrained(toy_folder / "base", dtype=torch.bfloat16), args)
     assert [policy.reduce_dtype for policy in policies] == [torch.float32] * 4
+
+
+def test_every_process_waits_after_a_save_and_before_it_leaves(toy_folder, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    monkeypatch.setattr(train, "run_stage", lambda args: calls.append("run"))
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda name=name, **how: calls.append((name, how)))
+    argv = flags(toy_folder, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    train.main()
+    (_, how), *rest = calls
+    assert rest == ["run", ("barrier", {}), ("destroy_process_group", {})]
+    assert how["timeout"] >= timedelta(hours=1)              # 60 GB at 17 MB/s
+    for rank, written in ((1, False), (0, True)):
+        monkeypatch.setattr(train, "RANK", rank)
+        calls.clear()
+        model = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32)
+        optimizer = SimpleNamespace(steps=4, state={})
+        processor = Processor.from_pretrained(toy_folder / "base", model.config)
+        args = train.parse(argv)
+        train.Checkpoints(args, 10).save(model, processor, optimizer)
+        assert calls == [("barrier", {})] and (tmp_path / "trainer/step-000004").exists() == written
 
 
 class Opaque(torch.nn.Module):
@@ -841,7 +888,7 @@ def test_quantize_reaches_the_model_and_the_plan(toy_folder, tmp_path, monkeypat
         more = f"--lora-rank 2 --dtype bfloat16 {f'--quantize {bits}' if bits else ''}"
         args = train.parse(flags(toy_folder, tmp_path, more))
         args.micro_batch_size, args.checkpoint_blocks = 1, 0
-        model = train.build_model(args, config)
+        model, _ = train.build(args, config, None)
         need[bits] = train.estimate_memory(model, train.Load(10, 5, 1), args)["weights"]
     assert [how.get("quantize") for how in chosen] == ["int4", "int8", None]
     linear = sum(m.frozen.weight.numel() for m in model.modules() if isinstance(m, train.LoRA))
@@ -899,15 +946,16 @@ def two(toy_folder):
     return toy_folder / "two"
 
 
-PAIRS = {"micro": "--epochs 1 --batch-size 7 --micro-batch-size 2",
-         "in_backward": "--epochs 1 --batch-size 7 --in-backward",
-         "lora": "--epochs 1 --batch-size 7 --lora-rank 2 --lora-vision --save-every 2"}
+PAIRS = {"micro": "--epochs 1 --batch-size 7 --seed 0 --micro-batch-size 2",
+         "in_backward": "--epochs 1 --batch-size 7 --seed 2 --in-backward",
+         "lora": "--epochs 1 --batch-size 7 --seed 3 --lora-rank 2 --lora-vision --save-every 2"}
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_processes_have_the_losses_and_weights_of_one(toy_folder, two, tmp_path, name):
     expected = go(toy_folder, tmp_path, PAIRS[name])
-    assert {len(batch) for batch in train.make_batches(range(22), [1] * 22, 7, 0)} == {7, 1}
+    seed, short = {"micro": (0, 0), "in_backward": (2, 2), "lora": (3, 3)}[name]
+    assert len(train.make_batches(range(22), [1] * 22, 7, seed)[short]) == 1
     for line, other in zip(log(tmp_path), log(two / name), strict=True):
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
