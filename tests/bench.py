@@ -391,13 +391,16 @@ def with_pruning(args) -> None:
     spread_attention(model, states)
     names = ("none", "prumerge", "prumerge+")
     features = {name: model.encode_images(inputs["images"], prune=name)[0] for name in names}
-
-    def look(name: str) -> None:             # the tower alone, or what pruning adds to it
-        if name == "none":
-            model.vision_tower(pixels)
-        else:
-            (attention,), (keys,) = model.cls_attention(states)
-            llava.prumerge(attention, keys, **llava.PRUMERGE[name]) @ states[0, 1:]
+    reductions = {
+        "tower": lambda: model.vision_tower(pixels),
+        **{name: partial(reduce_by_prumerge, model, states, name) for name in names[1:]},
+        "random": lambda: states[0, 1:][llava.random_patches(pixels[0], 64, config.vision.side**2)],
+        "pool": lambda: llava.pool_patches(states[0, 1:], 64),
+        "divprune": lambda: llava.diverse_patches(features["none"], 64)}
+    taken = paired(reductions, args.repeats, "reductions")
+    table([["of one tile", "ms", "of the tower's time"],
+           *([name, ms(seconds), f"{median(seconds) / median(taken['tower']):.2%}"]
+             for name, seconds in taken.items())])
 
     def prefill(name: str) -> None:
         x = torch.cat((features[name], features["none"][:words]))[None]
@@ -409,14 +412,17 @@ def with_pruning(args) -> None:
         answer_ours(model, inputs, n)
 
     rows = [["", *names, *names[1:]], ["visual tokens", *(str(len(f)) for f in features.values()), "", ""]]
-    for what, run in (("tower, reductions", look), ("language model's prefill", prefill),
-                      ("until the first token", partial(answer, 1)),
+    for what, run in (("language model's prefill", prefill), ("until the first token", partial(answer, 1)),
                       ("33-token answer", partial(answer, 33))):
         taken = paired({name: partial(run, name) for name in names}, args.repeats, what)
-        gains = [f"{median(taken[name]) / median(taken['none']):.2%} of tower" if run is look
-                 else f"{ratio(taken['none'], taken[name])[0]} x" for name in names[1:]]
+        gains = [f"{ratio(taken['none'], taken[name])[0]} x" for name in names[1:]]
         rows.append([f"{what}, ms", *map(ms, taken.values()), *gains])
     table(rows)
+
+
+def reduce_by_prumerge(model: Llava, states: Tensor, name: str) -> None:
+    (attention,), (keys,) = model.cls_attention(states)
+    llava.prumerge(attention, keys, **llava.PRUMERGE[name]) @ states[0, 1:]
 
 
 def spread_attention(model: Llava, states: Tensor, spread: float = 0.9) -> None:
