@@ -157,6 +157,43 @@ def test_the_answer_file_reader_returns_texts_or_refuses(seed, tmp_path):
     assert accepted and refused
 
 
+FILES = {                                    # questions, then annotations
+    "vqav2": ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
+    "textvqa": ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"),
+    "pope": ("llava_pope_test.jsonl", *(f"coco_pope_{x}.json" for x in ("random", "popular", "adversarial"))),
+    "mmbench": ("mmbench_dev_20230712.tsv",),
+    "llavabench": ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")}
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_the_readers_of_benchmarks_return_sound_questions_or_refuse(task, tmp_path):
+    toy.write_benchmarks(tmp_path, size=2)
+    files = [tmp_path / task / name for name in FILES[task]]
+    sound = {file: file.read_bytes() for file in files}
+    args = evaluation.parse_args(["--task", task, "--questions", str(files[0]), "--model", "m", "--out", "a",
+                                  *(["--images", str(tmp_path)] if task != "mmbench" else []),
+                                  *(["--annotations", *map(str, files[1:])] if files[1:] else [])])
+
+    def read(rng):
+        for file, content in sound.items():
+            file.write_bytes(content)
+        file = rng.choice(files)
+        lines = sound[file].splitlines()
+        at = rng.randrange(len(lines))
+        if rng.random() < 0.3 or file.suffix == ".tsv":
+            file.write_bytes(damage(sound[file], rng))
+        elif file.suffix == ".jsonl" or task == "pope":
+            lines[at] = as_bytes(json.loads(lines[at]), rng)
+            file.write_bytes(b"\n".join(lines))
+        else:
+            file.write_bytes(as_bytes(json.loads(sound[file]), rng))
+        questions = evaluation.read_task(args, evaluation.BENCHMARKS[task])
+        assert questions and all(isinstance(q["message"], str) for q in questions)
+
+    accepted, refused = fuzz(read, 0, ROUNDS // 2)
+    assert accepted and refused
+
+
 def random_text(rng: random.Random) -> str:
     pieces = ["The answer is ", "the answer is ", "Answer: ", "A", "B", "E", "Z", "(A)", "A. ", ".", "\n", " ", "",
               "yes", "No", "not", "é", "\0", "\ud800", "中", "1", "-1", "<image>", "</s>", string.printable]
