@@ -866,8 +866,20 @@ def test_lora_works_over_layers_without_a_weight(toy_folder, tmp_path, monkeypat
     assert names[0] == names[1] and len(names[0]) == 2 * 7 * 3 + 4
 
 
-def test_a_quantized_run_resumes_exactly_and_opens_over_the_full_base(toy_folder, tmp_path):
-    more, step = "--quantize int8 --lora-rank 2 --save-every 4", train.Adam.step
+def write_wide_base(toy_folder: Path, folder: Path) -> None:
+    """A random LLaVA whose linear layers have multiples of 64 rows, as 4 bits need them."""
+    config = LlavaConfig(**llava.open_checkpoint(str(toy_folder / "base"), weights=False)[0])
+    text = replace(config.text, hidden_size=64, intermediate_size=128, num_attention_heads=3, head_dim=64)
+    torch.manual_seed(0)
+    Llava(replace(config, text=text)).save_pretrained(folder)
+    Processor.from_pretrained(toy_folder / "base", config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantized_run_resumes_exactly_and_opens_over_the_full_base(toy_folder, tmp_path, quantize):
+    write_wide_base(toy_folder, tmp_path / "base")
+    more = f"--init {tmp_path}/base --quantize {quantize} --lora-rank 2 --save-every 4"
+    step = train.Adam.step
     expected = go(toy_folder, tmp_path / "whole", more)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Adam, "step",
