@@ -1693,9 +1693,31 @@ def read_question() -> str:
         return ""
 
 
+def record_calls(model: Llava, inputs: dict, modules, counter: FlopCounterMode) -> tuple[list, list]:
+    """Two lists of (module, output, FLOPs so far, time), one entry for each call of `modules` in the prefill
+    and one decode step. The first pass counts FLOPs, the second is timed, because counting slows it down."""
+    passes = []
+
+    def record(module: nn.Module | None, _=None, y: Tensor | None = None) -> None:
+        if y is not None and y.is_cuda:
+            torch.cuda.synchronize()
+        passes[-1].append((module, y, counter.get_total_flops(), time.perf_counter()))
+
+    handles = [module.register_forward_hook(record) for module in modules]
+    try:
+        for context in (counter, nullcontext()):
+            passes.append([])
+            record(None)                     # the time before the first module
+            with context:
+                list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(passes)
+
+
 def print_trace(model: Llava, inputs: dict) -> None:
-    """Print shape, dtype, parameters, FLOPs and time of every module, for the prompt and one decode step,
-    and the attention kernels. FLOPs come from a separate pass, because counting slows the timed one."""
+    """Print shape, dtype, parameters, FLOPs and time of every module, and the attention kernels."""
     pattern = r"projector|\w+\.(patch_embedding|pre_layrnorm|embed_tokens|layers\.\d+|norm|lm_head)"
     names = {module: name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
     ops = torch.ops.aten
@@ -1704,31 +1726,16 @@ def print_trace(model: Llava, inputs: dict) -> None:
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
         cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         **dict.fromkeys(packed, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
-    records = []                             # (module, output, FLOPs so far, time) of each call
-
-    def record(module: nn.Module | None, _=None, y: Tensor | None = None) -> None:
-        if y is not None and y.is_cuda:
-            torch.cuda.synchronize()
-        records.append((module, y, counter.get_total_flops(), time.perf_counter()))
 
     def print_row(name: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{name:33}{str(shape):>20}", *cells, sep="")
 
-    handles = [module.register_forward_hook(record) for module in names]
-    try:
-        for context in (counter, nullcontext()):
-            record(None)                     # the time before the first module
-            with context:
-                list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
-    finally:
-        for handle in handles:
-            handle.remove()
+    counted, timed = record_calls(model, inputs, names, counter)
     print_row("module", "shape", "dtype", "parameters", "GFLOP", "ms", "bits of each", "MB")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
         print_row(f"image {width} x {height}", list(tiles.shape), tiles.dtype)
     print_row("input_ids", list(inputs["input_ids"].shape), inputs["input_ids"].dtype)
-    counted, timed = records[:len(records) // 2], records[len(records) // 2:]
     for i in range(1, len(counted)):
         module, y, flops, _ = counted[i]
         gflop, ms = (flops - counted[i - 1][2]) / 1e9, 1e3 * (timed[i][3] - timed[i - 1][3])
