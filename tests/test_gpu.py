@@ -125,7 +125,7 @@ if torch.cuda.is_available() or os.environ.get("LLAVA_TEST_ALL"):
 @pytest.mark.parametrize("more", PEAKS)
 def test_peak_memory_is_within_8_percent_of_the_estimate(device, more, monkeypatch):
     monkeypatch.setattr(train, "ALLOCATOR_OVERHEAD", 1)      # count the tensors only
-    C = 1024 if device == "cuda" else 128                    # a GPU also holds workspaces of some MB
+    C = 1024 if device == "cuda" else 64                     # a GPU also holds workspaces of some MB
     config = LlavaConfig(VisionConfig(C // 2, 2 * C, 3, 4, image_size=64, patch_size=8),
                          TextConfig("mistral", 1000, C, 4 * C, 8, 8, 2, head_dim=C // 8), image_token_id=999)
     args = train.parse(f"--data x --init x --out x --device {device} --dtype bfloat16 --batch-size 4 "

@@ -63,9 +63,9 @@ def trace_peak(config: LlavaConfig, args, batch: dict) -> tuple[Llava, float]:
 
 CASES = {                                    # layers, image mode, words in a row, labels of a row, flags
     "stage 1": (32, "pad", 200, 60, "--stage 1"),
-    "in-backward": (32, "text", 800, 60, "--stage 2 --in-backward --checkpoint-blocks 32"),
-    "LoRA": (32, "anyres", 200, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 16"),
     # with few layers, each of the moments that the estimate knows
+    "in-backward": (8, "text", 800, 60, "--stage 2 --in-backward --checkpoint-blocks 8"),
+    "LoRA": (8, "anyres", 200, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 4"),
     "loss": (4, "text", 800, 800, "--stage 2 --lora-rank 128"),
     "last layer": (4, "text", 8000, 60, "--stage 2 --lora-rank 128"),
     "4 of 8 layers checkpointed": (8, "text", 8000, 60, "--stage 2 --in-backward --checkpoint-blocks 4"),
@@ -77,10 +77,11 @@ CASES = {                                    # layers, image mode, words in a ro
 }
 if os.environ.get("LLAVA_TEST_ALL"):         # about five seconds each
     for mode, words, more in (
-            ("anyres", 200, ""), ("anyres", 200, "--checkpoint-blocks 8"), ("anyres", 200, "--lora-rank 128"),
+            ("anyres", 200, ""), ("anyres", 200, "--lora-rank 128 --checkpoint-blocks 16"), ("anyres", 200, "--checkpoint-blocks 8"), ("anyres", 200, "--lora-rank 128"),
             ("anyres", 200, "--in-backward"), ("anyres", 200, "--in-backward --checkpoint-blocks 8"),
             ("pad", 200, "--lora-rank 128"), ("pad", 200, ""), ("pad", 200, "--in-backward"),
-            ("text", 800, ""), ("text", 800, "--checkpoint-blocks 32")):
+            ("text", 800, ""), ("text", 800, "--checkpoint-blocks 32"),
+            ("text", 800, "--in-backward --checkpoint-blocks 32")):
         CASES[f"{mode} {more}"] = (32, mode, words, 60, f"--stage 2 {more}")
 
 

@@ -4,6 +4,7 @@ The names of published models and data stand for toy ones of the same layouts. .
 that need minutes or several processes."""
 
 import ast
+import functools
 import json
 import re
 import runpy
@@ -90,7 +91,7 @@ def toy_folder(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("toy"), toy.make_tokenizer(size=600)
     data = folder / "data/toy"
     toy.write_scienceqa(data / "scienceqa", sizes=(("train", 40), ("val", 8), ("test", 12)))
-    toy.write_captions(data / "pretrain", size=64)
+    toy.write_captions(data / "pretrain", size=24)
     toy.write_coco(data / "coco", size=6)
     toy.write_benchmarks(data / "benchmarks", size=4)
     toy.write_clip(data / "clip", steps=2, size=64, batch=8)
@@ -189,6 +190,7 @@ def test_the_five_places_to_stop_show_what_the_readme_says(answered):
 # Symbols, links, tables, lengths
 
 
+@functools.cache
 def symbols(file: str) -> set[str]:
     """Functions, classes, methods and constants of a module, as `name` or `Class.name`."""
     found = set()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from datetime import timedelta
@@ -22,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 import llava
 import train
@@ -30,6 +32,7 @@ from tests import toy
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)                     # equal bytes; and a forked process has no other threads
+tqdm.set_lock(threading.RLock())             # its own lock is shared with forked processes: killed in it, all wait
 
 
 def turn(speaker: str, value: str) -> dict:
@@ -440,7 +443,7 @@ WAYS = ("", "--in-backward", "--lora-rank 4", "--stage 1 --template v1", "--lora
 
 @pytest.mark.parametrize("dtype, words, more", [
     *(("float32", 1000, more) for more in WAYS), *(("float32", 16000, more) for more in WAYS[:2]),
-    *(("bfloat16", 1000, more) for more in WAYS[:3])])
+    ("bfloat16", 1000, "")])
 def test_memory_estimate_is_within_8_percent(toy_folder, tmp_path, monkeypatch, more, dtype, words):
     monkeypatch.setattr(train, "ALLOCATOR_OVERHEAD", 1)      # count the tensors only
     monkeypatch.setattr(train, "CHUNK", {"cpu": 1 << 16, "gpu": 1 << 16})
@@ -923,20 +926,22 @@ import json, signal, sys
 sys.path.insert(0, {root!r})
 import torch.distributed as dist
 import train
-dist.init_process_group()
-step = train.Adam.step
+step, run_stage = train.Adam.step, train.run_stage
 def interrupted(adam):
     step(adam)
     if adam.steps == 3 and train.RANK == 0:
         signal.raise_signal(signal.SIGINT)
-for stop, argv in json.loads({runs!r}):
-    train.Adam.step = interrupted if stop else step
-    try:
-        train.run_stage(train.parse(argv))
-    except KeyboardInterrupt:
-        assert stop
-    dist.barrier()
-dist.destroy_process_group()
+def run_all(_):
+    for stop, argv in json.loads({runs!r}):
+        train.Adam.step = interrupted if stop else step
+        try:
+            run_stage(train.parse(argv))
+        except KeyboardInterrupt:
+            assert stop
+        dist.barrier()
+train.run_stage = run_all
+sys.argv[1:] = json.loads({runs!r})[0][1]
+train.main()
 """
 
 
@@ -944,15 +949,14 @@ dist.destroy_process_group()
 def two(toy_folder):
     """Run folders by name, trained by two processes; batches of 7 of 22 records leave a batch of one."""
     runs = {name: (False, flags(toy_folder, toy_folder / "two" / name, more)) for name, more in PAIRS.items()}
-    runs["interrupted"] = (True, flags(toy_folder, toy_folder / "two/resumed", PAIRS["lora"]))
+    resumed = flags(toy_folder, toy_folder / "two/resumed", PAIRS["lora"])
+    runs |= {"interrupted": (True, resumed), "resumed": (False, [*resumed, "--resume"])}
     file = toy_folder / "two.py"
     file.write_text(TWO_PROCESSES.format(root=str(ROOT), runs=json.dumps(list(runs.values()))))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    resume = [str(ROOT / "train.py"), *runs["interrupted"][1], "--resume"]
-    for command in ([str(file)], resume):
-        finished = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=100,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert finished.returncode == 0, finished.stderr
+    finished = subprocess.run([*torchrun, str(file)], capture_output=True, text=True, timeout=100,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert finished.returncode == 0, finished.stderr
     return toy_folder / "two"
 
 
