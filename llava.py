@@ -112,13 +112,13 @@ class LlavaConfig:
     keep_tokens: int | None = None           # tokens to keep of each tile, for the methods of BUDGETED
 
     def __post_init__(self):
-        S = self.vision.image_size
+        size = self.vision.image_size
         if self.image_mode == "anyres":
             if not self.grids:               # as released
                 tiles = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-                object.__setattr__(self, "grids", tuple((S * w, S * h) for w, h in tiles))
-            if any(side < 1 or side % S for grid in self.grids for side in grid):
-                raise UserError(f"the sides of the AnyRes grids {self.grids} are not multiples of {S}")
+                object.__setattr__(self, "grids", tuple((size * w, size * h) for w, h in tiles))
+            if any(side < 1 or side % size for grid in self.grids for side in grid):
+                raise UserError(f"the sides of the AnyRes grids {self.grids} are not multiples of {size}")
         require(vars(self), "LlavaConfig", image_mode=("pad", "crop", "anyres"),
                 projector=("mlp2x_gelu", "linear"), template=("mistral_instruct", "v1", "plain"))
         check_token_budget(self)
@@ -163,8 +163,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
-    if device == "cpu" or (device in ("cuda", "meta") and half):
+    in_16_bits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
+    if device == "cpu" or (device in ("cuda", "meta") and in_16_bits):
         return SlidingWindow.apply(q, k, v, window)
     return masked_attention(q, k, v, window)                              # no flash kernel
 
@@ -456,9 +456,10 @@ def kernel_half() -> int | None:
 
 def unpack_tinygemm(packed: Tensor) -> Tensor:
     """int32 [O / 8, I / 128, 32, 4] of torch's CUDA kernel -> uint8 [I, O] of 0...15, in the order of
-    PyTorch's int4mm.cu. Compared with an emulation of that file, never run on a GPU."""
+    PyTorch's int4mm.cu: output 8 * O tile + row; input 128 * I tile + 32 * word + 16 * byte + 8 * nibble
+    + 2 * lane + pair. Compared with an emulation of that file, never run on a GPU."""
     x = packed.view(torch.uint8).unflatten(3, (4, 2, 2)).unflatten(2, (8, 4))
-    x = torch.stack((x & 15, x >> 4), -1)    # [O / 8, I / 128, 8, 4, 4, 2, 2, 2]
+    x = torch.stack((x & 15, x >> 4), -1)    # O tile, I tile, row, lane, word, pair, byte, nibble
     return x.permute(1, 4, 6, 7, 3, 5, 0, 2).flatten(6).flatten(0, 5)
 
 
@@ -634,19 +635,19 @@ BUDGETED = ("prumerge", "prumerge+", "random", "pool", "divprune")        # thos
 
 def check_token_budget(config: LlavaConfig) -> None:
     """Raise UserError where `prune` and `keep_tokens` do not fit together."""
-    name, N, side = config.prune, config.keep_tokens, config.vision.side
+    name, keep, side = config.prune, config.keep_tokens, config.vision.side
     least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name not in ("none", *PRUNING):
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
-    if N is None and name in ("random", "pool", "divprune"):
+    if keep is None and name in ("random", "pool", "divprune"):
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
-    if N is not None and name not in BUDGETED:
+    if keep is not None and name not in BUDGETED:
         raise UserError(f"--keep-tokens works with --prune {', '.join(BUDGETED)}, not with {name}")
-    if N is not None and not (isinstance(N, int) and least <= N <= side**2):
-        raise UserError(f"--keep-tokens {N} is not between {least} and the {side**2} patches of a tile")
-    if name == "pool" and max(pooled_size(N)) > side:
+    if keep is not None and not (isinstance(keep, int) and least <= keep <= side**2):
+        raise UserError(f"--keep-tokens {keep} is not between {least} and the {side**2} patches of a tile")
+    if name == "pool" and max(pooled_size(keep)) > side:
         raise UserError(f"--prune pool needs --keep-tokens that is a product of two numbers up to {side}, "
-                        f"such as {math.isqrt(N)**2} instead of {N}")
+                        f"such as {math.isqrt(keep)**2} instead of {keep}")
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
@@ -709,7 +710,7 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
     """`keep` of `patches` indices at random, in the image's order; the seed is a checksum of the
-    normalised tile [3, S, S] in 8 bits."""
+    normalised tile [3, size, size] in 8 bits."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
     eight_bits = ((pixels.float() * std + mean) * 255).round().to(torch.uint8)
     generator = torch.Generator().manual_seed(zlib.crc32(eight_bits.cpu().numpy().tobytes()))
@@ -738,7 +739,7 @@ def diverse_patches(features: Tensor, keep: int) -> Tensor:
 
 
 def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
-    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [N, D] in the order of selection, each the
+    """Greedy max-min selection (Gonzalez 1985): indices [k] of x [n, C] in the order of selection, each the
     point farthest from its nearest selected point, the lowest index of equals; start None is the point
     nearest the mean. Raises UserError for points that are not finite. One matrix-vector product per
     selection: |a - b|² = |a|² - 2ab + |b|². To reduce cancellation the point nearest the mean becomes
@@ -752,7 +753,7 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
     x = x - x[center]
     squares, selected = x.square().sum(1), []
     pick = center if start is None else start
-    nearest = torch.full_like(squares, math.inf)                          # [N] squared distances
+    nearest = torch.full_like(squares, math.inf)                          # [n] squared distances
     for _ in tqdm(range(k), desc="selecting", leave=False, delay=2):
         selected.append(pick)
         sums = squares + squares[pick]
@@ -784,11 +785,11 @@ class Llava(nn.Module):
 
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
         """One [n, C] per image: the features that replace its id among the token embeddings. images: the
-        tiles [tiles, 3, S, S] of each image, normalised or in uint8; image_sizes: its original (height,
+        tiles [tiles, 3, size, size] of each image, normalised or in uint8; image_sizes: its original (height,
         width); prune: a name in PRUNING or "none", None: the config's."""
         prune = self.config.prune if prune is None else prune
         weight = self.vision_tower.class_embedding
-        pixels = torch.cat(list(images)).to(weight.device, non_blocking=True)            # [N, 3, S, S]
+        pixels = torch.cat(list(images)).to(weight.device, non_blocking=True)            # [N, 3, size, size]
         if pixels.dtype == torch.uint8:
             pixels = normalize(pixels)
         states = self.vision_tower(pixels.to(weight.dtype), self.config.vision_feature_layer)
@@ -808,7 +809,7 @@ class Llava(nn.Module):
 
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
         """The projected tokens [n, C] that the method `prune` keeps of each tile, from its pixels
-        [N, 3, S, S] and the tower's states [N, 1+P, C]."""
+        [N, 3, size, size] and the tower's states [N, 1+P, C]."""
         config = replace(self.config, prune=prune)                        # calls check_token_budget
         keep, tiles = config.keep_tokens, []
         attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
@@ -1452,15 +1453,15 @@ def to_rgb(image: Image.Image, config: LlavaConfig) -> Image.Image:
 
 def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
     """An RGB image as squares of image_size; resized in 8 bits, bicubic, as for CLIP's training."""
-    S, (w, h) = config.vision.image_size, image.size
+    size, (w, h) = config.vision.image_size, image.size
     if config.image_mode == "pad":           # to a square of CLIP's mean color, int() as in LLaVA
         canvas = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * mean) for mean in CLIP_MEAN))
         canvas.paste(image, ((canvas.width - w) // 2, (canvas.height - h) // 2))
-        return [canvas.resize((S, S), Image.BICUBIC)]
+        return [canvas.resize((size, size), Image.BICUBIC)]
     if config.image_mode == "crop":          # the center
-        w, h = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
-        left, top = (w - S) // 2, (h - S) // 2
-        return [image.resize((w, h), Image.BICUBIC).crop((left, top, left + S, top + S))]
+        w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+        left, top = (w - size) // 2, (h - size) // 2
+        return [image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))]
     W, H = choose_grid((h, w), config.grids)
     if W / w < H / h:                        # the width decides the scale
         inner = W, min(math.ceil(h * (W / w)), H)
@@ -1468,12 +1469,13 @@ def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
         inner = min(math.ceil(w * (H / h)), W), H
     canvas = Image.new("RGB", (W, H))        # black
     canvas.paste(image.resize(inner, Image.BICUBIC), ((W - inner[0]) // 2, (H - inner[1]) // 2))
-    corners = [(x, y) for y in range(0, H, S) for x in range(0, W, S)]
-    return [image.resize((S, S), Image.BICUBIC), *(canvas.crop((x, y, x + S, y + S)) for x, y in corners)]
+    corners = [(x, y) for y in range(0, H, size) for x in range(0, W, size)]
+    tiles = [canvas.crop((x, y, x + size, y + size)) for x, y in corners]
+    return [image.resize((size, size), Image.BICUBIC), *tiles]
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 [N, 3, S, S] -> float32 with CLIP's mean and standard deviation."""
+    """uint8 [N, 3, size, size] -> float32 with CLIP's mean and standard deviation."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
     return (pixels.float() / 255 - mean) / std       # multiplying by 1 / 255 would differ in the last bit
 
@@ -1585,7 +1587,7 @@ class Processor:
 
     def save_pretrained(self, folder) -> None:
         """The tokenizer, with <image> and <pad>, and the files that transformers' processors need."""
-        S, mode = self.config.vision.image_size, self.config.image_mode
+        size, mode = self.config.vision.image_size, self.config.image_mode
         kind = "LlavaNext" if mode == "anyres" else "Llava"
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.add_special_tokens(["<image>", "<pad>"])
@@ -1594,8 +1596,8 @@ class Processor:
             "tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>",
             "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"})
         write_json(Path(folder) / "preprocessor_config.json", {
-            "image_processor_type": f"{kind}ImageProcessor", "size": {"shortest_edge": S},
-            "crop_size": {"height": S, "width": S}, "do_pad": mode != "crop", "image_mean": CLIP_MEAN,
+            "image_processor_type": f"{kind}ImageProcessor", "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size}, "do_pad": mode != "crop", "image_mean": CLIP_MEAN,
             "image_std": CLIP_STD, "image_grid_pinpoints": [(h, w) for w, h in self.config.grids]})
         write_json(Path(folder) / "processor_config.json", {
             "processor_class": f"{kind}Processor", "patch_size": self.config.vision.patch_size,
@@ -1748,36 +1750,36 @@ def print_trace(model: Llava, inputs: dict) -> None:
 
 @torch.inference_mode()
 def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
-    """What token reduction keeps of the tiles uint8 [N, 3, S, S] of an image, one row a tile. Left: kept
-    patches clear, the others dark, with PruMerge in the color of the patch that they are merged into.
-    Right: the attention of the CLS token."""
-    S, side, config = tiles.shape[-1], model.config.vision.side, model.config
-    weight, N = model.vision_tower.class_embedding, config.keep_tokens
-    pixels, canvas = normalize(tiles.to(weight.device)), Image.new("RGB", (2 * S, len(tiles) * S))
+    """What token reduction keeps of the tiles of an image, uint8 [N, 3, size, size], one row a tile. Left:
+    kept patches clear, the others dark, with PruMerge in the color of the patch that they are merged
+    into. Right: the attention of the CLS token."""
+    size, side, config = tiles.shape[-1], model.config.vision.side, model.config
+    weight, keep = model.vision_tower.class_embedding, config.keep_tokens
+    pixels, canvas = normalize(tiles.to(weight.device)), Image.new("RGB", (2 * size, len(tiles) * size))
     states = model.vision_tower(pixels.to(weight.dtype), config.vision_feature_layer)
 
     def enlarge(patches: Tensor) -> Image.Image:                          # [P] or [P, 3] of 0...255
         values = patches.byte().cpu().unflatten(0, (side, side)).numpy()
-        return Image.fromarray(values).resize((S, S), Image.NEAREST)
+        return Image.fromarray(values).resize((size, size), Image.NEAREST)
 
     for i, (tile, attention, keys) in enumerate(zip(tiles, *model.cls_attention(states))):
         colors = torch.full((side**2, 3), 96)
         if config.prune == "random":
-            kept = random_patches(pixels[i], N, side**2)
+            kept = random_patches(pixels[i], keep, side**2)
         elif config.prune == "divprune":
-            kept = diverse_patches(model.projector(states[i, 1:]), N)
+            kept = diverse_patches(model.projector(states[i, 1:]), keep)
         else:
             variant = PRUMERGE[config.prune]
-            kept = choose_patches(attention, budget=None if N is None else N - 1, **variant)
-            merged = prumerge(attention, keys, budget=N, **variant)[:len(kept)].cpu() > 0     # [m, P]
+            kept = choose_patches(attention, budget=None if keep is None else keep - 1, **variant)
+            merged = prumerge(attention, keys, budget=keep, **variant)[:len(kept)].cpu() > 0     # [m, P]
             hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
             colors = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], colors)
         mask = torch.zeros(side**2).index_fill(0, kept.cpu(), 255)
         image = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
         dark = Image.blend(image, enlarge(colors), 0.6)
-        canvas.paste(Image.composite(image, dark, enlarge(mask)), (0, i * S))
-        canvas.paste(enlarge(255 * attention / attention.max()), (S, i * S))
-    scale = math.ceil(336 / S)
+        canvas.paste(Image.composite(image, dark, enlarge(mask)), (0, i * size))
+        canvas.paste(enlarge(255 * attention / attention.max()), (size, i * size))
+    scale = math.ceil(336 / size)
     return canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST)
 
 
