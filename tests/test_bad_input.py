@@ -663,15 +663,28 @@ def test_flags_that_contradict_the_data_are_refused(name, world, tmp_path, monke
     refused(program, words, message.split("|")[-1], (world, tmp_path), monkeypatch, capsys)
 
 
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Each program as a process with flags that name what does not exist, and its working directory."""
+    started = {}
+    for program, flags in {
+            "llava": "--model none --image none.png What?", "prune": "--report none.json",
+            "train": "--stage 2 --init none --data none.json --out run",
+            "eval": "--scienceqa none --predictions none.jsonl"}.items():
+        folder = tmp_path_factory.mktemp(program)
+        command = [sys.executable, ROOT / f"{program}.py", *flags.split()]
+        started[program] = folder, subprocess.Popen(
+            command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return started
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_as_a_command_it_prints_one_line_and_exits_with_1(program, tmp_path):
-    flags = {"llava": "--model none --image none.png What?",
-             "train": "--stage 2 --init none --data none.json --out run",
-             "eval": "--scienceqa none --predictions none.jsonl", "prune": "--report none.json"}[program]
-    done = subprocess.run([sys.executable, ROOT / f"{program}.py", *flags.split()], cwd=tmp_path, text=True,
-                          capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 1 and done.stdout == "" and "none" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+def test_as_a_command_it_prints_one_line_and_exits_with_1(program, commands):
+    folder, process = commands[program]
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1 and stdout == "" and "none" in stderr
+    assert len(stderr.splitlines()) == 1 and not list(folder.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------

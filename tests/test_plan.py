@@ -64,12 +64,12 @@ def trace_peak(config: LlavaConfig, args, batch: dict) -> tuple[Llava, float]:
 CASES = {                                    # layers, image mode, words in a row, labels of a row, flags
     "stage 1": (32, "pad", 200, 60, "--stage 1"),
     # with few layers, each of the moments that the estimate knows
-    "in-backward": (8, "text", 800, 60, "--stage 2 --in-backward --checkpoint-blocks 8"),
-    "LoRA": (8, "anyres", 200, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 4"),
+    "in-backward": (4, "text", 800, 60, "--stage 2 --in-backward --checkpoint-blocks 4"),
+    "LoRA": (4, "anyres", 200, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 2"),
     "loss": (4, "text", 800, 800, "--stage 2 --lora-rank 128"),
     "last layer": (4, "text", 8000, 60, "--stage 2 --lora-rank 128"),
-    "4 of 8 layers checkpointed": (8, "text", 8000, 60, "--stage 2 --in-backward --checkpoint-blocks 4"),
-    "last checkpointed layer": (8, "text", 8000, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 8"),
+    "2 of 4 layers checkpointed": (4, "text", 8000, 60, "--stage 2 --in-backward --checkpoint-blocks 2"),
+    "last checkpointed layer": (4, "text", 8000, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 4"),
     "first layer": (8, "text", 8000, 60, "--stage 2 --checkpoint-blocks 8"),
     "optimizer": (4, "text", 100, 60, "--stage 2 --checkpoint-blocks 4"),
     "first update": (4, "text", 400, 60, "--stage 2 --in-backward"),

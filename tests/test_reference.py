@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -60,12 +59,14 @@ def test_a_loss_outside_its_tolerance_is_named(runs, stage, change):
     assert toy.check_run(runs)[0]
 
 
-def test_an_accuracy_outside_its_tolerance_is_named_and_the_command_fails(runs):
+def test_an_accuracy_outside_its_tolerance_is_named_and_the_command_fails(runs, monkeypatch, capsys):
     expected, result = read_json(toy.REFERENCE)["curves"]["IMG"], read_json(runs / "result.json")
     toy.write_json(runs / "result.json", result | {"IMG": result["IMG"] - expected["tolerance"][0] - 0.1})
-    command = [sys.executable, toy.__file__, "--check", str(runs)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 1 and "IMG is " in process.stdout and "loss" not in process.stdout
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--check", str(runs)])
+    with pytest.raises(SystemExit) as end:
+        toy.main()
+    printed = capsys.readouterr().out
+    assert end.value.code == 1 and "IMG is " in printed and "loss" not in printed
 
 
 def test_a_run_of_too_few_steps_lies_outside(runs):

@@ -437,8 +437,10 @@ class Live(TorchDispatchMode):
         return result
 
 
-WAYS = ("", "--in-backward", "--lora-rank 4", "--stage 1 --template v1", "--lora-rank 8 --lora-vision",
-        "--checkpoint-blocks 2", "--checkpoint-blocks 8 --in-backward", "--micro-batch-size 1")
+WAYS = ["", "--in-backward", "--stage 1 --template v1", "--lora-rank 8 --lora-vision", "--checkpoint-blocks 2",
+        "--micro-batch-size 1"]
+if os.environ.get("LLAVA_TEST_ALL"):
+    WAYS += ["--lora-rank 4", "--checkpoint-blocks 8 --in-backward"]
 
 
 @pytest.mark.parametrize("dtype, words, more", [
@@ -945,18 +947,29 @@ train.main()
 """
 
 
-@pytest.fixture(scope="module")
-def two(toy_folder):
-    """Run folders by name, trained by two processes; batches of 7 of 22 records leave a batch of one."""
+@pytest.fixture(scope="module", autouse=True)
+def two_processes(request, toy_folder):
+    """The process that trains in two processes; it starts before the first test of this file, to use a
+    second core, and only if one of the chosen tests needs it."""
+    if not any("two" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     runs = {name: (False, flags(toy_folder, toy_folder / "two" / name, more)) for name, more in PAIRS.items()}
     resumed = flags(toy_folder, toy_folder / "two/resumed", PAIRS["lora"])
     runs |= {"interrupted": (True, resumed), "resumed": (False, [*resumed, "--resume"])}
     file = toy_folder / "two.py"
     file.write_text(TWO_PROCESSES.format(root=str(ROOT), runs=json.dumps(list(runs.values()))))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = subprocess.run([*torchrun, str(file)], capture_output=True, text=True, timeout=100,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert finished.returncode == 0, finished.stderr
+    with open(toy_folder / "two.log", "w") as output, subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)],
+            stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        yield process
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def two(toy_folder, two_processes):
+    """Run folders by name, trained by two processes; batches of 7 of 22 records leave a batch of one."""
+    assert two_processes.wait(timeout=100) == 0, (toy_folder / "two.log").read_text()
     return toy_folder / "two"
 
 
