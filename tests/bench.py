@@ -448,13 +448,13 @@ def opening(args) -> None:
         built, saved = peaks(args.device, partial(build_ours, args), save)
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 2**30
         print(f"{size:.2f} GiB of weights, saved in shards of {shard / 2**30:.2f} GiB: at the peak "
-              f"{(saved - built) * 2**30 / shard:.2f} shards more than the model takes")
+              f"{(saved - built) * 2**30 / shard:.2f} shards more than the model takes", flush=True)
+        opening_quantized(args, folder)
         how = {"dtype": getattr(torch, args.dtype), "device": args.device}
         opened, answered = peaks(args.device, partial(Llava.from_pretrained, folder, **how),
                                  partial(answer_once, question(make_inputs(args, 1)["llava.py"])))
         print(f"{opened:.2f} GiB at the peak when they are open, {answered:.2f} ({answered / size:.3f} of "
               "their size) when the question is answered")
-        opening_quantized(args, folder)
         rows = [["open, read all weights, ms", "with a cast", "as stored", "times", "range"]]
         for what, cached in (("from the page cache", True), ("from the disk", False)):
             runs = {dtype: partial(open_and_read, folder, dtype, args.device, cached)
@@ -470,7 +470,8 @@ def opening_quantized(args, folder: str) -> None:
         open_ = partial(Llava.from_pretrained, folder, dtype=torch.bfloat16, quantize=quantize)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             seconds, memory = process.submit(watch_memory, open_).result()
-        print(f"opened in {quantize} in {seconds:.1f} s, {memory:.2f} GiB of anonymous memory at the peak")
+        print(f"opened in {quantize} in {seconds:.1f} s, {memory:.2f} GiB of anonymous memory at the peak",
+              flush=True)
 
 
 def watch_memory(work: Callable) -> tuple[float, float]:
