@@ -479,17 +479,18 @@ def watch_memory(work: Callable) -> tuple[float, float]:
     seen, done = [], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.01):
+        while not seen or not done.wait(0.01):
             status = Path("/proc/self/status").read_text()
             seen.append(int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 2**20)
 
     watcher, began = threading.Thread(target=watch), time.perf_counter()
     watcher.start()
-    model = work()
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
-    del model
+    try:
+        work()
+        seconds = time.perf_counter() - began
+    finally:
+        done.set()
+        watcher.join()
     return seconds, max(seen)
 
 

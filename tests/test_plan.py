@@ -77,7 +77,8 @@ CASES = {                                    # layers, image mode, words in a ro
 }
 if os.environ.get("LLAVA_TEST_ALL"):         # about five seconds each
     for mode, words, more in (
-            ("anyres", 200, ""), ("anyres", 200, "--lora-rank 128 --checkpoint-blocks 16"), ("anyres", 200, "--checkpoint-blocks 8"), ("anyres", 200, "--lora-rank 128"),
+            ("anyres", 200, ""), ("anyres", 200, "--checkpoint-blocks 8"), ("anyres", 200, "--lora-rank 128"),
+            ("anyres", 200, "--lora-rank 128 --checkpoint-blocks 16"),
             ("anyres", 200, "--in-backward"), ("anyres", 200, "--in-backward --checkpoint-blocks 8"),
             ("pad", 200, "--lora-rank 128"), ("pad", 200, ""), ("pad", 200, "--in-backward"),
             ("text", 800, ""), ("text", 800, "--checkpoint-blocks 32"),
