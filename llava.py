@@ -133,9 +133,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)   # cast before multiplying, as in transformers: it matters in bf16
+        # Computed in float32, cast, then multiplied, as in transformers: the order matters in bf16.
+        return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
 def rope(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -374,6 +373,27 @@ class LanguageModel(nn.Module):
         return self.norm(x)
 
 
+class ReplayedStep:
+    """A decode step on a GPU, recorded as a CUDA graph at its second call and replayed from then on: one
+    launch instead of over a thousand, which would take longer than the kernels of a 7B model themselves."""
+
+    def __init__(self, step):
+        self.step, self.calls = step, 0
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 1:                  # as it is: short answers end here, and kernels are loaded
+            return self.step(x, positions=positions)
+        if self.calls == 2:                  # recorded with tensors of its own, which a replay reads
+            self.x, self.positions, self.graph = x.clone(), positions.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.device(x.device), torch.cuda.graph(self.graph):
+                self.output = self.step(self.x, positions=self.positions)
+        self.x.copy_(x)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.output
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. The vision tower
 
@@ -504,7 +524,9 @@ class QuantizedLinear(nn.Module):
             self.kernel_tokens = 128
         elif kernel:
             self.kernel_tokens = 32 if bits == 4 else 16
-        self.block_rows = max(1, 2**15 // self.in_features) * 64          # a block fits in the CPU's cache
+        self.block_rows = self.out_features
+        if device.type == "cpu":
+            self.block_rows = max(1, 2**15 // self.in_features) * 64      # a block fits in the cache
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in weight.split(128)])
         self.register_buffer("q", torch.cat(q), persistent=False)
         self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
@@ -901,12 +923,15 @@ class Llava(nn.Module):
         caches = [KVCache(slots, lengths, window) for _ in self.language_model.layers]
         last = torch.arange(len(x), device=x.device), lengths - 1
         hidden = self.language_model.prefill(x, caches, select=last)      # [B, C]
+        decode_step = partial(self.language_model.decode_step, caches=caches)
+        if x.is_cuda:
+            decode_step = ReplayedStep(decode_step)
         for i in range(max_new_tokens):
             token = sample(self.language_model.lm_head(hidden), temperature, top_p)
             yield token
             if i + 1 < max_new_tokens:
                 x = self.language_model.embed_tokens(token)[:, None]                     # [B, 1, C]
-                hidden = self.language_model.decode_step(x, caches, lengths + i)[:, 0]
+                hidden = decode_step(x, positions=lengths + i)[:, 0]
 
     def generate(self, input_ids, images=None, image_sizes=None, eos_token_id: int | None = 2,
                  **sampling) -> Iterator[int]:

@@ -646,8 +646,7 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
     """Bytes on one device, by use; "peak" is the most that is needed at once. The model may be on device
     meta. In tests the estimate is within 3% of the bytes of all tensors of a 7B run."""
     text, size = model.config.text, 2 if args.dtype == "bfloat16" else 4
-    C, (attention, mlp) = text.hidden_size, layer_bytes(text, args, size)
-    on_cpu = args.card == "cpu" or not (args.card or args.device.startswith("cuda"))
+    C, (attention, mlp), on_cpu = text.hidden_size, layer_bytes(text, args, size), is_for_cpu(args)
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     need = {"weights": weight_bytes(model, args, size),
             "optimizer": (6 if size == 2 else 8) * sum(trainable) / PROCESSES,
@@ -660,18 +659,26 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
     elif args.micro_batch_size < args.batch_size:            # those of the micro-batches before
         before = whole = need["gradients"]
     at_update = need["activations"] if args.in_backward else 0.0          # lm_head's, before all others
-    in_norm = load.tokens * ((24 + size) * C - attention)    # six float32 tensors; the attention's are freed
     in_mlp = load.tokens * size * (C + (2 if args.stage == 2 else 3) * text.intermediate_size)
     in_layer = load.tokens * (attention + mlp) + in_mlp      # also its activations, perhaps recomputed
+    if on_cpu:                               # backward of the last layer's first norm, after its attention's
+        last = load.tokens * ((24 + size) * C - attention)   # six float32 tensors
+    else:                                    # forward of its attention; the fused norm keeps no copy of x
+        last, in_layer = load.tokens * 4 * size * C, in_layer - load.tokens * size * C
     inputs = load.tokens * size * C * args.checkpoint_blocks
     update = 24 * min(max(trainable), CHUNK["cpu" if on_cpu else "gpu"])  # six float32 tensors
     moments = (need["activations"] + need["logits"] + before,             # at the loss
-               need["activations"] + in_norm + before,                    # in the last layer's backward
+               need["activations"] + last + before,                       # in the last layer's attention
                inputs + in_layer + whole,                                 # in the last checkpointed layer's
                need["gradients"] + in_layer,                              # in the first layer's
                at_update + need["gradients"] + update)                    # in the optimizer
     need["peak"] = need["weights"] + need["optimizer"] + max(moments) * (ALLOCATOR_OVERHEAD if on_cpu else 1)
     return need
+
+
+def is_for_cpu(args: Args) -> bool:
+    """Whether the estimate is for a CPU: there RMSNorm is several operators, on a GPU one fused kernel."""
+    return args.card == "cpu" or not (args.card or args.device.startswith("cuda"))
 
 
 def weight_bytes(model: Llava, args: Args, size: int) -> float:
@@ -694,7 +701,8 @@ def layer_bytes(text: TextConfig, args: Args, size: int) -> tuple[int, int]:
     """Bytes a token that autograd keeps of a decoder layer: of its attention, of its MLP."""
     C, inner = text.hidden_size, text.intermediate_size
     qkvy = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
-    attention, mlp = 4 * C + size * qkvy, 4 * C + size * 3 * inner        # the norms are in float32
+    norm = 4 if is_for_cpu(args) else size   # a norm's input, on a CPU in float32
+    attention, mlp = norm * C + size * qkvy, norm * C + size * 3 * inner
     if args.stage == 2:                      # inputs of the trainable layers; with LoRA also of its B
         rank, width = args.lora_rank or 0, text.head_dim * text.num_attention_heads
         attention += size * (C + width + 4 * rank)

@@ -261,32 +261,35 @@ def share_weights(ours: Llava, theirs) -> None:
 def beside_transformers(args) -> None:
     both = bool(importlib.util.find_spec("transformers")) and not args.alone
     names = list(SIDES) if both else ["llava.py"]
-    sizes = [peaks(args.device, partial(SIDES[name].build, args), partial(two_steps, args, name))
-             for name in tqdm(names, desc="stage-2 memory", leave=False)]
-    if both:                                 # also the one that learns as exactly as ours
+    sizes, stages = [], () if args.answers else (1, 2)
+    for name in tqdm(names if stages else (), desc="stage-2 memory", leave=False):
+        sizes.append(peaks(args.device, partial(SIDES[name].build, args), partial(two_steps, args, name)))
+    if both and stages:                      # also the one that learns as exactly as ours
         exactly = argparse.Namespace(**vars(args) | {"dtype": "float32"})
         sizes.append(peaks(args.device, partial(build_theirs, exactly),
                            partial(two_steps, args, "transformers", mixed=True)))
-    plan, models = estimated_peak(args), {name: SIDES[name].build(args) for name in names}
+    plan = estimated_peak(args) if stages else 0
     one, few, taken = make_inputs(args, 1), make_inputs(args, args.rows), {}
+    models = {name: SIDES[name].build(args) for name in names}
     if both:
         share_weights(*models.values())
         ours, theirs = (model(**one[name]) for name, model in models.items())
         print(f"loss of the same row: {ours.item():.4f} and {theirs.loss.item():.4f}")
-    for what, n in (("prefill", 1), ("33-token answer", 33)):
+    for what, n in (("prefill", 1), (f"{args.answer}-token answer", args.answer)):
         runs = {name: partial(SIDES[name].answer, model, one[name], n) for name, model in models.items()}
         taken[f"{what} of {args.tokens}, ms"] = paired(runs, args.repeats, what)
-    for stage in (1, 2):
+    for stage in stages:
         runs = {name: SIDES[name].learn(args, model, few[name], stage) for name, model in models.items()}
         what = f"stage-{stage} step of {args.rows} x {args.tokens}, ms"
         taken[what] = paired(runs, args.repeats, f"stage {stage}")
     rows = [["", *names, *["times", "range"] * both]]
     for what, t in taken.items():
         rows.append([what, *map(ms, t.values()), *(ratio(t["transformers"], t["llava.py"]) if both else ())])
-    (_, ours), *others = sizes
-    rows.append(["stage-2 step, peak, GiB", f"{ours:.2f}", *["", "", ""] * both])
-    rows.append(["  estimate of --plan", f"{plan:.2f}", *["", "", ""] * both])
-    for what, (_, size) in zip(("  AdamW on bf16 weights", "  AdamW on float32 weights"), others):
+    empty = ["", "", ""] if both else []
+    for what, (_, ours) in zip(("stage-2 step, peak, GiB",), sizes):
+        rows.append([what, f"{ours:.2f}", *empty])
+        rows.append(["  estimate of --plan", f"{plan:.2f}", *empty])
+    for what, (_, size) in zip(("  AdamW on bf16 weights", "  AdamW on float32 weights"), sizes[1:]):
         rows.append([what, "", f"{size:.2f}", f"{size / ours:.2f}", ""])
     table(rows)
     efficiency(args, models["llava.py"], *(median(t["llava.py"]) for t in taken.values()))
@@ -308,7 +311,7 @@ def efficiency(args, model: Llava, first: float, answer: float, *steps: float) -
     source = torch.ones(2**29, dtype=torch.int8, device=args.device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / median(paired({"": partial(target.copy_, source)}, 9, "copy")[""])
-    speed = 32 / (answer - first)
+    speed = (args.answer - 1) / (answer - first)
     read = speed * (blocks + head.numel()) * head.element_size()
     print(f"decoding: {speed:.1f} tokens/s, {read / 1e9:.1f} GB/s, {read / copied:.0%} of those of a copy")
 
@@ -414,7 +417,7 @@ def with_pruning(args) -> None:
 
     rows = [["", *names, *names[1:]], ["visual tokens", *(str(len(f)) for f in features.values()), "", ""]]
     for what, run in (("language model's prefill", prefill), ("until the first token", partial(answer, 1)),
-                      ("33-token answer", partial(answer, 33))):
+                      (f"{args.answer}-token answer", partial(answer, args.answer))):
         taken = paired({name: partial(run, name) for name in names}, args.repeats, what)
         gains = [f"{ratio(taken['none'], taken[name])[0]} x" for name in names[1:]]
         rows.append([f"{what}, ms", *map(ms, taken.values()), *gains])
@@ -548,7 +551,7 @@ def with_quantization(args) -> None:
     for turn in tqdm(range(1 + args.repeats), desc="answers", leave=False):
         for name in list(models)[::(-1) ** turn]:
             more = {} if name == args.dtype else half
-            taken[name].append(answer_in_two(models[name], inputs | more, 32))
+            taken[name].append(answer_in_two(models[name], inputs | more, args.answer - 1))
     rows = [["", "weights, GB", f"prefill of {args.tokens}, ms", "times", "range", "a token, ms",
              "times as fast", "range"]]
     base = [list(column) for column in zip(*taken[args.dtype][1:])]
@@ -686,6 +689,8 @@ def parse() -> argparse.Namespace:
         help="of the decoder (default: %(default)s; all: 32; with --window 0: only attention)")
     add("--vision-layers", type=int, default=24, metavar="N", help="of the tower (default: %(default)s, all)")
     add("--tokens", type=int, metavar="T", help="576 and text (default: 640; with --prune 628)")
+    add("--answer", type=int, default=33, metavar="N", help="tokens of an answer (default: %(default)s)")
+    add("--answers", action="store_true", help="no training, for models whose optimizers do not fit")
     add("--rows", type=int, default=2, metavar="B", help="of a training step (default: %(default)s)")
     add("--checkpoint-blocks", type=int, default=0, metavar="N", help="as of train.py (default: %(default)s)")
     add("--compile", action="store_true", help="llava.py's stage-2 step as with train.py --compile")

@@ -6,6 +6,8 @@ so that their logic is tested; with one, everything is.
 
 import json
 import os
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +69,54 @@ def test_rows_of_a_batch_are_answered_as_if_alone(device, window):
                   "images": inputs["images"][row:row + 1], "image_sizes": [(28, 28)]}
         alone = torch.stack(list(model.generate_tokens(**single, max_new_tokens=12))).cpu()
         assert torch.equal(batch[:, row], alone[:, 0])
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_decode_steps_replayed_as_a_graph_equal_those_that_run(device, window, monkeypatch):
+    """On a GPU the graph is torch's; elsewhere a replay runs the recorded step again."""
+    model, answers = make_model(window, device).eval(), []
+    inputs = make_inputs(37) | {"attention_mask": torch.arange(34) < torch.tensor([34, 9])[:, None]}
+    lm = model.language_model
+    for replayed in (False, True):
+        with torch.inference_mode():
+            x, lengths, _ = model.splice(**inputs)
+            caches = [llava.KVCache(window or 80, lengths, window) for _ in lm.layers]
+            lm.prefill(x, caches, None)
+            step = partial(lm.decode_step, caches=caches)
+            if replayed:
+                step = llava.ReplayedStep(step)
+            if device != "cuda":
+                emulate_graphs(monkeypatch, step)
+            noise = torch.randn(12, 2, 1, lm.config.hidden_size, generator=torch.Generator().manual_seed(0))
+            answers.append([step(x.to(device), positions=lengths + i).clone() for i, x in enumerate(noise)])
+    for run, replay in zip(*answers):
+        torch.testing.assert_close(run, replay)
+
+
+def emulate_graphs(monkeypatch, recorded) -> None:
+    class Graph:
+        def replay(self):
+            recorded.output.copy_(recorded.step(recorded.x, positions=recorded.positions))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for context in ("graph", "device"):
+        monkeypatch.setattr(torch.cuda, context, lambda _: nullcontext())
+
+
+@pytest.mark.parametrize("bits, dtype, most", [(8, torch.float32, 1e-5), (8, torch.bfloat16, 1e-2),
+                                               (4, torch.float32, 1e-5), (4, torch.bfloat16, 1e-2)])
+def test_a_quantised_layer_equals_its_dequantised_weight_and_that_of_a_cpu(device, bits, dtype, most):
+    noise = torch.Generator().manual_seed(0)
+    w = torch.randn(192, 256, generator=noise)
+    layer, on_cpu = llava.QuantizedLinear(w, bits, device), llava.QuantizedLinear(w, bits)
+    on_cpu.block_rows = layer.block_rows = 192
+    explicit = on_cpu.block(0, torch.float32)                             # [I, O]
+    block = layer.block(0, torch.float32).cpu()
+    assert (block - explicit).norm() / explicit.norm() < 1e-3             # a tie may be rounded otherwise
+    for tokens in (1, 7, 128, 300):          # with and without the kernel
+        x = torch.randn(tokens, 256, generator=noise).to(dtype)
+        y = layer(x.to(device)).float().cpu()
+        assert (y - x.float() @ block).norm() / y.norm() < most
 
 
 # ---------------------------------------------------------------------------------------------

@@ -25,6 +25,20 @@ def flash_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 
+class FusedNorm(torch.autograd.Function):
+    """F.rms_norm, which on a GPU is one kernel that keeps its input and a number per row."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight, eps):
+        assert weight is None
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(ctx.saved_tensors[0]), None, None, None
+
+
 def make_batch(config: LlavaConfig, rows: int, images: int, words: int, supervised: int) -> dict:
     """`rows` equal rows of some images and words, of which the last `supervised` are labels."""
     ids = torch.full((rows, images + words), 5)
@@ -102,6 +116,7 @@ def describe(case: str) -> tuple:
 @pytest.mark.parametrize("case", CASES)
 def test_memory_estimate_of_a_7b_run_is_within_3_percent(monkeypatch, case):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", FusedNorm.apply)
     config, args, load, batch = describe(case)
     model, peak = trace_peak(config, args, batch)
     estimate = train.estimate_memory(model, load, args)["peak"]
@@ -110,13 +125,13 @@ def test_memory_estimate_of_a_7b_run_is_within_3_percent(monkeypatch, case):
 
 
 @pytest.mark.parametrize("case, term", [
-    ("stage 1", "weight_bytes("), ("stage 1", "activation_bytes("), ("last layer", "in_norm + before"),
+    ("stage 1", "weight_bytes("), ("stage 1", "activation_bytes("), ("last layer", "last + before"),
     ("in-backward", "(6 if size == 2 else 8)"), ("loss", "12 * load.supervised"),
     ("last checkpointed layer", "inputs + in_layer"), ("last checkpointed layer", "in_layer + whole"),
     ("last checkpointed layer", "(attention + mlp)"), ("last checkpointed layer", "in_mlp      #"),
     ("first layer", "size * (max(trainable)"), ("two micro-batches", 'need["gradients"]\n    at_update'),
     ("first update", 'need["activations"] if')])
-def test_an_estimate_without_one_of_its_terms_differs_by_more_than_4_percent(case, term):
+def test_an_estimate_without_one_of_its_terms_differs_by_more_than_3_percent(case, term):
     """So the test above fails if a term is dropped: it is multiplied by 0 here."""
     config, args, load, _ = describe(case)
     model = build(config)
@@ -127,4 +142,4 @@ def test_an_estimate_without_one_of_its_terms_differs_by_more_than_4_percent(cas
     wanted, found = (function(model, load, args)["peak"]
                      for function in (train.estimate_memory, changed["estimate_memory"]))
     print(f"{case}, {term}: {found / wanted - 1:+.2%}")
-    assert found < 0.96 * wanted
+    assert found < 0.965 * wanted

@@ -157,14 +157,14 @@ def test_the_cuda_layout_is_read_as_an_emulation_of_its_packing_kernel_writes_it
 
 
 def test_a_layer_in_the_cuda_layout_dequantises_to_the_same_blocks(monkeypatch):
-    reference, packer = make_layer(4, 64), "_convert_weight_to_int4pack"
-    layer = make_layer(4, 64)
+    reference, packer = make_layer(4, 128), "_convert_weight_to_int4pack"
+    layer = make_layer(4, 128)
     monkeypatch.setattr(torch.ops.aten, packer, lambda pairs, _: pack_tinygemm(pairs), raising=False)
     layer.tinygemm = True
-    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) + 0.1
+    w = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) + 0.1
     layer.q, layer.scale = layer.quantize(w)
-    for start in (0, 32):
-        layer.block_rows = reference.block_rows = 64 - start
+    for start in (0, 64):
+        layer.block_rows = reference.block_rows = 128 - start
         assert torch.equal(layer.block(0, torch.float32), reference.block(0, torch.float32))
 
 
