@@ -138,17 +138,19 @@ class RMSNorm(nn.Module):
 
 
 def rope(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rotary embeddings: cos and sin [..., D/2] of the rotation angles at `positions` [...]."""
+    """Rotary embeddings: cos and signed sin [..., D] of the rotation angles at `positions` [...]."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[..., None].float() * (1.0 / config.rope_theta**powers)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[..., None].float() * (1.0 / config.rope_theta**powers)            # [..., D/2]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs of dimensions (i, i + D/2) of x [B, heads, T, D], as Hugging Face's files
-    pair them. Mistral's own consolidated files pair (2i, 2i + 1) and would have to be permuted."""
+    pair them: (a, b) -> (a cos - b sin, b cos + a sin). Mistral's own consolidated files pair
+    (2i, 2i + 1) and would have to be permuted."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + torch.cat((b, a), dim=-1) * sin
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -284,13 +286,13 @@ class KVCache:
         self.k, self.v = k.gather(2, index), v.gather(2, index)           # [B, K, S, D]
         return causal_attention(q, k, v, self.window)
 
-    def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows, slot, filled) -> Tensor:
+    def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows, slot, mask) -> Tensor:
         """Attention of one new token per row, q [B, H, 1, D], to itself and the cache. k, v [B, K, 1, D] are
-        stored at (rows [B], slot [B]); filled [B, 1, 1, S] marks the slots in use. The H / K query
-        heads of a key head are treated as H / K query positions."""
+        stored at (rows [B], slot [B]); mask [B, 1, 1, S] is 0 at the slots in use, elsewhere -inf. The
+        H / K query heads of a key head are treated as H / K query positions."""
         self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
         groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
-        return F.scaled_dot_product_attention(groups, self.k, self.v, filled).view_as(q)
+        return F.scaled_dot_product_attention(groups, self.k, self.v, mask).reshape(q.shape)
 
 
 class Attention(nn.Module):
@@ -361,8 +363,9 @@ class LanguageModel(nn.Module):
     def decode_step(self, x: Tensor, caches: list[KVCache], positions: Tensor) -> Tensor:
         """One new token of each row, x [B, 1, C] at `positions` [B] -> hidden states [B, 1, C]."""
         slots, rows = caches[0].slots, torch.arange(len(x), device=x.device)
-        filled = torch.arange(slots, device=x.device) <= positions[:, None]              # [B, S]
-        where = {"rows": rows, "slot": positions % slots, "filled": filled[:, None, None]}
+        unused = torch.arange(slots, device=x.device) > positions[:, None, None, None]   # [B, 1, 1, S]
+        mask = torch.zeros_like(unused, dtype=x.dtype).masked_fill(unused, -torch.inf)
+        where = {"rows": rows, "slot": positions % slots, "mask": mask}
         attends = [partial(cache.decode_step, **where) for cache in caches]
         return self.run_layers(x, positions[:, None, None], attends, None)
 
@@ -475,12 +478,12 @@ def kernel_half() -> int | None:
 
 
 def unpack_tinygemm(packed: Tensor) -> Tensor:
-    """int32 [O / 8, I / 128, 32, 4] of torch's CUDA kernel -> uint8 [I, O] of 0...15, in the order of
+    """int32 [O / 8, I / 128, 32, 4] of torch's CUDA kernel -> uint8 [O, I] of 0...15, in the order of
     PyTorch's int4mm.cu: output 8 * O tile + row; input 128 * I tile + 32 * word + 16 * byte + 8 * nibble
-    + 2 * lane + pair. Compared with an emulation of that file, never run on a GPU."""
+    + 2 * lane + pair."""
     x = packed.view(torch.uint8).unflatten(3, (4, 2, 2)).unflatten(2, (8, 4))
     x = torch.stack((x & 15, x >> 4), -1)    # O tile, I tile, row, lane, word, pair, byte, nibble
-    return x.permute(1, 4, 6, 7, 3, 5, 0, 2).flatten(6).flatten(0, 5)
+    return x.permute(0, 2, 1, 4, 6, 7, 3, 5).flatten(2).flatten(0, 1)
 
 
 def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -517,17 +520,18 @@ class QuantizedLinear(nn.Module):
                             f"of {GROUP} columns: use --quantize int8")
         self.tinygemm = (bits == 4 and device.type == "cuda" and torch.version.hip is None
                          and self.in_features % 128 == 0
-                         and torch.cuda.get_device_capability(device) >= (8, 0))         # never run on a GPU
+                         and torch.cuda.get_device_capability(device) >= (8, 0))
         kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
         self.kernel_tokens = 0               # with more tokens than this, blocks are faster
         if self.tinygemm:
-            self.kernel_tokens = 128
+            self.kernel_tokens = 64
         elif kernel:
             self.kernel_tokens = 32 if bits == 4 else 16
         self.block_rows = self.out_features
         if device.type == "cpu":
             self.block_rows = max(1, 2**15 // self.in_features) * 64      # a block fits in the cache
-        q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in weight.split(128)])
+        pieces = weight.split(128 if device.type == "cpu" else 1024)      # few temporary tensors
+        q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in pieces])
         self.register_buffer("q", torch.cat(q), persistent=False)
         self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
 
@@ -544,12 +548,15 @@ class QuantizedLinear(nn.Module):
     def block(self, start: int, dtype: torch.dtype) -> Tensor:
         """Rows start ... start + block_rows of W, dequantised, as columns [I, n]."""
         if self.bits == 8:
-            q, scale = (t[start:start + self.block_rows].to(dtype) for t in (self.q, self.scale))
-            return (q * scale[:, None]).T
+            rows = slice(start, start + self.block_rows)
+            return (self.q[rows] * self.scale[rows, None].to(dtype)).T
         height = self.out_features // len(self.q)                         # rows that lie together in q
         q = self.q[start // height:(start + self.block_rows) // height]
-        q = unpack_tinygemm(q) if self.tinygemm else torch.cat((q & 15, q >> 4), 2).transpose(0, 1)
-        q = q.to(dtype, memory_format=torch.contiguous_format).view(-1, GROUP, q.shape[1:].numel())
+        if self.tinygemm:
+            q = unpack_tinygemm(q).to(dtype).T.unflatten(0, (-1, GROUP))
+        else:
+            q = torch.cat((q & 15, q >> 4), 2).transpose(0, 1)
+            q = q.to(dtype, memory_format=torch.contiguous_format).view(-1, GROUP, q.shape[1:].numel())
         scale, middle = self.scale[:, None, start:start + self.block_rows].to(dtype).unbind(3)
         scale, offset = scale.contiguous(), middle - 8 * scale            # [I / GROUP, 1, n]
         return torch.addcmul(offset, q, scale, out=q).flatten(0, 1)

@@ -585,15 +585,17 @@ class Adam:
             kinds = ("m", "v", "low")
             noise = torch.randint(1 << 16, (min(size, len(weight)),), dtype=torch.int32, device=p.device)
         states = [local_shard(self.state[f"{name}.{kind}"]).view(-1) for kind in kinds]
-        for chunk, *chunks in zip(*(tensor.split(size) for tensor in (gradient, weight, *states))):
-            chunk = chunk.float()
-            if self.in_backward:
-                self.square_sum += chunk.dot(chunk)
-            self.update_chunk(chunk, *chunks, noise=noise, rate=self.rate, v_scale=self.v_scale)
+        for chunks in zip(*(tensor.split(size) for tensor in (gradient, weight, *states))):
+            square_sum = self.update_chunk(*chunks, noise=noise, rate=self.rate, v_scale=self.v_scale)
+            self.square_sum = self.square_sum + square_sum
 
     def update_chunk(self, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, low: Tensor | None = None, *,
-                     noise: Tensor | None, rate: Tensor, v_scale: Tensor) -> None:
-        """Adam's rule, in place; the memory of the float32 gradient is reused."""
+                     noise: Tensor | None, rate: Tensor, v_scale: Tensor) -> Tensor | float:
+        """Adam's rule, in place; the memory of the float32 gradient is reused. Returns with in_backward the
+        sum of its squares."""
+        gradient, square_sum = gradient.float(), 0.0
+        if self.in_backward:
+            square_sum = gradient.dot(gradient)
         new_m = m.float().lerp_(gradient, 1 - self.betas[0])
         new_v = v.float().lerp_(gradient.square_(), 1 - self.betas[1])
         change = torch.div(new_v, v_scale, out=gradient).sqrt_().add_(self.eps)
@@ -606,6 +608,7 @@ class Adam:
             split_bits(join_bits(p, low).sub_(change), p, low)
             round_stochastically(new_m, m, noise[:len(m)])
             round_stochastically(new_v, v, noise[:len(v)])
+        return square_sum
 
 
 def join_bits(high: Tensor, low: Tensor) -> Tensor:
@@ -704,8 +707,8 @@ def layer_bytes(text: TextConfig, args: Args, size: int) -> tuple[int, int]:
     norm = 4 if is_for_cpu(args) else size   # a norm's input, on a CPU in float32
     attention, mlp = norm * C + size * qkvy, norm * C + size * 3 * inner
     if args.stage == 2:                      # inputs of the trainable layers; with LoRA also of its B
-        rank, width = args.lora_rank or 0, text.head_dim * text.num_attention_heads
-        attention += size * (C + width + 4 * rank)
+        rank = args.lora_rank or 0           # o_proj reads y, which attention keeps already
+        attention += size * (C + 4 * rank)
         mlp += size * (C + inner + 3 * rank)
         if not args.lora_rank:               # of the norms' weights
             attention, mlp = attention + size * C, mlp + size * C

@@ -196,8 +196,9 @@ def let_learn(model, stage: int) -> list:
 def learn_ours(args, model: Llava, inputs: dict, stage: int) -> Callable:
     """A step as in train.py, in stage 2 with --in-backward. Its lr is next to none: weights are shared."""
     optimizer = train.Adam(let_learn(model, stage), in_backward=stage == 2, compile=args.compile)
-    if stage == 2:
-        train.wrap_blocks(model, args)
+    if not hasattr(model, "wrapped"):
+        train.wrap_blocks(model, args)       # once
+        model.wrapped = True
 
     def step() -> None:
         optimizer.begin(1e-7)

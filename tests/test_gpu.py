@@ -4,6 +4,7 @@ so that their logic is tested; with one, everything is.
     python -m pytest tests/test_gpu.py -v
 """
 
+import gc
 import json
 import os
 from contextlib import nullcontext
@@ -184,7 +185,12 @@ def test_peak_memory_is_within_8_percent_of_the_estimate(device, more, monkeypat
     ids = torch.full((4, 101), 5)
     ids[:, 1] = config.image_token_id
     labels = ids.masked_fill(torch.arange(101) < 61, llava.IGNORE)
-    images = [torch.zeros(1, 3, 64, 64) for _ in range(4)]
+    images, others = [torch.zeros(1, 3, 64, 64) for _ in range(4)], 0
+    if device == "cuda":
+        # The first step loads what stays: the workspaces of cuBLAS.
+        Llava(config).to(device, dtype)(ids, images, [(64, 64)] * 4, labels=labels).backward()
+        gc.collect()
+        others = torch.cuda.memory_allocated()
     with Live() as live:
         model = Llava(config).to(device, dtype)
         train.choose_trainable(model, args)
@@ -197,6 +203,6 @@ def test_peak_memory_is_within_8_percent_of_the_estimate(device, more, monkeypat
             optimizer.begin(1e-3)
             model(ids, images, [(64, 64)] * 4, labels=labels).backward()
             optimizer.step()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else live.most
+    peak = torch.cuda.max_memory_allocated() - others if device == "cuda" else live.most
     estimate = train.estimate_memory(model, train.Load(4 * 164, 4 * 40, 4), args)["peak"]
     assert estimate == pytest.approx(peak, rel=0.08)
