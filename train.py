@@ -585,17 +585,15 @@ class Adam:
             kinds = ("m", "v", "low")
             noise = torch.randint(1 << 16, (min(size, len(weight)),), dtype=torch.int32, device=p.device)
         states = [local_shard(self.state[f"{name}.{kind}"]).view(-1) for kind in kinds]
-        for chunks in zip(*(tensor.split(size) for tensor in (gradient, weight, *states))):
-            square_sum = self.update_chunk(*chunks, noise=noise, rate=self.rate, v_scale=self.v_scale)
-            self.square_sum = self.square_sum + square_sum
+        for chunk, *chunks in zip(*(tensor.split(size) for tensor in (gradient, weight, *states))):
+            if self.in_backward:             # not in update_chunk, where a compiled sum would be slow
+                self.square_sum += torch.linalg.vector_norm(chunk, dtype=torch.float32).square()
+            self.update_chunk(chunk, *chunks, noise=noise, rate=self.rate, v_scale=self.v_scale)
 
     def update_chunk(self, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, low: Tensor | None = None, *,
-                     noise: Tensor | None, rate: Tensor, v_scale: Tensor) -> Tensor | float:
-        """Adam's rule, in place; the memory of the float32 gradient is reused. Returns with in_backward the
-        sum of its squares."""
-        gradient, square_sum = gradient.float(), 0.0
-        if self.in_backward:
-            square_sum = gradient.dot(gradient)
+                     noise: Tensor | None, rate: Tensor, v_scale: Tensor) -> None:
+        """Adam's rule, in place; the memory of the float32 gradient is reused."""
+        gradient = gradient.float()
         new_m = m.float().lerp_(gradient, 1 - self.betas[0])
         new_v = v.float().lerp_(gradient.square_(), 1 - self.betas[1])
         change = torch.div(new_v, v_scale, out=gradient).sqrt_().add_(self.eps)
@@ -608,7 +606,6 @@ class Adam:
             split_bits(join_bits(p, low).sub_(change), p, low)
             round_stochastically(new_m, m, noise[:len(m)])
             round_stochastically(new_v, v, noise[:len(v)])
-        return square_sum
 
 
 def join_bits(high: Tensor, low: Tensor) -> Tensor:
