@@ -577,7 +577,7 @@ class Adam:
     def update(self, name: str, p: Tensor) -> None:
         """Update one weight and clear its gradient, in chunks, so that the temporary float32 tensors take
         little memory. All chunks share the noise that rounds them."""
-        gradient, weight = local_shard(p.grad).reshape(-1), local_shard(p).view(-1)
+        gradient, weight = local_shard(p.grad).reshape(-1), local_shard(p.detach()).view(-1)
         p.grad = None
         size = CHUNK["cpu" if p.device.type == "cpu" else "gpu"]
         kinds, noise = ("m", "v"), None

@@ -196,8 +196,10 @@ def let_learn(model, stage: int) -> list:
 def learn_ours(args, model: Llava, inputs: dict, stage: int) -> Callable:
     """A step as in train.py, in stage 2 with --in-backward. Its lr is next to none: weights are shared."""
     optimizer = train.Adam(let_learn(model, stage), in_backward=stage == 2, compile=args.compile)
-    if not hasattr(model, "wrapped"):
-        train.wrap_blocks(model, args)       # once
+    if hasattr(model, "wrapped"):            # by the other stage, in which other weights learn
+        torch.compiler.reset()
+    else:
+        train.wrap_blocks(model, args)
         model.wrapped = True
 
     def step() -> None:
@@ -271,8 +273,11 @@ def beside_transformers(args) -> None:
                            partial(two_steps, args, "transformers", mixed=True)))
     plan = estimated_peak(args) if stages else 0
     one, few, taken = make_inputs(args, 1), make_inputs(args, args.rows), {}
-    models = {name: SIDES[name].build(args) for name in names}
+    models = {"llava.py": build_ours(args)}
     if both:
+        from transformers.initialization import no_init_weights
+        with no_init_weights():              # its memory stays untouched: there may be room for one only
+            models["transformers"] = build_theirs(args)
         share_weights(*models.values())
         ours, theirs = (model(**one[name]) for name, model in models.items())
         print(f"loss of the same row: {ours.item():.4f} and {theirs.loss.item():.4f}")
@@ -543,7 +548,7 @@ def with_quantization(args) -> None:
         layer_errors(args)
         return perplexities(args)
     models, inputs = {args.dtype: build_ours(args)}, make_inputs(args, 1)["llava.py"]
-    for quantize in ("int8", "int4"):
+    for quantize in args.bits:
         began = time.perf_counter()
         models[quantize] = quantized(models[args.dtype], quantize)
         print(f"quantised to {quantize} in {time.perf_counter() - began:.1f} s")
@@ -697,6 +702,8 @@ def parse() -> argparse.Namespace:
     add("--compile", action="store_true", help="llava.py's stage-2 step as with train.py --compile")
     add("--repeats", type=int, default=5, metavar="N", help="turns that count (default: %(default)s)")
     add("--shrink", type=int, default=1, choices=(1, 2, 4, 8, 16), help="divide all widths, for a trial")
+    add("--bits", nargs="+", default=("int8", "int4"), choices=("int8", "int4"),
+        help="with --quantize (default: both; at 32 layers 24 GB have room for one beside bfloat16)")
     add("--model", type=Path, metavar="FOLDER", help="with --quantize: a language model to measure")
     add("--text", type=Path, nargs="+", metavar="FILE", help="with --model: text for its perplexity")
     add("--pieces", type=int, default=1, metavar="N", help="read N x 2,048 tokens of a text (default: 1)")
