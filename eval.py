@@ -5,8 +5,8 @@
     python eval.py --task pope --questions FILE --annotations FILE FILE FILE --predictions answers.jsonl
     python eval.py --cost
 
-Prompts, the reading of answers and the figures follow the scripts behind LLaVA's published figures: other
-prompts or rules move a score by up to 30 points. ScienceQA's folder is as published (Lu et al. 2022).
+Prompts, the reading of answers and the figures follow the scripts behind LLaVA's published figures; only the
+instructions to LLaVA-Bench's judge are worded anew. ScienceQA's folder is as published (Lu et al. 2022).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import io
 import json
 import os
 import re
-import sys
 import time
 import zipfile
 from collections import Counter, defaultdict
@@ -96,7 +95,7 @@ def check_problem(problem, where: str) -> None:
             raise UserError(f"{where}: {name} is missing or of the wrong type")
     if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
         raise UserError(f"{where}: answer {problem['answer']} is not one of at most {len(LETTERS)} choices")
-    if not re.fullmatch(r"grade\d+", problem["grade"]):
+    if not re.fullmatch(r"grade([1-9]|1[0-2])", problem["grade"]):
         raise UserError(f"{where}: grade {problem['grade']!r} is not grade1 to grade12")
     for name in (problem["split"], problem["image"] or "image.png"):
         if Path(name).name != name or name in ("", ".."):
@@ -132,8 +131,8 @@ def to_record(problem: dict) -> dict:
 
 def parse_choice(text: str, choices: int) -> int | None:
     """The index of the option that an answer names; None where LLaVA's eval_science_qa.py finds none, -1 for
-    a letter that is not an option. "The answer is X" must occur exactly once; any character may follow X,
-    because the dot in the published pattern matches every character."""
+    a letter that is not an option. "The answer is X" must occur exactly once; after X one more character must
+    follow, any of its line, because the dot in the published pattern matches them all."""
     found = re.findall(r"The answer is ([A-Z]).", text)
     if re.fullmatch(r"[A-E](\. .*)?", text, re.DOTALL):
         found = [text[0]]
@@ -226,7 +225,7 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
     except OSError as error:
         raise OSError(f"{file} cannot be read: {error.strerror}") from None
     entries, seen = [], set()
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for n, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -235,10 +234,10 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
             if any(name not in entry for name in needed) or not all(isinstance(text, str) for text in texts):
                 raise ValueError
         except (ValueError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{file}, line {number}: not a JSON object with {', '.join(needed)}") from None
+            raise UserError(f"{file}, line {n}: not a JSON object with {', '.join(needed)}") from None
         if key:
             if key(entry) in seen:
-                raise UserError(f"{file}, line {number}: question {by_id(entry)} was answered before")
+                raise UserError(f"{file}, line {n}: question {by_id(entry)} was answered before")
             seen.add(key(entry))
         entries.append(entry)
     return entries
@@ -268,8 +267,8 @@ def by_id(entry: dict) -> str:
     return str(entry["question_id"])
 
 
-def by_prompt(entry: dict) -> tuple[str, str]:
-    """The key of questions and answers where ids repeat, as in MME and TextVQA."""
+def by_prompt(entry: dict) -> tuple[str, str | None]:
+    """The key of a stored answer; in MME and TextVQA ids alone repeat."""
     return str(entry["question_id"]), entry.get("prompt")
 
 
@@ -345,7 +344,7 @@ def score_options(model: Llava, processor: Processor, problems: list[dict], inpu
     head, last = model.language_model.lm_head, [i[-1] for i in ids]
     if isinstance(head, torch.nn.Linear):
         logits = hidden.float() @ head.weight[last].float().T                                # [B, 5]
-    else:                                    # quantised
+    else:                                    # quantized
         logits = head(hidden.float())[:, last]
     return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(problems, logits)]
 
@@ -377,7 +376,7 @@ def resume(file: Path, problems: list[dict], settings: dict) -> list[dict]:
 
 def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     """The answers to all problems, in their order: those in args.out, and the model's to the others, each of
-    which is appended there at once."""
+    which is appended there at once. Then what args.out holds for other questions."""
     for p in problems:
         if p["file"] and not p["file"].exists():
             raise OSError(f"question {by_id(p)}: there is no image {p['file']}")
@@ -402,18 +401,6 @@ def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     return entries
 
 
-def peak_memory(device: str) -> int:
-    """Peak bytes: of tensors on a CUDA device, otherwise of the process (0 on Windows)."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource                      # missing on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak        # macOS counts bytes, Linux KiB
-
-
 # ---------------------------------------------------------------------------------------------
 # 4. Short answers, as VQAv2 and TextVQA compare them
 
@@ -434,7 +421,8 @@ NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".
 @lru_cache(2**17)
 def normalize_vqa(text: str) -> str:
     """A short answer as VQAv2's evaluator (vqaEval.py) compares it: a mark beside a space, or any mark if a
-    comma stands between digits, is removed, others become a space; at most 32 periods are removed."""
+    comma stands between digits, is removed, others become a space; at most 32 periods are removed, because
+    the evaluator passes re.UNICODE, 32, as the count."""
     remove_all, result = re.search(r"\d,\d", text) is not None, text
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
         removed = remove_all or f"{mark} " in text or f" {mark}" in text
@@ -602,7 +590,7 @@ def mme_key(entry: dict) -> tuple[str, str, str]:
 
 
 def read_mme(args: Args, questions: list[dict]) -> dict:
-    """MME's key -> yes or no, from the templates (a file a task) or the release folder (a file an image)."""
+    """MME's key -> yes or no, from the templates (one file per task) or the release folder (one per image)."""
     folder, truth = Path(args.annotations[0]), {}
     for task in {mme_key(q)[0] for q in questions}:
         template = folder / f"{task}.txt"
@@ -620,7 +608,7 @@ def read_mme(args: Args, questions: list[dict]) -> dict:
 
 
 def parse_mme(text: str) -> str:
-    """yes, no or other: the first of yes and no that the first four characters contain."""
+    """yes or no, if the first four characters contain it, tried in this order; else other."""
     return next((word for word in ("yes", "no") if word in text.lower()[:4]), "other")
 
 
@@ -688,7 +676,8 @@ def parse_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def score_mmbench(questions: list[dict]) -> dict:
-    """Percent correct: "circular" of questions, in every rotation; "one_pass" of rows; of l2-categories."""
+    """Percent correct: "circular" of the questions, right in every rotation, also by l2-category; "one_pass"
+    of the rows."""
     groups, categories = defaultdict(list), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["question_id"]):
         q["correct"] = q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"]
@@ -852,7 +841,8 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
          seconds: float = 60) -> str:
     """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...].
     At most 5 attempts of `seconds`, with waits of 1, 2, 4 and 8 s, or as Retry-After asks for. UserError
-    for a refused key and for other replies, OSError where the endpoint cannot be reached or fails."""
+    for a refused request and for a reply of another form, OSError where the endpoint is not reached or
+    fails."""
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
                       {"Content-Type": "application/json"})
@@ -864,6 +854,9 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
         except HTTPError as error:
             if error.code in (401, 403):
                 raise UserError(f"{url} refuses the request ({error.code}): check OPENAI_API_KEY") from None
+            if 400 <= error.code < 500 and error.code not in (408, 409, 425, 429):
+                raise UserError(f"{url} refuses the request ({error.code} {error.reason}): check the name of "
+                                "the model and the endpoint") from None
             failure = OSError(f"{url} answers {error.code} {error.reason}: try again later")
             if wait:
                 wait = retry_after(error.headers.get("Retry-After"), wait)
@@ -884,7 +877,7 @@ def read_reply(request: Request, seconds: float) -> str:
             content += packet
             if time.monotonic() > end:
                 raise TimeoutError("timed out")
-    return "" + json.loads(content)["choices"][0]["message"]["content"]
+    return "" + json.loads(content)["choices"][0]["message"]["content"]   # TypeError for null
 
 
 def retry_after(header: str | None, default: float) -> float:
@@ -1013,8 +1006,8 @@ def int4_bytes(config: LlavaConfig) -> float:
 
 
 def language_flops(text: TextConfig, tokens: int, logits: int = 1, causal: bool = True) -> int:
-    """FLOPs of one row of `tokens` through the decoder, with `logits` logits. `causal` counts the pairs of
-    query and key inside mask and window; without it all pairs, as papers and torch do."""
+    """FLOPs of one row of `tokens` through the decoder, with logits at `logits` positions. `causal` counts the
+    pairs of query and key inside mask and window; without it all pairs, as papers and torch do."""
     C, D, H, K = text.hidden_size, text.head_dim, text.num_attention_heads, text.num_key_value_heads
     window = min(tokens, text.sliding_window or tokens)
     pairs = window * (window + 1) // 2 + (tokens - window) * window if causal else tokens**2
@@ -1037,8 +1030,7 @@ def projector_flops(config: LlavaConfig, patches: int) -> int:
 
 
 def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
-    """Parameters, and the cost of the prefill of one image and `text_tokens`, with all pairs of tokens. In
-    4 bits it needs as many operations as in 16, although PruMerge's Table II divides them by four."""
+    """Parameters, and the cost of the prefill of one image and `text_tokens`, with all pairs of tokens."""
     side, tiles = config.vision.image_size, 1
     if config.image_mode == "anyres":        # a square image of twice the tower's size
         side *= 2
@@ -1124,7 +1116,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--wording", default="qcm", choices=("qcm", "letter"), help="ScienceQA: its prompt (%(default)s)")
     add("--answer", default="generate", choices=("generate", "options"),
         help="ScienceQA: generated text, or the most probable option (default: %(default)s)")
-    add("--questions", nargs="+", metavar="FILE", help="question files; README: the files of each task")
+    add("--questions", nargs="+", metavar="FILE", help="question files, listed in tests/RESULTS.md")
     add("--annotations", nargs="+", metavar="FILE", help="files or folder with the correct answers")
     add("--images", type=Path, metavar="DIR", help="folder of the images")
     add("--upload", type=Path, metavar="FILE", help="write the file for the server of VQAv2 or MMBench")

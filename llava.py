@@ -1,6 +1,6 @@
 """LLaVA on Mistral-7B in one file: images become tokens of a language model, which answers in text.
 
-    image [1, 3, 336, 336] --vision tower--> [1, 576, 1024] --projector--> [576, 4096]
+    image [1, 3, 336, 336] --vision tower--> [1, 577, 1024] --projector--> [576, 4096]
                                                                               | in place of <image>
     "[INST] <image>\\nWhat is it? [/INST]" --embed--> [1, T, 4096] --splice--> [1, T + 575, 4096]
                                                                               |
@@ -13,7 +13,7 @@ preprocessing (8), the command line (9). Shapes are written [like, this] with th
     B  rows of a batch        N  tiles of all images          C  hidden size
     T  tokens in a row        P  patches of a tile            D  size of one attention head
     S  slots of the KV cache  W  sliding window               H  query heads, K key/value heads
-    V  vocabulary size
+    V  vocabulary size        T' tokens with those of images       I inputs, O outputs of a layer
 
 Sources: LLaVA (arXiv:2304.08485), LLaVA-1.5 (2310.03744), LLaVA-1.6 (llava-vl.github.io), Mistral 7B
 (2310.06825), CLIP (2103.00020), PruMerge (2403.15388), DivPrune (2503.02175). Where a paper and its
@@ -98,7 +98,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """Configuration of a whole LLaVA; the defaults are those of LLaVA-1.5."""
+    """Configuration of a whole LLaVA; the defaults are LLaVA-1.5's on a Mistral."""
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     vision_feature_layer: int = -2           # the tower's hidden states before its last layer
@@ -160,22 +160,22 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> like q.
     Padding is on the right; a causal query never sees it, so no mask is needed. The cost grows
-    with T² up to the window and with T beyond it. Only this function chooses the kernel."""
+    with T² up to the window and with T beyond it."""
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    in_16_bits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
-    if device == "cpu" or (device in ("cuda", "meta") and in_16_bits):
+    flash_fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0      # on CUDA
+    if device == "cpu" or (device in ("cuda", "meta") and flash_fits):
         return SlidingWindow.apply(q, k, v, window)
-    return masked_attention(q, k, v, window)                              # no flash kernel
+    return masked_attention(q, k, v, window)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Like causal_attention, with an explicit mask [T, T] and heads repeated in memory, for devices without
-    a flash kernel: MPS, and CUDA in float32."""
-    T, heads = q.shape[2], q.shape[1] // k.shape[1]
+    """Like causal_attention, with an explicit mask [T, T], where no flash kernel fits: MPS, and CUDA in
+    float32. Keys and values are repeated, because no fused kernel takes both a mask and K < H heads."""
+    T, group = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)   # [B, H, T, D]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)   # [B, H, T, D]
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
@@ -196,8 +196,8 @@ class SlidingWindow(torch.autograd.Function):
         query 9              . . b b    a a . .            query 4    b b b
 
     All blocks of all rows are one batch, so there are two calls of the kernel for any T. A call gives
-    a softmax over its own keys and the log-sum-exp (lse) of its scores, which is the logarithm of the
-    denominator. With both, the two outputs are averaged by their shares of the common denominator.
+    the attention to its own keys and the log-sum-exp (lse) of its scores, which is the logarithm of the
+    softmax's denominator. The two outputs are averaged by their shares of the common denominator.
     Backward calls the kernel's backward once per triangle, with the merged output and the merged lse:
     in it, exp(qk - lse) is then the common softmax, and the gradients are added.
     """
@@ -228,8 +228,8 @@ class SlidingWindow(torch.autograd.Function):
         if W > 1:
             args_b = (grad[:, 1:, :, :-1], *triangle_b(q, k, v), out[:, 1:, :, :-1], lse[:, 1:, :, :-1])
             grads_b = flash_backward(*(x.flip(3) for x in args_b), *random_state)
-            for whole, part in zip(triangle_b(*grads), grads_b):
-                whole += part.flip(3)
+            for view, part in zip(triangle_b(*grads), grads_b):
+                view += part.flip(3)         # grads change, too
         return *(x.transpose(1, 2).flatten(2, 3)[:, :, :T] for x in grads), None
 
 
@@ -269,9 +269,9 @@ def flash_backward(grad, q, k, v, out, lse, *random_state: Tensor) -> list[Tenso
 
 
 class KVCache:
-    """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S. Without a
-    sliding window S is the final length. With a window S = W, and a new token overwrites the one that has
-    just left the window. Keys are stored rotated, so the order of the slots has no effect."""
+    """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S. S is the
+    final length, with a sliding window at most W: then a new token overwrites the one that has just left
+    the window. Keys are stored rotated, so the order of the slots has no effect."""
 
     def __init__(self, slots: int, lengths: Tensor, window: int | None):
         self.slots, self.lengths, self.window = slots, lengths, window
@@ -378,7 +378,7 @@ class LanguageModel(nn.Module):
 
 class ReplayedStep:
     """A decode step on a GPU, recorded as a CUDA graph at its second call and replayed from then on: one
-    launch instead of over a thousand, which would take longer than the kernels of a 7B model themselves."""
+    launch instead of a thousand, which would take longer than the kernels of a 7B model themselves."""
 
     def __init__(self, step):
         self.step, self.calls = step, 0
@@ -469,10 +469,10 @@ def pack_int4(q: Tensor, half: int) -> Tensor:
 def kernel_half() -> int | None:
     """The h of pack_int4 that torch's CPU kernel reads: 32 (AVX-512) or 16 (AVX2). None: there is no
     such kernel. This layout is internal to torch, so it is compared with torch's own packer."""
-    q = (torch.arange(4096) // 7 % 16).view(64, 64)
-    pack = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)          # not in old torch
+    q = (torch.arange(4096) // 7 % 16).view(64, 64)      # no two layouts pack this to equal bytes
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
     for half in (32, 16):
-        if pack and torch.equal(pack_int4(q.byte().T, half).flatten(), pack(q.int(), 1).flatten()):
+        if torch.equal(pack_int4(q.byte().T, half).flatten(), theirs):
             return half
     return None
 
@@ -506,10 +506,10 @@ def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer. 8 bits: W = q * scale, with one scale per row. 4 bits: W = (q - 8) * scale +
-    middle, with one bf16 pair per GROUP columns: 1 more bit per weight. The buffers are not
-    in the state_dict. Up to `kernel_tokens` tokens in bf16 are multiplied by torch's kernel; for more
-    tokens, and without a kernel, blocks of `block_rows` rows are dequantised and multiplied in turn."""
+    """A frozen linear layer. 8 bits: weight = q * scale, with one scale per row. 4 bits: weight = (q - 8) *
+    scale + middle, with one bf16 pair per GROUP columns: 1 more bit per weight. The buffers are not in the
+    state_dict. Up to `kernel_tokens` tokens in bf16 are multiplied by torch's kernel; for more tokens, with
+    a gradient or without a kernel, blocks of `block_rows` rows are dequantized and multiplied in turn."""
 
     def __init__(self, weight: Tensor, bits: int, device="cpu", name: str = "a layer"):
         super().__init__()
@@ -529,8 +529,8 @@ class QuantizedLinear(nn.Module):
             self.kernel_tokens = 32 if bits == 4 else 16
         self.block_rows = self.out_features
         if device.type == "cpu":
-            self.block_rows = max(1, 2**15 // self.in_features) * 64      # a block fits in the cache
-        pieces = weight.split(128 if device.type == "cpu" else 1024)      # few temporary tensors
+            self.block_rows = max(1, 2**15 // self.in_features) * 64      # a block fits in the CPU's cache
+        pieces = weight.split(128 if device.type == "cpu" else 1024)      # small temporary tensors
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in pieces])
         self.register_buffer("q", torch.cat(q), persistent=False)
         self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
@@ -546,10 +546,9 @@ class QuantizedLinear(nn.Module):
         return pack_int4(q, kernel_half() or 32), scale
 
     def block(self, start: int, dtype: torch.dtype) -> Tensor:
-        """Rows start ... start + block_rows of W, dequantised, as columns [I, n]."""
+        """Rows start ... start + block_rows of the weight as columns [I, n]; at 8 bits without scale."""
         if self.bits == 8:
-            rows = slice(start, start + self.block_rows)
-            return (self.q[rows] * self.scale[rows, None].to(dtype)).T
+            return self.q[start:start + self.block_rows].to(dtype).T
         height = self.out_features // len(self.q)                         # rows that lie together in q
         q = self.q[start // height:(start + self.block_rows) // height]
         if self.tinygemm:
@@ -562,7 +561,10 @@ class QuantizedLinear(nn.Module):
         return torch.addcmul(offset, q, scale, out=q).flatten(0, 1)
 
     def multiply_block(self, x: Tensor, start: int) -> Tensor:
-        return x @ self.block(start, x.dtype)
+        y = x @ self.block(start, x.dtype)
+        if self.bits == 8:                   # the product is smaller than the block
+            y = y * self.scale[start:start + self.block_rows].to(x.dtype)
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         needs_grad, tokens = x.requires_grad and torch.is_grad_enabled(), x.shape[:-1].numel()
@@ -579,7 +581,7 @@ class QuantizedLinear(nn.Module):
         # A CPU without AVX-512 multiplies bf16 matrices 8 times slower than float32 ones.
         slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
         wide, starts = x.float() if slow else x, range(0, self.out_features, self.block_rows)
-        if needs_grad:                       # backward dequantises each block again
+        if needs_grad:                       # backward dequantizes each block again
             parts = [checkpoint(self.multiply_block, wide, start, use_reentrant=False) for start in starts]
         else:
             parts = [self.multiply_block(wide, start) for start in starts]
@@ -600,10 +602,12 @@ QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
 
 
 def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, device, dtype) -> None:
-    """Store a tensor in `state`, or quantise it into a layer of the model."""
+    """Store a tensor in `state`, or quantize it into a layer of the model."""
     if quantize == "none" or not re.fullmatch(QUANTIZED, name):
-        state[name] = tensor.to(device, dtype, copy=quantize != "none")   # a copy: its file is unmapped
+        # With quantize a copy, so that no tensor keeps its file mapped.
+        state[name] = tensor.to(device, dtype, copy=quantize != "none")
         return
+    # lm_head has 8 bits in int4, too: its errors would change the chosen token most directly.
     bits = 4 if quantize == "int4" and "lm_head" not in name else 8
     model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
 
@@ -613,17 +617,18 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
 
 def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
     """The (width, height) of `grids` that keeps the most pixels of a (height, width) image; of equals the
-    one with the least padding, then the first. transformers reads the same list as (height, width), so it
-    chooses otherwise for some small images."""
+    smallest, then the first. transformers reads the same list as (height, width), so it chooses
+    otherwise for some small images."""
+    height, width = size
+
     def merit(grid):
-        scale = min(grid[0] / size[1], grid[1] / size[0])
-        preserved = min(int(size[1] * scale) * int(size[0] * scale), size[1] * size[0])
-        return preserved, preserved - grid[0] * grid[1]
+        scale = min(grid[0] / width, grid[1] / height)
+        return min(int(width * scale) * int(height * scale), width * height), -grid[0] * grid[1]
 
     return max(grids, key=merit)
 
 
-def anyres_window(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, slice]:
+def unpadded_patches(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns that a (height, width) image covers in the patches of its grid; the rest is
     black padding. LLaVA truncates where transformers rounds to 7 decimals first."""
     columns, rows = (side // config.vision.patch_size for side in choose_grid(size, config.grids))
@@ -647,7 +652,7 @@ def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
         return count_tiles(config, size) * max_tile_tokens(config)
     if config.image_mode != "anyres":
         return config.vision.side**2
-    rows, columns = (window.stop - window.start for window in anyres_window(config, size))
+    rows, columns = (part.stop - part.start for part in unpadded_patches(config, size))
     return config.vision.side**2 + rows * (columns + 1)
 
 
@@ -680,7 +685,7 @@ def check_token_budget(config: LlavaConfig) -> None:
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
-    """The most tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
+    """At least the tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
     which are at most a quarter of the patches, and adds one token for the others."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
     if config.keep_tokens is not None:
@@ -714,21 +719,22 @@ def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = 
 
 
 def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float | None = None,
-             paper: bool = False, budget: int | None = None) -> Tensor:
+             paper: bool = False, tokens: int | None = None) -> Tensor:
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
-    attention [P]: of the CLS token to each patch; keys [P, C]; budget: the number of all tokens. To each
+    attention [P]: of the CLS token to each patch; keys [P, C]; tokens: the number of all tokens. To each
     chosen patch the attention-weighted sum of its 32 most similar patches is added. The last token is
-    that sum over all patches not chosen. This is the released code; the `paper` does not normalise keys,
-    weights a chosen patch by its attention, like its neighbours, and has no last token."""
-    kept = choose_patches(attention, plus, ratio, paper, None if budget is None else budget - 1)
+    that sum over all patches not chosen. This is the released code; the `paper` does not normalize keys,
+    weights a chosen patch by its attention, like its neighbors, and has no last token."""
+    kept = choose_patches(attention, plus, ratio, paper, None if tokens is None else tokens - 1)
     weight_of_kept, directions = torch.ones_like(attention), F.normalize(keys, dim=-1)
     if paper:
         weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
         directions = keys
     rest = torch.ones_like(attention).index_fill(0, kept, 0).nonzero()[:, 0]
-    rest = rest[len(kept) + len(rest) - len(keys):]      # as released; now len(kept) + len(rest) = P
+    # `kept` may repeat patches; as released, as many of the first others are then dropped.
+    rest = rest[len(kept) + len(rest) - len(keys):]
     order = torch.cat((kept, rest))                                       # [P]
-    similarity = (directions[kept] @ directions[order].T).fill_diagonal_(-torch.inf)     # [m, P]
+    similarity = (directions[kept] @ directions[order].T).fill_diagonal_(-torch.inf)     # [m, P], not itself
     near = order[similarity.topk(min(32, len(keys) - 1)).indices]         # [m, 32]
     mix = torch.zeros_like(similarity).scatter_add(1, near, attention[near])
     mix = mix.scatter_add(1, kept[:, None], weight_of_kept[kept, None])
@@ -739,7 +745,7 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
     """`keep` of `patches` indices at random, in the image's order; the seed is a checksum of the
-    normalised tile [3, size, size] in 8 bits."""
+    normalized tile [3, size, size] in 8 bits."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
     eight_bits = ((pixels.float() * std + mean) * 255).round().to(torch.uint8)
     generator = torch.Generator().manual_seed(zlib.crc32(eight_bits.cpu().numpy().tobytes()))
@@ -753,15 +759,15 @@ def pooled_size(keep: int) -> tuple[int, int]:
 
 
 def pool_patches(features: Tensor, keep: int) -> Tensor:
-    """Average pooling of neighbouring patches: [P, C], P a square, -> [keep, C]."""
+    """Average pooling of neighboring patches: [P, C], P a square, -> [keep, C]."""
     side = math.isqrt(len(features))
     image = features.T.unflatten(1, (side, side))                         # [C, side, side]
     return F.adaptive_avg_pool2d(image, pooled_size(keep)).flatten(1).T
 
 
 def diverse_patches(features: Tensor, keep: int) -> Tensor:
-    """DivPrune: the `keep` of features [P, C] whose smallest cosine distance is greedily maximised,
-    in the image's order. It starts with the feature whose nearest neighbour is farthest."""
+    """DivPrune: the `keep` of features [P, C] whose smallest cosine distance is greedily maximized,
+    in the image's order. It starts with the feature whose nearest neighbor is farthest."""
     x = F.normalize(features.float(), dim=-1)
     start = int((x @ x.T).fill_diagonal_(-torch.inf).amax(1).argmin())
     return farthest_points(x, keep, start).sort().values.to(features.device)
@@ -814,7 +820,7 @@ class Llava(nn.Module):
 
     def encode_images(self, images: list[Tensor], image_sizes=None, prune: str | None = None) -> list[Tensor]:
         """One [n, C] per image: the features that replace its id among the token embeddings. images: the
-        tiles [tiles, 3, size, size] of each image, normalised or in uint8; image_sizes: its original (height,
+        tiles [tiles, 3, size, size] of each image, normalized or in uint8; image_sizes: its original (height,
         width); prune: a name in PRUNING or "none", None: the config's."""
         prune = self.config.prune if prune is None else prune
         weight = self.vision_tower.class_embedding
@@ -848,7 +854,7 @@ class Llava(nn.Module):
             elif prune == "pool":
                 patches = pool_patches(patches, keep)
             elif prune in PRUMERGE:
-                patches = prumerge(attention[i], keys[i], budget=keep, **PRUMERGE[prune]) @ patches
+                patches = prumerge(attention[i], keys[i], tokens=keep, **PRUMERGE[prune]) @ patches
             tokens = self.projector(patches)
             if prune == "divprune":
                 tokens = tokens[diverse_patches(tokens.detach(), keep)]
@@ -870,7 +876,7 @@ class Llava(nn.Module):
         side, columns = self.config.vision.side, choose_grid(size, self.config.grids)[0]
         x = tiles[1:].unflatten(0, (-1, columns // self.config.vision.image_size))
         x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)     # [rows, columns, C]
-        x = x[anyres_window(self.config, size)]                           # without padding
+        x = x[unpadded_patches(self.config, size)]                           # without padding
         x = torch.cat((x, self.image_newline.expand(len(x), 1, -1)), dim=1)
         return torch.cat((tiles[0], x.flatten(0, 1)))
 
@@ -880,10 +886,10 @@ class Llava(nn.Module):
         padding, and everywhere if none are given. Ids, mask and labels may stay on the CPU, where they are
         read without waiting for a GPU."""
         embed = self.language_model.embed_tokens
-        features = self.encode_images(images, image_sizes) if images else []
         is_image = input_ids == self.config.image_token_id
-        if (marks := int(is_image.sum())) != len(features):
-            raise UserError(f"the text has {marks} <image>, but {len(features)} images are given")
+        if (marks := int(is_image.sum())) != len(images or ()):
+            raise UserError(f"the text has {marks} <image>, but {len(images or ())} images are given")
+        features = self.encode_images(images, image_sizes) if images else []
         text = embed(input_ids.masked_fill(is_image, 0).to(embed.weight.device))         # [B, T, C]
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE)
@@ -967,10 +973,10 @@ class Llava(nn.Module):
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
         """Open a LLaVA of any publisher or a run folder; or a CLIP and a language model, with a freshly
-        initialised projector between them. Each is a folder, a hub id or id@revision. dtype None keeps the
+        initialized projector between them. Each is a folder, a hub id or id@revision. dtype None keeps the
         dtype of the files. quantize "int8" or "int4" stores the linear layers of the language model in few
         bits. `base`: new places of the bases that a run folder names, in its order. `overrides` replace
-        fields of LlavaConfig. Files are memory-mapped and tensors cast, moved or quantised one at a time,
+        fields of LlavaConfig. Files are memory-mapped and tensors cast, moved or quantized one at a time,
         so there is never a second copy in memory."""
         if quantize not in ("none", "int8", "int4"):
             raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
@@ -999,7 +1005,7 @@ class Llava(nn.Module):
         check_tensors(model.state_dict(), state, stored, " and ".join(bases))
         state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
         for name in tqdm(list(stored), desc="opening", delay=2, leave=False):
-            tensor = stored.pop(name).read(dtype)                         # its last tensor unmaps a file
+            tensor = stored.pop(name).read(dtype)        # popped, because its last tensor unmaps a file
             place_tensor(model, state, name, tensor, quantize, device, dtype)
         model.load_state_dict(state, assign=True)
         model.bases = bases
@@ -1049,7 +1055,7 @@ def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def fresh_connector(config: LlavaConfig) -> dict[str, Tensor]:
-    """Newly initialised tensors of the projector and, with AnyRes, image_newline."""
+    """Newly initialized tensors of the projector and, with AnyRes, image_newline."""
     small = Llava(replace(config, vision=replace(config.vision, num_hidden_layers=0),
                           text=replace(config.text, num_hidden_layers=0, vocab_size=1)))
     return {name: tensor for name, tensor in small.state_dict().items()
@@ -1081,9 +1087,9 @@ TO_HF = (                                    # from the names here to those of l
     (r"projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.(?!lm_head)", "language_model.model."),
 )
-# Fields of LlavaConfig that llava-hf's config.json has no keys for.
+# Fields of LlavaConfig that the keys of llava-hf's config.json do not determine, or not alone.
 EXTRA_FIELDS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune", "keep_tokens")
-TEMPLATES = {"mistral": "mistral_instruct", "llama": "v1"}
+TEMPLATE_OF = {"mistral": "mistral_instruct", "llama": "v1"}
 # Defaults of transformers for keys that config.json does not have. They are not the values of the
 # released models; a missing sliding_window means 4096, a null one means none.
 HF_DEFAULTS = {
@@ -1091,7 +1097,8 @@ HF_DEFAULTS = {
                           max_position_embeddings=131072),
     "llama": TextConfig("llama", intermediate_size=11008, num_key_value_heads=32, rms_norm_eps=1e-6,
                         rope_theta=1e4, max_position_embeddings=2048),
-    "clip": VisionConfig(768, 3072, 12, 12, 224, 32),
+    "clip": VisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                         num_attention_heads=12, image_size=224, patch_size=32),
 }
 
 
@@ -1217,10 +1224,13 @@ def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
                     ) -> tuple[dict, dict[str, StoredTensor], str]:
     """Return the LlavaConfig fields, the tensors by the names here, and the exact name of a source. A
     checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
-    bases in its configs. They are opened first, and its own tensors and fields replace theirs. `bases`: new
-    places of the bases that a run folder names; `parents`: the checkpoints whose base this one is."""
+    bases in its configs. They are opened first, and its own tensors and fields replace theirs. Without
+    `weights` only configs are read. `bases`: new places of the bases that a run folder names; `parents`:
+    the checkpoints whose base this one is."""
     folder = fetch(source, weights)
-    name = str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
+    name = str(folder.resolve())
+    if not Path(source).is_dir():            # the hub's cache names a folder after its commit
+        name = f"{source.partition('@')[0]}@{folder.name}"
     if name in parents:
         raise UserError(f"{name} is named as a base of itself in its config.json")
     config_file, adapter_file = folder / "config.json", folder / "adapter_config.json"
@@ -1305,7 +1315,7 @@ def read_config(raw: dict, file: Path) -> dict:
         found = read_hf_config(raw, file)
     elif "mm_vision_tower" in raw:
         found = read_liuhaotian_config(raw, file)
-    elif kind in TEMPLATES:
+    elif kind in TEMPLATE_OF:
         text = parse_config(kind, raw, file, nested=False)
         found = {"text": text, "image_token_id": text.vocab_size}
     else:
@@ -1313,7 +1323,7 @@ def read_config(raw: dict, file: Path) -> dict:
     ours = raw.get("llava.py", {})
     if unknown := ours.keys() - EXTRA_FIELDS:
         raise UserError(f"{file}: llava.py has no field {min(unknown)}")
-    found = {"template": TEMPLATES[found["text"].model_type]} | found | ours
+    found = {"template": TEMPLATE_OF[found["text"].model_type]} | found | ours
     return found | {"grids": tuple(read_grids(found.get("grids"), file))}
 
 
@@ -1367,6 +1377,7 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
     check_kinds(raw, file)
     if kind not in HF_DEFAULTS:
         raise UserError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
+    # transformers 5 nests rope_theta and rope_type; older files have a type.
     raw, default = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {}), HF_DEFAULTS[kind]
     require(raw, file, rope_type=("default",), type=("default",),
             hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
@@ -1375,10 +1386,10 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
     if not nested:
         require(found, file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, value in found.items():
-        kinds, what = (int,), "whole number"
+        types, what = (int,), "whole number"
         if isinstance(getattr(default, name), float):
-            kinds, what = (int, float), "number"
-        if value is not None and (type(value) not in kinds or not 0 < value < math.inf):
+            types, what = (int, float), "number"
+        if value is not None and (type(value) not in types or not 0 < value < math.inf):
             raise UserError(f"{file}: {name} is {value!r}; it must be a positive {what}")
     heads = found.get("num_attention_heads", default.num_attention_heads)
     if kind == "llama":
@@ -1494,14 +1505,14 @@ def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
         w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
         left, top = (w - size) // 2, (h - size) // 2
         return [image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))]
-    W, H = choose_grid((h, w), config.grids)
-    if W / w < H / h:                        # the width decides the scale
-        inner = W, min(math.ceil(h * (W / w)), H)
+    width, height = choose_grid((h, w), config.grids)
+    if width / w < height / h:               # the width decides the scale
+        inner = width, min(math.ceil(h * (width / w)), height)
     else:
-        inner = min(math.ceil(w * (H / h)), W), H
-    canvas = Image.new("RGB", (W, H))        # black
-    canvas.paste(image.resize(inner, Image.BICUBIC), ((W - inner[0]) // 2, (H - inner[1]) // 2))
-    corners = [(x, y) for y in range(0, H, size) for x in range(0, W, size)]
+        inner = min(math.ceil(w * (height / h)), width), height
+    canvas = Image.new("RGB", (width, height))                            # black
+    canvas.paste(image.resize(inner, Image.BICUBIC), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    corners = [(x, y) for y in range(0, height, size) for x in range(0, width, size)]
     tiles = [canvas.crop((x, y, x + size, y + size)) for x, y in corners]
     return [image.resize((size, size), Image.BICUBIC), *tiles]
 
@@ -1574,9 +1585,9 @@ class Processor:
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: {first_line(error)}") from None
 
-    def encode(self, text: str, first: bool = True) -> list[int]:
-        """Token ids of a text; SentencePiece puts a space before the first word."""
-        if first and text:
+    def encode(self, text: str, prefix_space: bool = True) -> list[int]:
+        """Token ids of a text; SentencePiece puts a space before it."""
+        if prefix_space and text:
             text = "\u2581" + text
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -1584,7 +1595,7 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """uint8 [tiles, 3, image_size, image_size], to be normalised on the model's device."""
+        """uint8 [tiles, 3, image_size, image_size]; train.py has them normalized on the device."""
         tiles = np.stack([np.asarray(tile) for tile in cut_tiles(to_rgb(image, self.config), self.config)])
         return torch.from_numpy(tiles).permute(0, 3, 1, 2)
 
@@ -1597,7 +1608,7 @@ class Processor:
             elif text == "</s>":
                 piece = [self.eos]
             else:                            # legacy tokenizers add a space after </s>, too
-                piece = self.encode(text, first=self.legacy or not ended)
+                piece = self.encode(text, prefix_space=self.legacy or not ended)
             ended = text == "</s>"
             ids += piece
             labels += piece if supervised else [IGNORE] * len(piece)
@@ -1677,7 +1688,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="store the linear layers of the language model in 8 or 4 bits (default: %(default)s)")
     add("--device", default=device, choices=devices(), help="default: %(default)s")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16 on a GPU that supports it or with --quantize, float32 on a CPU")
+        help="default: bfloat16 on a GPU that supports it or with --quantize, float32 on a CPU, else float16")
 
 
 def devices() -> list[str]:
@@ -1728,8 +1739,9 @@ def read_question() -> str:
 
 
 def record_calls(model: Llava, inputs: dict, modules, counter: FlopCounterMode) -> tuple[list, list]:
-    """Two lists of (module, output, FLOPs so far, time), one entry for each call of `modules` in the prefill
-    and one decode step. The first pass counts FLOPs, the second is timed, because counting slows it down."""
+    """Two lists of (module, output, FLOPs so far, time): an entry for the start and one for each call of
+    `modules` in the prefill and one decode step. The first pass counts FLOPs, the second is timed, because
+    counting slows it down."""
     passes = []
 
     def record(module: nn.Module | None, _=None, y: Tensor | None = None) -> None:
@@ -1751,7 +1763,7 @@ def record_calls(model: Llava, inputs: dict, modules, counter: FlopCounterMode) 
 
 
 def print_trace(model: Llava, inputs: dict) -> None:
-    """Print shape, dtype, parameters, FLOPs and time of every module, and the attention kernels."""
+    """Print shape, dtype, parameters, FLOPs and time of every layer, and the attention kernels."""
     pattern = r"projector|\w+\.(patch_embedding|pre_layrnorm|embed_tokens|layers\.\d+|norm|lm_head)"
     names = {module: name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
     ops = torch.ops.aten
@@ -1803,7 +1815,7 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
         else:
             variant = PRUMERGE[config.prune]
             kept = choose_patches(attention, budget=None if keep is None else keep - 1, **variant)
-            merged = prumerge(attention, keys, budget=keep, **variant)[:len(kept)].cpu() > 0     # [m, P]
+            merged = prumerge(attention, keys, tokens=keep, **variant)[:len(kept)].cpu() > 0     # [m, P]
             hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
             colors = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], colors)
         mask = torch.zeros(side**2).index_fill(0, kept.cpu(), 255)
@@ -1829,10 +1841,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=number(float, 1e-9, 1), default=1.0, metavar="P",
         help="sample from the most probable tokens that together have probability P (default: 1)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--trace", action="store_true", help="first print shape, FLOPs and time of every module")
+    add("--trace", action="store_true", help="first print shape, FLOPs and time of every layer")
     add("--show-kept", metavar="FILE", help="save an image of what --prune keeps of the first image")
     add("--save", type=Path, metavar="DIR",
-        help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop")
+        help="write the whole model (a run folder with its bases, LoRA merged) for transformers, and stop; "
+             "of the flags below only --dtype, --base and --tokenizer count")
     add_model_flags(parser)
     args = parser.parse_args(argv)
     if args.prompt is None and len(args.image) > 1:
@@ -1841,7 +1854,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.prompt = args.image.pop()
     if args.save and (args.prompt or args.image):
         parser.error("--save writes the model and asks nothing: leave out the question and --image")
-    if args.show_kept and not (args.image and Path(args.show_kept).suffix in Image.registered_extensions()):
+    if args.show_kept and not (
+            args.image and Path(args.show_kept).suffix.lower() in Image.registered_extensions()):
         parser.error("--show-kept needs an --image, and as its own value an image file such as kept.png")
     return args
 

@@ -4,7 +4,7 @@
     python prune.py --generate detail --captions captions_train2014.json --boxes instances_train2014.json \\
         --judge-model gpt-4o-mini --out detail.json
     python prune.py --scienceqa data/ScienceQA --method guided --keep 1000 --explain --out guided.json
-    python prune.py --scienceqa data/ScienceQA --report guided.json maxmin.json --picture report.png
+    python prune.py --scienceqa data/ScienceQA --report guided.json maxmin.json --draw report.png
     python prune.py --scienceqa data/ScienceQA --study runs/study --keep 1000 --seeds 8 \\
         --pretrain blip_laion_cc_sft_558k.json --vision openai/clip-vit-large-patch14-336 \\
         --language mistralai/Mistral-7B-v0.1 huggyllama/llama-7b
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from eval import (answer, append, chat, collate, fingerprint, grade, judge_url, question, read_answers,
                   read_scienceqa, to_record)
-from llava import (IGNORE, TEMPLATES, Llava, Processor, UserError, add_model_flags, atomic_write,
+from llava import (IGNORE, TEMPLATE_OF, Llava, Processor, UserError, add_model_flags, atomic_write,
                    command_line, farthest_points, load_model, number, open_image, read_json, require,
                    write_json)
 
@@ -90,7 +90,7 @@ def choose_gain(problems: list[dict], k: int, args) -> dict[int, str]:
 
 def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
     """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every subject,
-    prefer difficult questions) as rules, which approximate the authors' choice by hand.
+    prefer difficult questions) as rules. The authors chose by hand.
 
     One question at a time: the first of each subject, topic and skill, then topics in proportion to the
     square root of their size. Apart from new subjects and topics, at most 15% have no image. Within a topic:
@@ -117,12 +117,12 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
                     -chosen_of["question"], difficulty):
             candidates = candidates[key[candidates] == key[candidates].max()]
         i = int(candidates[0])
-        number = f"{chosen_of['topic'][i] + 1:.0f} of the {topic_size[i]}"
-        reasons = [f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]]
-        reasons.append(f"number {number} of topic {problems[i]['topic']}")
+        place = f"number {chosen_of['topic'][i] + 1:.0f} of the {topic_size[i]} of topic {problems[i]['topic']}"
+        place = next((f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]),
+                     place)
         image = ("it has no image", "it has an image", "its text refers to the image")[need[i]]
         found = ", ".join(f"{name} {values[i]:.4g}" for name, values in signs.items())
-        kept[i] = f"{reasons[0]}; {image}; more difficult than {difficulty[i]:.0%}: {found}"
+        kept[i] = f"{place}; {image}; more difficult than {difficulty[i]:.0%}: {found}"
         free[i] = False
         for field in group:
             chosen_of[field][group[field] == group[field][i]] += 1
@@ -199,8 +199,8 @@ def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], 
     """Fill the missing rows, longest prompts first: the prompts of a batch have similar lengths."""
     if what not in ("loss", "gain"):
         cut_layers(model, args.layer)
-    length = {i: (bool(problems[i]["image"]), len(question(problems[i]))) for i in missing}
-    order = sorted(missing, key=length.get, reverse=True)
+    sort_key = {i: (bool(problems[i]["image"]), len(question(problems[i]))) for i in missing}
+    order = sorted(missing, key=sort_key.get, reverse=True)
     for start in tqdm(range(0, len(order), args.batch_size), f"measuring {what}", unit="batch"):
         batch = order[start:start + args.batch_size]
         rows[batch] = measure_batch(model, processor, [problems[i] for i in batch], what).float().cpu()
@@ -273,8 +273,8 @@ def count_cell(n: int, total: int) -> Cell:
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
-    """How many questions of each set have each value of a field, and how many of the values of the first set
-    (the whole) each set covers: only that for the hundreds of categories and skills."""
+    """For each field how many questions of each set have each value (not for the hundreds of categories and
+    skills), and how many of the values in the first set, the whole, each set has."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]
@@ -309,8 +309,8 @@ def print_cells(columns: list[str], rows: dict[str, list[Cell]]) -> None:
 def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path) -> None:
     """The table as an image: a bar behind each cell, and a line at its bottom for an interval."""
     table = [[Cell(text) for text in ("", *columns)], *([Cell(name), *row] for name, row in rows.items())]
-    measured = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
-    width, height = 20 + int(max(measured(cell.text) for row in table for cell in row)), 24      # in pixels
+    text_width = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
+    width, height = 20 + int(max(text_width(cell.text) for row in table for cell in row)), 24      # in pixels
     image = Image.new("RGB", ((width + 10) * len(table[0]), height * len(table)), "white")
     pen = ImageDraw.Draw(image)
     for i, row in enumerate(table):
@@ -325,7 +325,7 @@ def draw_cells(columns: list[str], rows: dict[str, list[Cell]], file: Path) -> N
     image.save(file)
 
 
-def read_id_list(file: Path) -> dict[str, dict]:
+def read_records_by_id(file: Path) -> dict[str, dict]:
     """{id: record} of a JSON list of records, or of ids alone."""
     entries = read_json(file)
     if not isinstance(entries, list) or any(isinstance(e, dict) and "id" not in e for e in entries):
@@ -337,7 +337,7 @@ def read_id_list(file: Path) -> dict[str, dict]:
 def choose_listed(problems: list[dict], file: Path) -> dict[int, str]:
     """A published choice: {index: reason}."""
     index_of = {p["id"]: i for i, p in enumerate(problems)}
-    ids = read_id_list(file)
+    ids = read_records_by_id(file)
     if unknown := [i for i in ids if i not in index_of]:
         raise UserError(f"{file} lists {len(unknown)} questions, such as {unknown[0]}, that are not among "
                         f"the {len(index_of)} to choose from")
@@ -353,7 +353,7 @@ def read_problems(args) -> list[dict]:
         return [p | {"has image": "yes" if p["image"] else "no"} for p in problems]
     records = {}
     for file in args.report:
-        for i, record in read_id_list(file).items():
+        for i, record in read_records_by_id(file).items():
             if not record.get("conversations"):
                 raise UserError(f"{file} lists ids alone: name the --scienceqa that they belong to")
             if records.setdefault(i, record)["conversations"] != record["conversations"]:
@@ -396,8 +396,8 @@ def print_report(args) -> None:
     if args.cache:
         rows |= measured_rows(problems, kept, args)
     print_cells(list(sets), rows)
-    if args.picture:
-        draw_cells(list(sets), rows, args.picture)
+    if args.draw:
+        draw_cells(list(sets), rows, args.draw)
 
 
 def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dict[str, list[Cell]]:
@@ -409,7 +409,8 @@ def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dic
         rows["smallest distance"] = [       # not of the whole, which has too many pairs
             Cell("-" if name == "whole" else f"{F.pdist(states[i]).min():.4g}") for name, i in kept.items()]
     if has_gain:
-        gains = [measure(problems, args, "gain")[i, 0] for i in kept.values()]
+        gains = measure(problems, args, "gain")[:, 0]
+        gains = [gains[i] for i in kept.values()]
         rows["mean gain of the image"] = [Cell(f"{x.mean():.3f}") for x in gains]
         rows["gain above 0"] = [count_cell(int((x > 0).sum()), len(x)) for x in gains]
     return rows
@@ -418,8 +419,8 @@ def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dic
 # ---------------------------------------------------------------------------------------------
 # 4. The study: train on each choice with several seeds, evaluate, compare
 
-# Name: (method, additional flags of train.py). One epoch of all has about as many steps as 12 epochs of a
-# twelfth. The template "plain" drops the question, as Miao et al. do.
+# Name: (method, additional flags of train.py). One epoch of all has as many steps as the 12 epochs of a
+# twelfth in the toy study. The template "plain" drops the question, as Miao et al. do.
 VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "random": ("random", ()),
             "stratified": ("stratified", ()), "maxmin": ("maxmin", ()), "guided": ("guided", ()),
             "guided, plain": ("guided", ("--template", "plain")), "gain": ("gain", ())}
@@ -474,10 +475,11 @@ def train_and_evaluate(args, folder: Path, records: Path, seed: int, recipe, sha
     run_command("train.py", "--stage", 2, "--init", folder.parent / "stage1", "--data", records,
                 "--images", Path(args.scienceqa, "images", "train"), "--seed", seed, *shared,
                 *shlex.split(args.stage2), *recipe, "--resume", "--out", folder)
-    template = TEMPLATES[read_json(folder / "config.json")["text_config"]["model_type"]]
-    for control, flags in (("test", ()), ("blank", ("--pictures", "only", "--blank"))):
+    # A model that was trained with the template "plain" is asked with the question, too.
+    template = TEMPLATE_OF[read_json(folder / "config.json")["text_config"]["model_type"]]
+    for name, flags in (("test", ()), ("blank", ("--pictures", "only", "--blank"))):
         run_command("eval.py", "--scienceqa", args.scienceqa, "--model", folder, "--template", template,
-                    *flags, *shared, *shlex.split(args.eval), "--out", folder / f"{control}.jsonl")
+                    *flags, *shared, *shlex.split(args.eval), "--out", folder / f"{name}.jsonl")
     shutil.rmtree(folder / "trainer", ignore_errors=True)     # 60 GB at 7B; the weights are kept
 
 
@@ -545,8 +547,8 @@ def correct(problems: list[dict], file: Path) -> np.ndarray:
     return np.array(grade(problems, texts), int)
 
 
-def accuracy_cell(correct: np.ndarray) -> Cell:
-    x, low, high = two_level_interval(correct)
+def accuracy_cell(answers: np.ndarray) -> Cell:
+    x, low, high = two_level_interval(answers)
     return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", (0, x / 100), (low / 100, high / 100))
 
 
@@ -627,7 +629,7 @@ are parked one behind the other. On the right, close to the viewer, a dog watche
 The street is wet, so braking takes longer. A door of one of the parked cars on the left could open, and
 the dog on the right could run into her way. She should slow down and keep a distance from both."""}
 MARKS = {"Question:", "Answer:", "==="}
-SETTINGS = {"temperature": 0.2, "max_tokens": 1024}
+SAMPLING = {"temperature": 0.2, "max_tokens": 1024}
 UNWANTED = {                                 # reason to reject a reply: what it contains
     "mentions captions or bounding boxes": re.compile(r"\bcaptions?\b|\bbounding[ -]box", re.IGNORECASE),
     "prints coordinates": re.compile(r"[01]?\.\d+\s*,\s*[01]?\.\d+|\[\s*[\d.]+\s*,"),
@@ -716,7 +718,7 @@ def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict
                 {"role": "user", "content": "\n\n".join(example)},
                 {"role": "assistant", "content": EXAMPLE_REPLIES[args.generate]},
                 {"role": "user", "content": "\n\n".join(symbolic)}]
-    body = {"model": args.judge_model, "messages": messages, **SETTINGS}
+    body = {"model": args.judge_model, "messages": messages, **SAMPLING}
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:32], body
 
 
@@ -729,7 +731,7 @@ def read_replies(file: Path) -> dict[str, str]:
             entry = json.loads(line)
             if "custom_id" in entry:
                 entry = {"key": entry["custom_id"], **entry["response"]["body"]["choices"][0]["message"]}
-            replies[entry["key"]] = entry.get("text", entry.get("content")).strip()      # null has none
+            replies[entry["key"]] = entry.get("text", entry.get("content")).strip()      # null fails
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             unreadable += 1
     if unreadable:
@@ -871,7 +873,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pooling", default="last", choices=("last", "mean"), help="maxmin: the prompt's last token or mean")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
     add("--cache", type=Path, metavar="DIR", help="for states, losses and gains (default: beside --out)")
-    add("--picture", type=Path, metavar="FILE", help="draw the report")
+    add("--draw", type=Path, metavar="FILE", help="draw the report")
     add_task_flags(add)
     add_model_flags(parser)
     args = parser.parse_args(argv)
@@ -923,8 +925,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for flag in needed:
         if not getattr(args, flag):
             parser.error(f"--{args.task} needs --{flag}".replace("_", "-"))
-    if args.picture and args.picture.suffix not in Image.registered_extensions():
-        parser.error("--picture needs the name of an image file, such as report.png")
+    if args.task == "study" and (args.prune or args.keep_tokens or args.template or args.base
+                                 or args.quantize != "none"):
+        parser.error("in a study give --prune, --keep-tokens, --template, --base and --quantize within "
+                     "--stage1, --stage2 and --eval")
+    if args.draw and args.draw.suffix.lower() not in Image.registered_extensions():
+        parser.error("--draw needs the name of an image file, such as report.png")
 
 
 def main() -> None:

@@ -45,8 +45,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from eval import collate, language_flops, peak_memory, projector_flops, vision_flops
-from llava import (FROM_PUBLISHED, IGNORE, PRUNING, TEMPLATES, Llava, LlavaConfig, Processor, TextConfig,
+from eval import collate, language_flops, projector_flops, vision_flops
+from llava import (FROM_PUBLISHED, IGNORE, PRUNING, TEMPLATE_OF, Llava, LlavaConfig, Processor, TextConfig,
                    UserError, atomic_write, command_line, count_image_tokens, count_tiles, default_dtype,
                    devices, first_line, hf_config, number, open_checkpoint, open_file, open_image,
                    read_json, rename_key, save_sharded, write_json)
@@ -57,15 +57,15 @@ RECIPE = {                                   # Miao et al. 2024: 558k captions, 
     "2": {"lr": 2e-5, "batch_size": 32, "epochs": 15},
     "lora": {"lr": 2e-4, "batch_size": 32, "epochs": 15},                 # LLaVA-1.5's rate
 }
-GPUS = {                                     # TFLOP/s of dense bf16 in the data sheet, memory in GB
+CARDS = {                                    # TFLOP/s of dense bf16 in the data sheet, memory in GiB
     "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "rtx4090": (165, 24),
     "cpu": (0.1, None),                      # two cores
 }
-UTILISATION = 0.5                            # of a GPU's speed that --plan expects
-MEMORY_FRACTION = 0.95                       # of a GPU's memory may be used; the allocator needs the rest
-ALLOCATOR_OVERHEAD = 1.15                    # of temporary tensors on a CPU: malloc holds 1.0 to 1.3 times
+UTILIZATION = {"16 bits": 0.34, "quantized": 0.11}       # of a GPU's speed, measured on an H100
+MEMORY_FRACTION = 0.95                       # the share of a GPU's memory to use: the allocator needs some
+ALLOCATOR_OVERHEAD = 1.15                    # on a CPU malloc holds 1.0 to 1.3 times the temporary tensors
 CHUNK = {"gpu": 1 << 24, "cpu": 1 << 18}     # weights updated at once; on a CPU they fit into its cache
-SHARD_BYTES = 2 * 10**9                      # of a checkpoint's files; host memory holds one while saving
+SHARD_BYTES = 2 * 10**9                      # of a checkpoint's files; saving takes up to two of host memory
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 progress = partial(tqdm, leave=False, disable=RANK > 0)
 
@@ -86,8 +86,8 @@ def run_stage(args: Args) -> None:
         return show(samples, args.show)
     if args.val:
         val = Samples(read_records(args.val, args.val_images or args.images), processor, args.max_length)
-    for file, part in ((args.data, samples), (args.val, val)):
-        if part and not part.usable:
+    for file, data in ((args.data, samples), (args.val, val)):
+        if data and not data.usable:
             raise UserError(f"{file}: no record has an answer within --max-length {args.max_length}")
     batches = [batch for epoch in range(args.epochs) for batch in make_batches(
         samples.usable, samples.lengths, args.batch_size, args.seed + epoch)]
@@ -122,21 +122,21 @@ def train(model: Llava, optimizer: Adam, samples: Samples, val: Samples | None, 
             optimizer.begin(args.lr * schedule(optimizer.steps, len(batches)))
             step, loss = optimizer.steps, 0.0
             torch.manual_seed(args.seed + step)      # random numbers depend on the step: resuming is exact
-            micro_batches, tokens = split_step(batch, len(batches[step - 1]))
+            micro_batches, tokens = weigh_micro_batches(batch, len(batches[step - 1]))
             for micro, weight in micro_batches:
-                part = model(**to_device(micro, args.device)) * weight
-                check_finite("loss", part.item(), samples, batches, step)
-                part.backward()                      # with --in-backward this also updates the weights
-                loss += part.item()
+                weighted = model(**to_device(micro, args.device)) * weight
+                check_finite("loss", weighted.item(), samples, batches, step)
+                weighted.backward()                  # with --in-backward this also updates the weights
+                loss += weighted.item()
             norm = optimizer.clip(args.clip)
             check_finite("gradient", norm, samples, batches, step)
             optimizer.step()
-            line = {"loss": all_reduce_sum(loss) / PROCESSES, "lr": optimizer.lr, "grad_norm": norm,
+            line = {"loss": all_reduce(loss) / PROCESSES, "lr": optimizer.lr, "grad_norm": norm,
                     "tokens": tokens, "seconds": time.perf_counter() - began, "waited": waited}
             if val and (step == len(batches) or step % args.val_every == 0):
                 line["val_loss"] = validation_loss(model, val, args)
             log.write(step, line)
-            stop = all_reduce_sum(len(signals)) > 0  # all processes stop at the same step
+            stop = all_reduce(len(signals)) > 0  # all processes stop at the same step
             if stop or step == len(batches) or step % args.save_every == 0:
                 checkpoints.save(model, samples.processor, optimizer)
             if stop:
@@ -152,19 +152,20 @@ def make_loader(samples: Samples, batches: list[list[int]], args: Args) -> DataL
                       worker_init_fn=ignore_interrupts, pin_memory=args.device.startswith("cuda"))
 
 
-def split_step(batch: list[dict] | OSError, batch_size: int) -> tuple[list[tuple[dict, float]], int]:
+def weigh_micro_batches(micro_batches: list[dict] | OSError, batch_size: int
+                        ) -> tuple[list[tuple[dict, float]], int]:
     """([(micro-batch, weight of its mean loss), ...], the number of supervised tokens in the step).
     All supervised tokens of a step have equal weight. Gradients are averaged over the processes, and
     all must take part in every pass: one with fewer micro-batches repeats its last one with weight 0."""
-    if isinstance(batch, OSError):
-        raise batch
-    counts = [int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in batch]
-    if RANK >= batch_size:
-        counts = [0] * len(batch)
-    tokens = all_reduce_sum(sum(counts))
-    missing = int(all_reduce_sum(len(batch), dist.ReduceOp.MAX)) - len(batch)
-    weighted = [(micro, PROCESSES * count / tokens) for micro, count in zip(batch, counts)]
-    return weighted + [(batch[-1], 0.0)] * missing, int(tokens)
+    if isinstance(micro_batches, OSError):
+        raise micro_batches
+    counts = [int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in micro_batches]
+    if RANK >= batch_size:                   # it has no record in this step, only the stand-in of make_loader
+        counts = [0] * len(micro_batches)
+    tokens = all_reduce(sum(counts))
+    missing = int(all_reduce(len(counts), dist.ReduceOp.MAX)) - len(counts)
+    weighted = [(micro, PROCESSES * count / tokens) for micro, count in zip(micro_batches, counts)]
+    return weighted + [(micro_batches[-1], 0.0)] * missing, int(tokens)
 
 
 @torch.no_grad()
@@ -175,16 +176,17 @@ def validation_loss(model: Llava, val: Samples, args: Args) -> float:
     batches = [order[i:i + size] for i in range(0, len(order), size)]
     loader = make_loader(val, batches, args)
     for indices, batch in zip(batches, progress(loader, desc="validation", delay=2)):
-        micro_batches, count = split_step(batch, len(indices))
+        micro_batches, count = weigh_micro_batches(batch, len(indices))
         loss = sum(model(**to_device(micro, args.device)).item() * weight for micro, weight in micro_batches)
-        total, tokens = total + all_reduce_sum(loss) / PROCESSES * count, tokens + count
+        total, tokens = total + all_reduce(loss) / PROCESSES * count, tokens + count
     if PROCESSES > 1:
         model.reshard()                      # FSDP2 does so in a backward pass only
     return total / tokens
 
 
 def to_device(micro: dict, device: str) -> dict:
-    """Images travel as uint8 and are normalised there; from pinned memory while the device computes."""
+    """A micro-batch on the device. Images are copied as uint8 and normalized there; a copy from pinned
+    memory overlaps with computing."""
     moved = {name: value.to(device, non_blocking=True) for name, value in micro.items()
              if isinstance(value, Tensor)}
     images = [image.to(device, non_blocking=True) for image in micro["images"]]
@@ -192,7 +194,8 @@ def to_device(micro: dict, device: str) -> dict:
 
 
 def schedule(step: int, steps: int) -> float:
-    """The fraction of the learning rate at step 0, 1, ...: 3% of linear warm-up, then a cosine to 0."""
+    """The fraction of the learning rate at step 0, 1, ...: 3% of linear warm-up, then a cosine to 0. As in
+    transformers, the first update has rate 0."""
     warmup = math.ceil(0.03 * steps)
     if step < warmup:
         return step / warmup
@@ -266,9 +269,10 @@ def print_summary(args: Args, samples: Samples, steps: int, newest: Path | None,
           f"{args.micro_batch_size}, {args.checkpoint_blocks} checkpointed layers; "
           f"{args.card or args.device}, {args.dtype}; to {args.out}")
     lost = sorted(set(range(len(samples))) - set(samples.usable))
-    if samples.cut and RANK == 0:
+    if samples.cut:
         print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
               f"{len(lost)} of them lose their whole answer and are left out: {args.out / 'cut.json'}")
+    if samples.cut and RANK == 0 and not args.plan:
         write_json(args.out / "cut.json", {"cut": [samples.records[i]["id"] for i in samples.cut],
                                            "left out": [samples.records[i]["id"] for i in lost]})
 
@@ -306,14 +310,13 @@ def try_record(raw, i: int, folder: Path) -> dict | ValueError:
 
 
 def read_record(record: dict, folder: Path) -> dict:
-    turns = record["conversations"]
+    turns, messages, first = record["conversations"], [], 1
     if turns and turns[0]["from"] == "gpt":  # LLaVA also drops an answer before the first question
-        turns = turns[1:]
-    messages = []
+        turns, first = turns[1:], 2
     for i, turn in enumerate(turns):
         speaker, role = ("gpt", "assistant") if i % 2 else ("human", "user")
         if turn["from"] != speaker:
-            raise UserError(f"turn {i + 1} is from {turn['from']!r}; it must be from {speaker!r}")
+            raise UserError(f"turn {first + i} is from {turn['from']!r}; it must be from {speaker!r}")
         turn["value"].encode()               # ValueError: half of a surrogate pair
         if speaker == "gpt" and not turn["value"].strip():
             raise UserError("an answer is empty")
@@ -351,16 +354,16 @@ class Samples(Dataset):
                 self.cut.append(i)
         self.usable = [i for i, count in enumerate(self.supervised) if count]
 
-    def tokenize(self, record: int) -> tuple[list[int], list[int], int, bool]:
+    def tokenize(self, i: int) -> tuple[list[int], list[int], int, bool]:
         """(ids, labels, number of tokens including those of the images, whether nothing was cut)."""
-        ids, labels = self.processor.tokenize(self.records[record]["messages"])
+        ids, labels = self.processor.tokenize(self.records[i]["messages"])
         config, length, image = self.processor.config, 0, 0
-        for i, token in enumerate(ids):
+        for position, token in enumerate(ids):
             more = 1
             if token == config.image_token_id:
-                more, image = count_image_tokens(config, self.sizes[record][image]), image + 1
+                more, image = count_image_tokens(config, self.sizes[i][image]), image + 1
             if length + more > self.max_length:
-                return ids[:i], labels[:i], length, False
+                return ids[:position], labels[:position], length, False
             length += more
         return ids, labels, length, True
 
@@ -421,7 +424,7 @@ def open_config(args: Args) -> LlavaConfig:
     for source in [args.init] if args.init else [args.vision, args.language]:
         fields |= open_checkpoint(source, weights=False, bases=args.base)[0]
     if args.stage == 2 and fields.get("template") == "plain":
-        fields["template"] = TEMPLATES[fields["text"].model_type]
+        fields["template"] = TEMPLATE_OF[fields["text"].model_type]
     for name in ("projector", "image_mode", "template", "prune", "keep_tokens"):
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
@@ -437,8 +440,9 @@ def build(args: Args, config: LlavaConfig, newest: Path | None) -> tuple[Llava, 
     model = Llava.from_pretrained(args.init, vision=args.vision, language=args.language, base=args.base,
                                   dtype=getattr(torch, args.dtype), device=args.device, **options)
     choose_trainable(model, args)
-    for p in model.parameters():
-        p.data = p.data.clone()              # into memory: until now they are mapped files
+    if args.device == "cpu":
+        for p in model.parameters():
+            p.data = p.data.clone()          # into memory: until now they are mapped files
     if newest:
         load_trained(model, newest)
     wrap_blocks(model, args)
@@ -484,8 +488,9 @@ class LoRA(nn.Module):
 
 
 def wrap_blocks(model: Llava, args: Args) -> None:
-    """Apply torch.compile, activation checkpointing and FSDP2 to each layer, in place."""
-    model.language_model.register_forward_pre_hook(partial(connect_unused_inputs, model))
+    """Compile each layer, checkpoint the first ones of the language model, shard the model by FSDP2: in
+    place, as the flags and torchrun ask."""
+    model.language_model.register_forward_pre_hook(partial(connect_parameters, model))
     if args.compile:
         for layer in [*model.vision_tower.layers, *model.language_model.layers]:
             layer.forward = torch.compile(layer.forward)
@@ -497,9 +502,9 @@ def wrap_blocks(model: Llava, args: Args) -> None:
             fully_shard(module, mp_policy=policy)
 
 
-def connect_unused_inputs(model: Llava, _, inputs: tuple) -> tuple:
-    """Add 0 × the trainable parameters before the language model to its input: a batch without images
-    gives them no gradient, and the other processes would wait for it."""
+def connect_parameters(model: Llava, _, inputs: tuple) -> tuple:
+    """Add 0 × the trainable parameters before the language model to its input. Without it a batch without
+    images gives them no gradient, for which other processes would wait; one process takes equal steps."""
     unused = [p.sum() for name, p in model.named_parameters()
               if p.requires_grad and not name.startswith("language_model.")]
     return inputs[0] + 0 * sum(unused), *inputs[1:]
@@ -515,8 +520,8 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if PROCESSES > 1 else t
 
 
-def all_reduce_sum(value: float, op=dist.ReduceOp.SUM) -> float:
-    """A number that each process has, summed over all of them, or reduced by `op`."""
+def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
+    """A number that each process has, reduced over all of them by `op`."""
     if PROCESSES == 1:
         return value
     cell = torch.tensor(value, dtype=torch.float64)
@@ -541,8 +546,8 @@ class Adam:
             self.update_chunk = torch.compile(self.update_chunk)
         for name, p in self.parameters.items():
             self.state[f"{name}.m"], self.state[f"{name}.v"] = torch.zeros_like(p), torch.zeros_like(p)
-            if p.dtype == torch.bfloat16:    # bits, not numbers; bf16 because processes exchange no int16
-                self.state[f"{name}.low"] = torch.zeros_like(p)
+            if p.dtype == torch.bfloat16:
+                self.state[f"{name}.low"] = torch.zeros_like(p)           # 16 bits; FSDP exchanges no int16
             if in_backward:
                 p.register_post_accumulate_grad_hook(partial(self.update, name))
 
@@ -564,7 +569,7 @@ class Adam:
     def clip(self, max_norm: float | None) -> float:
         """Return the norm of the whole gradient and, without in_backward, scale it down to max_norm."""
         if self.in_backward:
-            return math.sqrt(all_reduce_sum(float(self.square_sum)))
+            return math.sqrt(all_reduce(float(self.square_sum)))
         return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)).item()
 
     def step(self) -> None:
@@ -598,10 +603,8 @@ class Adam:
         new_v = v.float().lerp_(gradient.square_(), 1 - self.betas[1])
         change = torch.div(new_v, v_scale, out=gradient).sqrt_().add_(self.eps)
         change = torch.div(new_m, change, out=change).mul_(rate)
-        if low is None:
+        if low is None:                      # float32: new_m is m, new_v is v
             p.sub_(change)
-            m.copy_(new_m)
-            v.copy_(new_v)
         else:
             split_bits(join_bits(p, low).sub_(change), p, low)
             round_stochastically(new_m, m, noise[:len(m)])
@@ -614,14 +617,15 @@ def join_bits(high: Tensor, low: Tensor) -> Tensor:
 
 
 def split_bits(exact: Tensor, high: Tensor, low: Tensor) -> None:
-    """The reverse, in place: `high` becomes the nearest bf16, `low` the low 16 bits."""
+    """The reverse: `high` becomes the nearest bf16, `low` the low 16 bits; `exact` is overwritten."""
     bits = exact.view(torch.int32)
-    low.view(torch.int16).copy_(bits)        # as int16; if negative, the nearest bf16 is one higher
+    low.view(torch.int16).copy_(bits)        # from 0x8000 on a negative int16, and `high` is rounded up
     high.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
 
 def round_stochastically(exact: Tensor, out: Tensor, noise: Tensor) -> None:
-    """float32 -> bf16, up or down with the probabilities that keep the mean; noise in 0 ... 65535."""
+    """float32 -> bf16, up or down with the probabilities that keep the mean; noise in 0 ... 65535.
+    `exact` is overwritten."""
     out.view(torch.int16).copy_(exact.view(torch.int32).add_(noise).bitwise_right_shift_(16))
 
 
@@ -653,12 +657,13 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
             "gradients": size * (max(trainable) if args.in_backward else sum(trainable)) / PROCESSES,
             "activations": activation_bytes(model.config, load, args, size),
             "logits": 12 * load.supervised * text.vocab_size}    # float32: log-softmax, two gradients
-    before, whole = 0.0, need["gradients"] * (1 - args.checkpoint_blocks / text.num_hidden_layers)
-    if args.in_backward:                     # `whole` is what exists after the whole layers' backward
-        whole = 0.0
-    elif args.micro_batch_size < args.batch_size:            # those of the micro-batches before
-        before = whole = need["gradients"]
-    at_update = need["activations"] if args.in_backward else 0.0          # lm_head's, before all others
+    # Gradients of earlier micro-batches; and those there are when backward reaches checkpointed layers.
+    earlier, so_far = 0.0, need["gradients"] * (1 - args.checkpoint_blocks / text.num_hidden_layers)
+    if args.in_backward:
+        so_far = 0.0
+    elif args.micro_batch_size < args.batch_size:
+        earlier = so_far = need["gradients"]
+    at_update = need["activations"] if args.in_backward else 0.0          # lm_head's update is the first
     in_mlp = load.tokens * size * (C + (2 if args.stage == 2 else 3) * text.intermediate_size)
     in_layer = load.tokens * (attention + mlp) + in_mlp      # also its activations, perhaps recomputed
     if on_cpu:                               # backward of the last layer's first norm, after its attention's
@@ -667,9 +672,9 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
         last, in_layer = load.tokens * 4 * size * C, in_layer - load.tokens * size * C
     inputs = load.tokens * size * C * args.checkpoint_blocks
     update = 24 * min(max(trainable), CHUNK["cpu" if on_cpu else "gpu"])  # six float32 tensors
-    moments = (need["activations"] + need["logits"] + before,             # at the loss
-               need["activations"] + last + before,                       # in the last layer's attention
-               inputs + in_layer + whole,                                 # in the last checkpointed layer's
+    moments = (need["activations"] + need["logits"] + earlier,            # at the loss
+               need["activations"] + last + earlier,                      # in the last layer's attention
+               inputs + in_layer + so_far,                                # in the last checkpointed layer's
                need["gradients"] + in_layer,                              # in the first layer's
                at_update + need["gradients"] + update)                    # in the optimizer
     need["peak"] = need["weights"] + need["optimizer"] + max(moments) * (ALLOCATOR_OVERHEAD if on_cpu else 1)
@@ -683,7 +688,7 @@ def is_for_cpu(args: Args) -> bool:
 
 def weight_bytes(model: Llava, args: Args, size: int) -> float:
     """Bytes of all weights on one device. Of several processes each holds its shards and, as FSDP2
-    gathers them, two whole decoder layers and all that is in no decoder layer."""
+    gathers them, all of two decoder layers and all that is in no decoder layer."""
     total, gathered = 0.0, 0.0
     for name, p in model.named_parameters():
         bits = 8 * size
@@ -716,10 +721,10 @@ def activation_bytes(config: LlavaConfig, load: Load, args: Args, size: int) -> 
     """Bytes that autograd keeps of one micro-batch; of a checkpointed layer only its input."""
     text, vision = config.text, config.vision
     attention, mlp = layer_bytes(text, args, size)
-    whole_layers = text.num_hidden_layers - args.checkpoint_blocks
+    other_layers = text.num_hidden_layers - args.checkpoint_blocks
     total = load.tokens * size * text.hidden_size * args.checkpoint_blocks
-    if whole_layers > 0:                     # the last MLP sees supervised positions only
-        total += load.tokens * (whole_layers * (attention + mlp) - mlp) + load.supervised * mlp
+    if other_layers > 0:                     # the last MLP sees supervised positions only
+        total += load.tokens * (other_layers * (attention + mlp) - mlp) + load.supervised * mlp
     patch = vision.hidden_size + 2 * text.hidden_size
     if args.lora_vision:
         patch += (8 * vision.hidden_size + 3 * vision.intermediate_size) * vision.num_hidden_layers
@@ -730,10 +735,10 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list, args: Args
     """Set args.micro_batch_size and args.checkpoint_blocks where the flags left them open: the largest
     micro-batch that fits, with as few checkpointed layers as possible. Returns the memory needed."""
     available = math.inf
-    if args.card and GPUS[args.card][1]:
-        available = GPUS[args.card][1] * 2**30
+    if args.card and CARDS[args.card][1]:
+        available = CARDS[args.card][1] * 2**30
     elif not args.card and args.device.startswith("cuda"):          # free now, on the GPU that has least
-        available = all_reduce_sum(torch.cuda.mem_get_info()[0], dist.ReduceOp.MIN)
+        available = all_reduce(torch.cuda.mem_get_info(args.device)[0], dist.ReduceOp.MIN)
     share, layers = math.ceil(args.batch_size / PROCESSES), len(model.language_model.layers)
     sizes, checkpointed = [args.micro_batch_size or share], [args.checkpoint_blocks or 0]
     if not args.micro_batch_size and not args.in_backward:
@@ -750,11 +755,23 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list, args: Args
     return need
 
 
+def peak_memory(device: str) -> int:
+    """Peak bytes: of tensors on a CUDA device, otherwise of the process (0 on Windows)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource                      # missing on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak        # macOS counts bytes, Linux KiB
+
+
 def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Args) -> None:
     """Print the estimated memory, disk space, FLOPs and hours on the GPU --card. A backward pass costs
     as much as a forward pass, and for layers with trainable weights twice as much."""
     print_summary(args, samples, steps, None, model)
-    config, (speed, memory), bf16 = model.config, GPUS[args.card], args.dtype == "bfloat16"
+    config, (speed, memory), bf16 = model.config, CARDS[args.card], args.dtype == "bfloat16"
     passes = 2 + args.checkpoint_blocks / config.text.num_hidden_layers
     if args.stage == 2 and not args.lora_rank:
         passes += 1
@@ -763,7 +780,8 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Arg
     flops = args.epochs * sum(
         passes * language_flops(config.text, samples.lengths[i], samples.supervised[i])
         + tile * samples.tiles[i] for i in samples.usable)
-    hours = flops / (speed * 1e12 * UTILISATION * PROCESSES) / 3600
+    share = UTILIZATION["quantized" if args.quantize else "16 bits"]
+    hours = flops / (speed * 1e12 * share * PROCESSES) / 3600
     for name, size in need.items():
         print(f"  {name:12} {size / 2**30:10.2f} GiB")
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if bf16 else 4)
@@ -771,10 +789,11 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Arg
     print(f"  disk         {both / 2**30:10.2f} GiB while training, {weights / 2**30:.2f} GiB in the end\n"
           f"  host memory  {min(2 * SHARD_BYTES, both) / 2**30:10.2f} GiB while saving, besides Python's")
     if memory and need["peak"] > MEMORY_FRACTION * memory * 2**30:
-        print(f"  more than {memory} GB: use --in-backward, --lora-rank 128 or a smaller --batch-size")
+        print(f"  more than {MEMORY_FRACTION:.0%} of {memory} GiB: use --in-backward, --lora-rank 128 or a "
+              "smaller --batch-size")
     tokens = args.epochs * sum(samples.lengths[i] for i in samples.usable)
     print(f"  {tokens:,} tokens, {flops / 1e15:,.3g} PFLOP: {hours:,.2f} hours on {PROCESSES} x {args.card}, "
-          f"at {UTILISATION:.0%} of {speed:g} TFLOP/s")
+          f"at {share:.0%} of {speed:g} TFLOP/s")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -856,7 +875,7 @@ class Checkpoints:
         self.out, self.folder, self.args, self.steps = args.out, args.out / "trainer", args, steps
         self.found = max(self.folder.glob("step-*"), default=None)
         self.saved = read_json(self.found / "run.json") if self.found else {}
-        if args.resume and args.micro_batch_size is None:    # other memory may be free than then
+        if args.resume and args.micro_batch_size is None:    # as the run began, whatever is free now
             args.micro_batch_size = self.saved.get("micro_batch_size")
 
     def settings(self) -> dict:
@@ -962,14 +981,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="RUN", help="folder for the run")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
 
-    before = parser.add_argument_group("instead of training").add_argument
-    before("--plan", action="store_true", help="estimate memory, disk space, FLOPs and hours")
-    before("--card", choices=GPUS, help="the GPU to estimate for (default: a100)")
-    before("--check-data", action="store_true", help="read and decode everything once, list all errors")
-    before("--show", type=int, metavar="N", help="print record N in colors: image, prompt, answer, end")
+    instead = parser.add_argument_group("instead of training").add_argument
+    instead("--plan", action="store_true", help="estimate memory, disk space, FLOPs and hours")
+    instead("--card", choices=CARDS, help="the GPU to estimate for (default: a100)")
+    instead("--check-data", action="store_true", help="read and decode everything once, list all errors")
+    instead("--show", type=int, metavar="N", help="print record N in colors: image, prompt, answer, end")
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
     positive, count, rate = number(int, 1), number(int, 0), number(float, 0)
     recipe = parser.add_argument_group("the recipe; defaults for stage 1, stage 2").add_argument
     recipe("--epochs", type=positive, help="default: 1, 15")
@@ -990,12 +1009,14 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
     fitting = parser.add_argument_group("memory and speed").add_argument
     fitting("--micro-batch-size", type=positive, metavar="N", help="records at once (default: what fits)")
-    fitting("--checkpoint-blocks", type=count, metavar="N", help="layers with activation checkpointing")
+    fitting("--checkpoint-blocks", type=count, metavar="N",
+            help="first layers with activation checkpointing (default: as few as fit)")
     fitting("--in-backward", action="store_true", help="update each weight when its gradient is complete")
     fitting("--compile", action="store_true", help="torch.compile each layer and the update, for GPUs")
     device, workers = ("cuda", 8) if torch.cuda.is_available() else ("cpu", 0)
     fitting("--device", choices=devices(), default=device, help="default: %(default)s")
-    fitting("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where a GPU supports it")
+    fitting("--dtype", choices=("bfloat16", "float32"),
+            help="default: bfloat16 on a GPU that supports it or with --quantize, float32 on a CPU")
     fitting("--workers", type=count, default=workers, metavar="N", help="for images (default: %(default)s)")
     fitting("--save-every", type=positive, default=500, metavar="STEPS", help="default: %(default)s")
 
@@ -1004,7 +1025,7 @@ def parse(argv: list[str] | None = None) -> Args:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    add_recipe_flags(parser)
+    add_training_flags(parser)
     args = parser.parse_args(argv)
     recipe = RECIPE["lora" if args.lora_rank else str(args.stage)]
     batch_size = args.batch_size or recipe["batch_size"]
@@ -1017,6 +1038,7 @@ def parse(argv: list[str] | None = None) -> Args:
             (not args.lora_rank and (args.lora_alpha or args.lora_vision), "--lora-... needs --lora-rank"),
             (args.quantize and not args.lora_rank, "--quantize needs --lora-rank: frozen weights only"),
             (args.quantize and PROCESSES > 1, "--quantize works in one process only"),
+            (PROCESSES > 1 and ":" in args.device, "torchrun gives each process its own GPU: --device cuda"),
             (args.in_backward and args.clip, "--in-backward updates before the norm for --clip is known"),
             (args.in_backward and args.micro_batch_size not in (None, batch_size),
              "--in-backward does not add up gradients: --micro-batch-size must be the whole batch")):

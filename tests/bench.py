@@ -551,7 +551,7 @@ def with_quantization(args) -> None:
     for quantize in args.bits:
         began = time.perf_counter()
         models[quantize] = quantized(models[args.dtype], quantize)
-        print(f"quantised to {quantize} in {time.perf_counter() - began:.1f} s")
+        print(f"quantized to {quantize} in {time.perf_counter() - began:.1f} s")
     taken = {name: [] for name in models}
     half = {"images": [tiles.bfloat16() for tiles in inputs["images"]]}
     for turn in tqdm(range(1 + args.repeats), desc="answers", leave=False):
@@ -571,8 +571,8 @@ def with_quantization(args) -> None:
 
 def open_decoder(folder: Path, quantize: str, dtype: torch.dtype, shuffle=False) -> llava.LanguageModel:
     """The language model of a folder. With `shuffle` the columns of int4 weights are shuffled before
-    they are quantised and put back afterwards, so that weights that were published in groups of 32
-    do not fall into the same groups again. The layers are then ordinary ones of dequantised weights."""
+    they are quantized and put back afterwards, so that weights that were published in groups of 32
+    do not fall into the same groups again. The layers are then ordinary ones of dequantized weights."""
     (parts, stored, _), state, opened = llava.open_checkpoint(str(folder)), {}, {}
     with torch.device("meta"):
         model = torch.nn.ModuleDict({"language_model": llava.LanguageModel(parts["text"])})
@@ -590,6 +590,7 @@ def open_decoder(folder: Path, quantize: str, dtype: torch.dtype, shuffle=False)
 
 
 def dequantized(layer: llava.QuantizedLinear) -> Tensor:
+    """The weight [O, I] of a layer in 4 bits."""
     starts = range(0, layer.out_features, layer.block_rows)
     return torch.cat([layer.block(start, torch.float32) for start in starts], 1).T
 

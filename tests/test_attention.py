@@ -50,7 +50,7 @@ def random_shapes(count):
 
 
 def make_qkv(B, H, K, T, D, dtype=torch.float32, requires_grad=True):
-    """As Attention makes them: the heads of a token are neighbours in memory."""
+    """As Attention makes them: the heads of a token are neighbors in memory."""
     return [torch.randn(B, T, heads, D).to(dtype).transpose(1, 2).requires_grad_(requires_grad)
             for heads in (H, K, K)]
 

@@ -602,7 +602,7 @@ IMPOSSIBLE = [                               # program, flags, words of argparse
     ("prune", "--method random --report r --scienceqa d", "--report"), ("prune", "--study s --scienceqa d", "--pretrain"),
     ("prune", "--method maxmin --scienceqa d --out o --model m --batch-size 0", "--batch-size"),
     ("prune", "--method random --scienceqa d --out o --keep x", "--keep"),
-    ("prune", "--report r.json --picture chart.docx", "--picture")]
+    ("prune", "--report r.json --draw chart.docx", "--draw")]
 
 
 @pytest.mark.parametrize("program, flags, message", IMPOSSIBLE, ids=[f"{p} {f}" for p, f, _ in IMPOSSIBLE])

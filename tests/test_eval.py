@@ -348,7 +348,7 @@ def test_cost_prints_and_writes_the_published_models(monkeypatch, capsys, tmp_pa
     assert list(figures) == list(eval.PUBLISHED) and figures["LLaVA-1.5-7B"]["parameters"] == 7062902784
 
 
-def test_the_size_in_4_bits_is_that_of_quantised_layers():
+def test_the_size_in_4_bits_is_that_of_quantized_layers():
     text = TextConfig(vocab_size=96, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
                       num_attention_heads=4, num_key_value_heads=2, head_dim=32)
     vision = VisionConfig(32, 48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16)

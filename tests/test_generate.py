@@ -135,7 +135,7 @@ def test_the_key_depends_on_prompt_model_and_settings(monkeypatch):
     keys = [make_request(args, ["A dog sits."], [])[0], make_request(args, ["A cat sits."], [])[0]]
     for other in ({"judge_model": "other"}, {"generate": "detail"}):
         keys.append(make_request(SimpleNamespace(**vars(args) | other), ["A dog sits."], [])[0])
-    monkeypatch.setitem(prune.SETTINGS, "temperature", 0.7)
+    monkeypatch.setitem(prune.SAMPLING, "temperature", 0.7)
     keys.append(make_request(args, ["A dog sits."], [])[0])
     assert len(set(keys)) == 5
 

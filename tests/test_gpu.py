@@ -106,13 +106,14 @@ def emulate_graphs(monkeypatch, recorded) -> None:
 
 @pytest.mark.parametrize("bits, dtype, most", [(8, torch.float32, 1e-5), (8, torch.bfloat16, 1e-2),
                                                (4, torch.float32, 1e-5), (4, torch.bfloat16, 1e-2)])
-def test_a_quantised_layer_equals_its_dequantised_weight_and_that_of_a_cpu(device, bits, dtype, most):
+def test_a_quantized_layer_equals_its_dequantized_weight_and_that_of_a_cpu(device, bits, dtype, most):
     noise = torch.Generator().manual_seed(0)
     w = torch.randn(192, 256, generator=noise)
     layer, on_cpu = llava.QuantizedLinear(w, bits, device), llava.QuantizedLinear(w, bits)
     on_cpu.block_rows = layer.block_rows = 192
-    explicit = on_cpu.block(0, torch.float32)                             # [I, O]
-    block = layer.block(0, torch.float32).cpu()
+    block, explicit = (x.block(0, torch.float32).cpu() for x in (layer, on_cpu))         # [I, O]
+    if bits == 8:
+        block, explicit = block * layer.scale.float().cpu(), explicit * on_cpu.scale.float()
     assert (block - explicit).norm() / explicit.norm() < 1e-3             # a tie may be rounded otherwise
     for tokens in (1, 7, 128, 300):          # with and without the kernel
         x = torch.randn(tokens, 256, generator=noise).to(dtype)

@@ -232,7 +232,7 @@ def test_the_tower_is_read_before_its_last_block_and_without_cls(opened):
         model.vision_tower.layers[-2].mlp["fc2"].bias.sub_(1)
 
 
-def test_unnormalised_pixels_are_normalised_by_the_model(opened):
+def test_unnormalized_pixels_are_normalized_by_the_model(opened):
     _, model = opened["whole"]
     pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
@@ -313,7 +313,7 @@ def prumerge_by_loops(features, attention, keys, plus=False, ratio=None, paper=F
     """The released code in words: keep the outliers or a share of all, strongest first; with plus an
     even sample of the others but never the last; add to each its 32 most similar patches, weighted;
     then the sum of all that is left. The paper: in order, by the plain product of keys, a patch as
-    weighty as its neighbours, and nothing of what is left."""
+    weighty as its neighbors, and nothing of what is left."""
     P = len(attention)
     a = attention.double().numpy()
     q1, q3 = np.percentile(a, [25, 75])

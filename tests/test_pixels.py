@@ -109,7 +109,7 @@ def test_pixels_are_the_recorded_ones(image_mode, ours):
     assert torch.equal(ours(picture(61, 23), config), golden)
 
 
-def test_each_of_256_values_is_normalised_to_the_bit_as_transformers_does():
+def test_each_of_256_values_is_normalized_to_the_bit_as_transformers_does():
     clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     process = clip.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
@@ -146,7 +146,7 @@ def test_grid_window_and_count_are_llavas_own(size):
     config, (w, h) = sizes("anyres", 336, "liuhaotian", RELEASED), size
     grid = llava_grid(w, h, RELEASED)
     assert llava.choose_grid((h, w), config.grids) == grid
-    rows, columns = llava.anyres_window(config, (h, w))
+    rows, columns = llava.unpadded_patches(config, (h, w))
     top, bottom, left, right = llava_window(w, h, grid, 14)
     assert (rows.start, rows.stop, columns.start, columns.stop) == (top, bottom, left, right)
     assert llava.count_image_tokens(config, (h, w)) == 576 + (bottom - top) * (right - left + 1)
@@ -161,7 +161,7 @@ def test_grid_window_and_count_are_those_of_transformers(size):
     assert llava.choose_grid((h, w), config.grids) == (width, height)
     places = torch.arange(height // 14 * (width // 14)).view(1, height // 14, width // 14)
     kept = unpad_image(places, (h, w))[0]
-    assert torch.equal(places[0][llava.anyres_window(config, (h, w))], kept)
+    assert torch.equal(places[0][llava.unpadded_patches(config, (h, w))], kept)
     assert llava.count_image_tokens(config, (h, w)) == 576 + kept.numel() + len(kept)
 
 

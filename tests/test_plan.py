@@ -125,9 +125,9 @@ def test_memory_estimate_of_a_7b_run_is_within_3_percent(monkeypatch, case):
 
 
 @pytest.mark.parametrize("case, term", [
-    ("stage 1", "weight_bytes("), ("stage 1", "activation_bytes("), ("last layer", "last + before"),
+    ("stage 1", "weight_bytes("), ("stage 1", "activation_bytes("), ("last layer", "last + earlier"),
     ("in-backward", "(6 if size == 2 else 8)"), ("loss", "12 * load.supervised"),
-    ("last checkpointed layer", "inputs + in_layer"), ("last checkpointed layer", "in_layer + whole"),
+    ("last checkpointed layer", "inputs + in_layer"), ("last checkpointed layer", "in_layer + so_far"),
     ("last checkpointed layer", "(attention + mlp)"), ("last checkpointed layer", "in_mlp      #"),
     ("first layer", "size * (max(trainable)"), ("two micro-batches", 'need["gradients"]\n    at_update'),
     ("first update", 'need["activations"] if')])

@@ -373,7 +373,7 @@ def test_a_report_counts_coverage_repetition_and_overlap(monkeypatch, folder, tm
     for name, ids in (("a", range(8)), ("b", [0, 4, 12, 16])):
         (tmp_path / f"{name}.json").write_text(json.dumps(list(ids)))
     go(monkeypatch, "--scienceqa", folder, "--report", tmp_path / "a.json", tmp_path / "b.json",
-       "--picture", tmp_path / "report.png")
+       "--draw", tmp_path / "report.png")
     text = capsys.readouterr().out
     assert text.split()[:3] == ["whole", "a", "b"]
     assert cells(text, "topic: maps ") == ["12", "50.0%", "4", "50.0%", "4", "100.0%"]

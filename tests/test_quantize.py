@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits. The reference of every path is a layer with explicitly dequantised weights."""
+"""Weights in 8 and 4 bits. The reference of every path is a layer with explicitly dequantized weights."""
 
 import argparse
 import copy
@@ -35,7 +35,7 @@ def dequantize(layer: QuantizedLinear) -> torch.Tensor:
 
 
 def explicit(model: nn.Module) -> nn.Module:
-    """The same model with ordinary linear layers of the dequantised weights, in float32."""
+    """The same model with ordinary linear layers of the dequantized weights, in float32."""
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLinear):
@@ -74,7 +74,7 @@ class Recorder(TorchDispatchMode):
 
 @each_case
 @pytest.mark.parametrize("shape", [(1, 256), (2, 8, 256), (17, 256), (3, 50, 256), (0, 256)])
-def test_a_layer_equals_its_explicitly_dequantised_weight(bits, dtype, tolerance, shape):
+def test_a_layer_equals_its_explicitly_dequantized_weight(bits, dtype, tolerance, shape):
     layer = make_layer(bits)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = layer(x)
@@ -156,7 +156,7 @@ def test_the_cuda_layout_is_read_as_an_emulation_of_its_packing_kernel_writes_it
     assert torch.equal(llava.unpack_tinygemm(pack_tinygemm(q[:, ::2] << 4 | q[:, 1::2])), q)
 
 
-def test_a_layer_in_the_cuda_layout_dequantises_to_the_same_blocks(monkeypatch):
+def test_a_layer_in_the_cuda_layout_dequantizes_to_the_same_blocks(monkeypatch):
     reference, packer = make_layer(4, 128), "_convert_weight_to_int4pack"
     layer = make_layer(4, 128)
     monkeypatch.setattr(torch.ops.aten, packer, lambda pairs, _: pack_tinygemm(pairs), raising=False)
@@ -203,7 +203,7 @@ def prompt(model: Llava, words: int = 30) -> dict:
 
 
 @pytest.mark.parametrize("bits, dtype, tolerance", CASES)
-def test_a_quantised_model_equals_its_explicitly_dequantised_one(source, bits, dtype, tolerance):
+def test_a_quantized_model_equals_its_explicitly_dequantized_one(source, bits, dtype, tolerance):
     model = Llava.from_pretrained(source, dtype=dtype, quantize=f"int{bits}").eval()
     whole = Llava.from_pretrained(source, dtype=dtype)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
@@ -244,7 +244,7 @@ def test_decoding_in_bf16_reads_packed_weights_only_and_float32_never_does(sourc
             assert not used and products
 
 
-def test_the_trace_shows_bits_bytes_and_flops_of_quantised_layers(source, capsys):
+def test_the_trace_shows_bits_bytes_and_flops_of_quantized_layers(source, capsys):
     flops = {}
     for quantize in ("none", "int4"):
         model = Llava.from_pretrained(source, quantize=quantize).eval()
@@ -260,7 +260,7 @@ def test_the_trace_shows_bits_bytes_and_flops_of_quantised_layers(source, capsys
     assert flops["int4"] == flops["none"] and len(flops["none"]) == 4
 
 
-def test_a_quantised_model_is_not_saved_but_what_was_trained_is(source, tmp_path):
+def test_a_quantized_model_is_not_saved_but_what_was_trained_is(source, tmp_path):
     model = Llava.from_pretrained(source, quantize="int4").requires_grad_(False)
     with pytest.raises(UserError, match="8 or 4 bits are not saved"):
         model.save_pretrained(tmp_path)

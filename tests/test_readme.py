@@ -223,7 +223,7 @@ def test_the_glossary_has_at_least_20_terms_and_each_has_its_function():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_link_leads_to_a_file_and_a_heading(file):
-    for target in re.findall(r"\]\(([^)]+)\)", file.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\((?!https:)([^)]+)\)", file.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
         there = (file.parent / path).resolve() if path else file
         assert there.exists(), target
@@ -233,7 +233,7 @@ def test_every_link_leads_to_a_file_and_a_heading(file):
 
 def test_the_readme_has_at_most_230_lines_and_cites_the_paper_once():
     assert len(README.splitlines()) <= 230
-    assert README.count("Miao, Gao, Das, Zhang 2024") == 1
+    assert " ".join(README.split()).count("Miao, Gao, Das, Zhang 2024") == 1
 
 
 def test_the_table_of_files_has_their_lengths_within_a_tenth():

@@ -77,7 +77,7 @@ def test_prumerge_at_a_budget_takes_the_strongest_patches_and_plus_spreads_half(
     kept = llava.choose_patches(attention, plus=True, budget=8).tolist()
     rest = sorted(set(range(36)) - set(order[:4].tolist()))
     assert kept == order[:4].tolist() + [rest[0], rest[8], rest[16], rest[24]]
-    mix = llava.prumerge(attention, keys, budget=8)
+    mix = llava.prumerge(attention, keys, tokens=8)
     assert mix.shape == (8, 36)
     left = attention.clone()
     left[order[:7]] = 0

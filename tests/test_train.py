@@ -111,7 +111,7 @@ def gradients(toy_folder: Path, micro_batch_size: int) -> torch.Tensor:
     processor = Processor.from_pretrained(toy_folder / "base", model.config)
     samples = train.Samples(train.read_records(toy_folder / "data.json", toy_folder), processor, 2048)
     batch = train.make_micro_batches(micro_batch_size, [samples[i] for i in range(8)])
-    micros, _ = train.split_step(batch, 8)
+    micros, _ = train.weigh_micro_batches(batch, 8)
     for micro, weight in micros:
         (model(**micro) * weight).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -477,7 +477,7 @@ def test_checkpointed_layers_and_then_smaller_micro_batches_make_it_fit(toy_fold
     monkeypatch.setattr(train, "print_plan", lambda _, need, *__: plans.append(need["peak"]))
 
     def plan(gib: float, more: str = "") -> tuple[float, int, int]:
-        monkeypatch.setitem(train.GPUS, "h100", (989, gib))
+        monkeypatch.setitem(train.CARDS, "h100", (989, gib))
         args = train.parse(flags(toy_folder, tmp_path, f"--plan --card h100 {more}"))
         train.run_stage(args)
         return plans.pop(), args.micro_batch_size, args.checkpoint_blocks
@@ -710,7 +710,7 @@ def test_free_memory_decides_what_fits(toy_folder, tmp_path, monkeypatch):
     def choose(free: float) -> tuple[int, float]:
         args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
         args.device = "cuda"
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 50))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 50))
         need = train.choose_micro_batch(model, samples, [[1, 3, 5, 7, 9]], args)
         return args.micro_batch_size, need["peak"]
 

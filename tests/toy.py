@@ -24,10 +24,13 @@ import base64
 import csv
 import json
 import math
+import multiprocessing
 import random
 import shutil
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,9 +51,10 @@ from tqdm import tqdm
 
 from eval import (SHORT_SUFFIX, answer, generate_answers, print_table, question, read_scienceqa, score,
                   to_record)
-from llava import (TO_HF, IGNORE, SYSTEM, TEMPLATES, LanguageModel, Llava, LlavaConfig, Processor,
+from llava import (TO_HF, IGNORE, SYSTEM, TEMPLATE_OF, LanguageModel, Llava, LlavaConfig, Processor,
                    TextConfig, VisionConfig, VisionTower, normalize, read_json, rename_key, write_json)
 
+PRETRAINED = ("mistral", "clip", "llama")
 VISION = VisionConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=4,
                       num_attention_heads=4, image_size=64, patch_size=16)
 MISTRAL = dict(model_type="mistral", hidden_size=96, intermediate_size=288, num_hidden_layers=3,
@@ -367,10 +371,11 @@ def write_mmbench(folder: Path, scenes: dict[str, dict], rng: random.Random) -> 
 
 
 def pretrain(loss_of_batch, parameters, steps: int, name: str) -> None:
-    """Minimise loss_of_batch() with AdamW, a short warm-up and a linear decay."""
+    """Minimize loss_of_batch() with AdamW, a short warm-up and a linear decay."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01)
-    for step in tqdm(range(steps), desc=f"pretraining the toy {name.removeprefix('unfinished-')}"):
+    name = name.removeprefix("unfinished-")
+    for step in tqdm(range(steps), desc=f"pretraining the toy {name:7}", position=PRETRAINED.index(name)):
         optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 30, 1 - step / steps)
         loss = loss_of_batch()
         optimizer.zero_grad()
@@ -431,7 +436,7 @@ def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int =
     torch.manual_seed(4 + 10 * seed)
     rng, text = random.Random(4 + 10 * seed), TextConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
     processor = Processor(tokenizer.to_str(), LlavaConfig(
-        text=text, image_token_id=text.vocab_size, template=TEMPLATES[text.model_type]))
+        text=text, image_token_id=text.vocab_size, template=TEMPLATE_OF[text.model_type]))
     model = LanguageModel(text)
     for name, p in model.named_parameters():
         if p.ndim == 2:                      # embeddings must be large beside what the layers add
@@ -496,22 +501,38 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
 
 def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama", "benchmarks"),
           patch_size: int = 16, seed: int = 0) -> None:
-    """Build the parts that are missing; each appears complete or not at all. With patch_size 8 the vision
-    tower has 64 patches instead of 16; `seed` is for the pretrained models."""
+    """Build the parts that are missing, the pretrained models at the same time, each in a process of its
+    own. A part appears complete or not at all. With patch_size 8 the vision tower has 64 patches instead
+    of 16; `seed` is for the pretrained models."""
     torch.set_num_threads(1)                 # the matrices are too small for a second thread
     tokenizer = make_tokenizer()
     write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco,
-             "clip": partial(write_clip, patch_size=patch_size),
-             "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer),
-             "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer),
+             "clip": partial(write_clip, patch_size=patch_size, seed=seed),
+             "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer, seed=seed),
+             "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer, seed=seed),
              "benchmarks": write_benchmarks}
-    for part in parts:
-        unfinished = folder / f"unfinished-{part}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not (folder / part).exists():
-            options = {"seed": seed} if part in ("clip", "mistral", "llama") else {}
-            write[part](unfinished, **options)
-            unfinished.rename(folder / part)
+    missing = [(folder, part, write[part]) for part in parts if not (folder / part).exists()]
+    pretrained = [job for job in missing if job[1] in PRETRAINED]
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(len(pretrained), ignore_interrupts) if pretrained else nullcontext() as pool:
+        results = [pool.apply_async(write_part, job) for job in pretrained]
+        for job in missing:
+            if job not in pretrained:
+                write_part(*job)
+        for result in results:
+            result.get()
+
+
+def ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C ends the main process, which ends the pool
+
+
+def write_part(folder: Path, part: str, write) -> None:
+    torch.set_num_threads(1)
+    unfinished = folder / f"unfinished-{part}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write(unfinished)
+    unfinished.rename(folder / part)
 
 
 # ---------------------------------------------------------------------------------------------
