@@ -529,7 +529,7 @@ class QuantizedLinear(nn.Module):
             self.kernel_tokens = 32 if bits == 4 else 16
         self.block_rows = self.out_features
         if device.type == "cpu":
-            self.block_rows = max(1, 2**15 // self.in_features) * 64      # a block fits in the CPU's cache
+            self.block_rows = max(1, 2**17 // self.in_features) * 64      # 16 MB in bf16: near the cache's size
         pieces = weight.split(128 if device.type == "cpu" else 1024)      # small temporary tensors
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in pieces])
         self.register_buffer("q", torch.cat(q), persistent=False)
@@ -563,7 +563,7 @@ class QuantizedLinear(nn.Module):
     def multiply_block(self, x: Tensor, start: int) -> Tensor:
         y = x @ self.block(start, x.dtype)
         if self.bits == 8:                   # the product is smaller than the block
-            y = y * self.scale[start:start + self.block_rows].to(x.dtype)
+            y *= self.scale[start:start + self.block_rows].to(x.dtype)
         return y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -607,7 +607,7 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
         # With quantize a copy, so that no tensor keeps its file mapped.
         state[name] = tensor.to(device, dtype, copy=quantize != "none")
         return
-    # lm_head has 8 bits in int4, too: its errors would change the chosen token most directly.
+    # In int4 lm_head has 8 bits: its errors go straight into the logits.
     bits = 4 if quantize == "int4" and "lm_head" not in name else 8
     model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits, device, name))
 
