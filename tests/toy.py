@@ -52,7 +52,8 @@ from tqdm import tqdm
 from eval import (SHORT_SUFFIX, answer, generate_answers, print_table, question, read_scienceqa, score,
                   to_record)
 from llava import (TO_HF, IGNORE, SYSTEM, TEMPLATE_OF, LanguageModel, Llava, LlavaConfig, Processor,
-                   TextConfig, VisionConfig, VisionTower, normalize, read_json, rename_key, write_json)
+                   TextConfig, VisionConfig, VisionTower, command_line, normalize, read_json, rename_key,
+                   write_json)
 
 PRETRAINED = ("mistral", "clip", "llama")
 VISION = VisionConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=4,
@@ -521,6 +522,9 @@ def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral
                 write_part(*job)
         for result in results:
             result.get()
+        if pretrained:                       # leave before the pool is terminated
+            pool.close()
+            pool.join()
 
 
 def ignore_interrupts() -> None:
@@ -685,4 +689,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)
