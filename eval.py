@@ -116,8 +116,9 @@ def question(problem: dict, wording: str = "qcm") -> str:
     return text + "\n<image>" if problem["image"] else text
 
 
-def answer(problem: dict) -> str:
-    """The target text of a training record: lecture, explanation, answer (LEA)."""
+def target_text(problem: dict) -> str:
+    """The target text of a training record: lecture, explanation, answer (LEA). As in LLaVA's script,
+    "Answer: " is put before it and then dropped, wherever it occurs."""
     text = f"Answer: {problem['lecture']} {problem['solution']} The answer is {LETTERS[problem['answer']]}."
     return text.replace("  ", " ").strip().replace("Answer: ", "")
 
@@ -126,7 +127,7 @@ def to_record(problem: dict) -> dict:
     """A problem as a training record of LLaVA; image paths are relative to the split's folder."""
     image = {"image": f"{problem['id']}/{problem['image']}"} if problem["image"] else {}
     return {"id": problem["id"], **image, "conversations": [
-        {"from": "human", "value": question(problem)}, {"from": "gpt", "value": answer(problem)}]}
+        {"from": "human", "value": question(problem)}, {"from": "gpt", "value": target_text(problem)}]}
 
 
 def parse_choice(text: str, choices: int) -> int | None:
@@ -142,7 +143,7 @@ def parse_choice(text: str, choices: int) -> int | None:
     return index if index < choices else -1
 
 
-def grade(problems: list[dict], texts: dict[str, str]) -> list[bool]:
+def are_correct(problems: list[dict], texts: dict[str, str]) -> list[bool]:
     """Whether each problem is answered correctly; missing and unreadable answers are wrong."""
     return [p["id"] in texts and parse_choice(texts[p["id"]], len(p["choices"])) == p["answer"]
             for p in problems]
@@ -153,7 +154,7 @@ def score(problems: list[dict], texts: dict[str, str]) -> dict[str, float]:
     missing or "unread" (unreadable) count as wrong; "elsewhere" counts answers to other questions."""
     table = {}
     for column, belongs in COLUMNS.items():
-        correct = grade([p for p in problems if belongs(p)], texts)
+        correct = are_correct([p for p in problems if belongs(p)], texts)
         table[column] = round(percent(correct), 2) if correct else None
     answered = [p for p in problems if p["id"] in texts]
     return table | {"questions": len(problems), "missing": len(problems) - len(answered),
@@ -207,7 +208,7 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
     tables = {file: score(problems, texts) for file, texts in zip(files, (a, b))}
     print_table(tables)
     columns = [[p for p in problems if belongs(p)] for belongs in COLUMNS.values()]
-    lead = [interval(grade(some, a), grade(some, b)) if some else (None,) * 3 for some in columns]
+    lead = [interval(are_correct(some, a), are_correct(some, b)) if some else (None,) * 3 for some in columns]
     print("\nPoints by which the first file leads, and its 95% interval over 10,000 resampled tests:")
     print_columns(COLUMNS, dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
     return tables
@@ -291,14 +292,14 @@ def append(file: Path, entry: dict) -> None:
 #    None, "image" is the image itself in base64, or None
 
 
-def generate_answers(model: Llava, processor: Processor, problems: list[dict], batch_size: int = 16,
+def generate_answers(model: Llava, processor: Processor, questions: list[dict], batch_size: int = 16,
                      max_new_tokens: int = 512, blank: bool = False, options: bool = False,
                      ) -> Iterator[tuple[dict, str]]:
-    """Each problem and the model's greedy answer, the longest problems first: the rows of a batch have
+    """Each question and the model's greedy answer, the longest questions first: the rows of a batch have
     similar lengths, and a batch that does not fit in memory fails at once. `blank` replaces every image by
     white (control); `options` takes the most probable option instead of generating text."""
-    problems = sorted(problems, key=lambda p: (bool(p["image"]), len(p["message"])), reverse=True)
-    batches = [problems[start:start + batch_size] for start in range(0, len(problems), batch_size)]
+    questions = sorted(questions, key=lambda q: (bool(q["image"]), len(q["message"])), reverse=True)
+    batches = [questions[start:start + batch_size] for start in range(0, len(questions), batch_size)]
     for batch in tqdm(batches, desc="answering", unit="batch"):
         inputs = []
         for p in batch:
@@ -313,12 +314,12 @@ def generate_answers(model: Llava, processor: Processor, problems: list[dict], b
         yield from zip(batch, texts)
 
 
-def load_image(problem: dict, blank: bool) -> Image.Image:
+def load_image(q: dict, blank: bool) -> Image.Image:
     """The image of a question, or with `blank` a white one of its size."""
     try:
-        image = open_image(problem["file"] or io.BytesIO(base64.b64decode(problem["image"])))
+        image = open_image(q["file"] or io.BytesIO(base64.b64decode(q["image"])))
     except (ValueError, OSError) as error:
-        raise OSError(f"the image of question {by_id(problem)}: {error}") from None
+        raise OSError(f"the image of question {by_id(q)}: {error}") from None
     return Image.new("RGB", image.size, "white") if blank else image
 
 
@@ -332,8 +333,8 @@ def collate(inputs: list[dict], ending=()) -> dict:
 
 
 @torch.inference_mode()
-def score_options(model: Llava, processor: Processor, problems: list[dict], inputs: list[dict]) -> list[str]:
-    """For each problem "The answer is X" with the most probable option X: these texts differ in their last
+def score_options(model: Llava, processor: Processor, questions: list[dict], inputs: list[dict]) -> list[str]:
+    """For each question "The answer is X" with the most probable option X: these texts differ in their last
     token only, so one prefill gives the logits of all options. They are float32: in bfloat16 close ones
     become equal. Without the reasoning of generated answers, accuracies cannot be compared with theirs."""
     ids = [processor.encode(f"The answer is {letter}") for letter in LETTERS]
@@ -346,7 +347,7 @@ def score_options(model: Llava, processor: Processor, problems: list[dict], inpu
         logits = hidden.float() @ head.weight[last].float().T                                # [B, 5]
     else:                                    # quantized
         logits = head(hidden.float())[:, last]
-    return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(problems, logits)]
+    return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(questions, logits)]
 
 
 def fingerprint(model: Llava, processor: Processor) -> str:
@@ -357,10 +358,10 @@ def fingerprint(model: Llava, processor: Processor) -> str:
     return hashlib.sha256(text.encode() + numbers.tobytes()).hexdigest()[:8]
 
 
-def resume(file: Path, problems: list[dict], settings: dict) -> list[dict]:
+def resume(file: Path, questions: list[dict], settings: dict) -> list[dict]:
     """The answers in `file`. UserError if one was made with another prompt or other settings."""
     entries = continue_lines(file, "question_id", "text", key=by_prompt)
-    ids, keys = set(map(by_id, problems)), set(map(by_prompt, problems))
+    ids, keys = set(map(by_id, questions)), set(map(by_prompt, questions))
     for entry in entries:
         made_with = entry.get("metadata")
         if not isinstance(made_with, dict):
@@ -374,10 +375,10 @@ def resume(file: Path, problems: list[dict], settings: dict) -> list[dict]:
     return entries
 
 
-def answer_all(args: Args, problems: list[dict]) -> list[dict]:
-    """The answers to all problems, in their order: those in args.out, and the model's to the others, each of
+def answer_all(args: Args, questions: list[dict]) -> list[dict]:
+    """The answers to all questions, in their order: those in args.out, and the model's to the others, each of
     which is appended there at once. Then what args.out holds for other questions."""
-    for p in problems:
+    for p in questions:
         if p["file"] and not p["file"].exists():
             raise OSError(f"question {by_id(p)}: there is no image {p['file']}")
     model, processor = load_model(args)
@@ -385,16 +386,16 @@ def answer_all(args: Args, problems: list[dict]) -> list[dict]:
     settings = {name: getattr(args, name) for name in flags}
     settings |= {name: getattr(model.config, name) for name in ("image_mode", "prune", "keep_tokens")}
     settings |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
-    stored = resume(args.out, problems, settings) if args.out else []
+    stored = resume(args.out, questions, settings) if args.out else []
     answers = {by_prompt(entry): entry for entry in stored}
-    left = [p for p in problems if by_prompt(p) not in answers]
+    left = [p for p in questions if by_prompt(p) not in answers]
     for p, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
                                     args.answer == "options"):
         answers[by_prompt(p)] = {"question_id": p["question_id"], "prompt": p["prompt"], "text": text,
                                  "model_id": args.model, "metadata": settings}
         if args.out:
             append(args.out, answers[by_prompt(p)])
-    entries = [answers.pop(by_prompt(p)) for p in problems] + list(answers.values())
+    entries = [answers.pop(by_prompt(p)) for p in questions] + list(answers.values())
     if args.out:
         with atomic_write(args.out) as temporary:
             temporary.write_bytes("".join(json.dumps(entry) + "\n" for entry in entries).encode())
@@ -413,7 +414,8 @@ something'd've something'll that's there'd there'd've there're there's they'd th
 they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
 who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
 y'all'd've you'd you'd've you'll you're you've""".split()
-                for i, letter in enumerate(word) if letter == "'"} | {"somebody'd": "somebodyd"}
+                for i, letter in enumerate(word) if letter == "'"}
+CONTRACTIONS["somebody'd"] = "somebodyd"     # the other way round in the official list
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
                    "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 
@@ -515,7 +517,7 @@ def score_vqav2(questions: list[dict]) -> dict:
     return {name: round(percent(some), 2) if some else None for name, some in accuracies.items()}
 
 
-def upload_vqav2(file: Path, questions: list[dict]) -> None:
+def write_vqav2_upload(file: Path, questions: list[dict]) -> None:
     write_json(file, [{"question_id": q["question_id"], "answer": normalize_m4c(q["text"] or "")}
                       for q in questions])
 
@@ -706,7 +708,7 @@ XLSX = {                                     # the parts of the smallest workboo
     'r:id="r1"/></sheets></workbook>'}
 
 
-def upload_mmbench(file: Path, questions: list[dict]) -> None:
+def write_mmbench_upload(file: Path, questions: list[dict]) -> None:
     """The server's xlsx: the tsv without images and categories, and the answers in column "prediction"."""
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     names = [name for name in questions[0]["row"] if name not in dropped]
@@ -896,7 +898,7 @@ def retry_after(header: str | None, default: float) -> float:
 class Benchmark:
     """The functions and constants of one benchmark."""
     read: Callable[[list], list[dict]]       # the questions in the files of --questions
-    truth: Callable[[Args, list[dict]], dict] | None     # key -> what scoring needs of --annotations
+    read_truth: Callable[[Args, list[dict]], dict] | None    # key -> what scoring needs of --annotations
     score: Callable[[list[dict]], dict] | None           # the figures
     key: Callable[[dict], object] = by_id    # the same for a question and its answers
     doubled: str = "the last one counts"     # what happens if a question has several answers
@@ -905,11 +907,11 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "vqav2": Benchmark(read_vqav2, read_humans, score_vqav2, upload=upload_vqav2),
+    "vqav2": Benchmark(read_vqav2, read_humans, score_vqav2, upload=write_vqav2_upload),
     "textvqa": Benchmark(read_questions, read_humans, score_textvqa, key=textvqa_key, doubled="each counts"),
     "pope": Benchmark(read_questions, read_pope, score_pope),
     "mme": Benchmark(read_questions, read_mme, score_mme, key=mme_key),
-    "mmbench": Benchmark(read_mmbench, None, score_mmbench, upload=upload_mmbench, max_new_tokens=1024),
+    "mmbench": Benchmark(read_mmbench, None, score_mmbench, upload=write_mmbench_upload, max_new_tokens=1024),
     "llavabench": Benchmark(read_questions, read_llavabench, None, doubled="refused", max_new_tokens=1024),
 }
 
@@ -943,7 +945,7 @@ def read_task(args: Args, benchmark: Benchmark) -> list[dict]:
     questions = benchmark.read(args.questions)
     if not questions or len(set(map(benchmark.key, questions))) < len(questions):
         raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
-    truth = benchmark.truth(args, questions) if args.annotations and benchmark.truth else None
+    truth = benchmark.read_truth(args, questions) if args.annotations and benchmark.read_truth else None
     for q in questions:
         q.setdefault("message", f"<image>\n{q['prompt']}")
         q.setdefault("file", args.images and args.images / q["image"])
@@ -1176,7 +1178,7 @@ def run_scienceqa(args: Args) -> dict:
         texts = read_answers(args.predictions)
     else:
         texts = {by_id(entry): entry["text"] for entry in answer_all(args, problems)}
-    table, correct = score(problems, texts), grade(problems, texts)
+    table, correct = score(problems, texts), are_correct(problems, texts)
     print_table({args.split: table})
     print("Avg {:.2f}, and in 95% of 10,000 resampled tests from {:.2f} to {:.2f}".format(*interval(correct)))
     if args.wording == "letter":

@@ -1011,18 +1011,18 @@ class Llava(nn.Module):
         model.bases = bases
         return model
 
-    def save_pretrained(self, folder, trained_only: bool = False, shard_bytes: int = 5 * 10**9) -> None:
+    def save_pretrained(self, folder, whole: bool = True, shard_bytes: int = 5 * 10**9) -> None:
         """Write the layout of llava-hf (llava, or with AnyRes llava_next), which transformers opens; in
-        shards with an index if it is larger than shard_bytes. trained_only: only the trainable parameters,
-        and in config.json the bases that hold the others: a run folder, which from_pretrained opens like
+        shards with an index if it is larger than shard_bytes. Not whole: only the trainable parameters, and
+        in config.json the bases that hold the others: a run folder, which from_pretrained opens like
         any checkpoint."""
-        if not trained_only and any(isinstance(module, QuantizedLinear) for module in self.modules()):
+        if whole and any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise UserError("weights in 8 or 4 bits are not saved: open the model without quantize first")
-        folder, config = Path(folder), hf_config(self.config, whole=not trained_only)
-        if trained_only:
+        folder, config = Path(folder), hf_config(self.config, whole)
+        if not whole:
             config["bases"] = self.bases
         folder.mkdir(parents=True, exist_ok=True)
-        save_sharded(folder / "model.safetensors", self.hf_tensors(whole=not trained_only), shard_bytes)
+        save_sharded(folder / "model.safetensors", self.hf_tensors(whole), shard_bytes)
         write_json(folder / "config.json", config)
 
     def hf_tensors(self, whole: bool) -> Iterator[tuple[str, Tensor]]:

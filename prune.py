@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import (answer, append, chat, collate, fingerprint, grade, judge_url, question, read_answers,
-                  read_scienceqa, to_record)
+from eval import (append, are_correct, chat, collate, fingerprint, judge_url, question, read_answers,
+                  read_scienceqa, target_text, to_record)
 from llava import (IGNORE, TEMPLATE_OF, Llava, Processor, UserError, add_model_flags, atomic_write,
                    command_line, farthest_points, load_model, number, open_image, read_json, require,
                    write_json)
@@ -232,7 +232,7 @@ def measure_batch(model: Llava, processor: Processor, problems: list[dict], what
         return with_white - measure_batch(model, processor, problems, "loss")
     inputs = []
     for p in problems:
-        messages = [{"role": "user", "content": question(p)}, {"role": "assistant", "content": answer(p)}]
+        messages = [{"role": "user", "content": question(p)}, {"role": "assistant", "content": target_text(p)}]
         images = [open_image(p["file"])] if p["image"] else []
         if white:
             images = [Image.new("RGB", image.size, "white") for image in images]
@@ -345,7 +345,7 @@ def choose_listed(problems: list[dict], file: Path) -> dict[int, str]:
 
 
 def read_problems(args) -> list[dict]:
-    """The problems of --scienceqa, or without it as far as the records of --report contain them."""
+    """The problems of --scienceqa. Without it id, question and "has image" from the records of --report."""
     if args.scienceqa:
         problems = read_scienceqa(args.scienceqa, args.split, args.pictures)
         for p in problems:
@@ -544,7 +544,7 @@ def correct(problems: list[dict], file: Path) -> np.ndarray:
     texts = read_answers(file)
     if texts.keys() != {p["id"] for p in problems}:
         raise UserError(f"{file} answers other questions: remove it and its .done, and run the study again")
-    return np.array(grade(problems, texts), int)
+    return np.array(are_correct(problems, texts), int)
 
 
 def accuracy_cell(answers: np.ndarray) -> Cell:

@@ -100,7 +100,7 @@ def run_stage(args: Args) -> None:
     batches.insert(0, batches.pop(loads.index(max(loads))))               # if it does not fit, fail early
     if args.plan:
         return print_plan(sketch, need, samples, len(batches), args)
-    newest = checkpoints.newest()
+    newest = checkpoints.to_resume()
     print_summary(args, samples, len(batches), newest, sketch)
     estimate = peak_memory(args.device) + estimate_memory(sketch, max(loads), args)["peak"]
     try:
@@ -803,7 +803,7 @@ def check_data(args: Args, processor: Processor) -> None:
     """Read every record and decode every image once; write all errors to RUN/check.json."""
     raw = read_json_list(args.data)
     with ThreadPool(args.workers or os.cpu_count()) as pool:              # Pillow decodes in parallel
-        found = pool.imap(lambda pair: check_record(*pair, args.images), enumerate(raw), chunksize=16)
+        found = pool.imap(lambda i: check_record(raw[i], i, args.images), range(len(raw)), chunksize=16)
         found = list(progress(found, total=len(raw), desc="checking"))
     records = [record for record, _ in found if isinstance(record, dict)]
     copies = Counter(str((record["messages"], record["images"])) for record in records)
@@ -821,7 +821,7 @@ def check_data(args: Args, processor: Processor) -> None:
         raise UserError(f"{args.data} has records with errors, the first is: {lists['wrong'][0]}")
 
 
-def check_record(i: int, raw, folder: Path) -> tuple[dict | ValueError, list[str]]:
+def check_record(raw, i: int, folder: Path) -> tuple[dict | ValueError, list[str]]:
     """(the record or its error, what is unusual about its images but accepted)."""
     record, odd = try_record(raw, i, folder), []
     if isinstance(record, ValueError):
@@ -859,8 +859,8 @@ def show(samples: Samples, record: int) -> None:
 # ---------------------------------------------------------------------------------------------
 # 7. Checkpoints
 
-def step_number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def step_number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 class Checkpoints:
@@ -872,9 +872,9 @@ class Checkpoints:
                 "compile lr clip max_length seed dtype").split()
 
     def __init__(self, args: Args, steps: int):
-        self.out, self.folder, self.args, self.steps = args.out, args.out / "trainer", args, steps
-        self.found = max(self.folder.glob("step-*"), default=None)
-        self.saved = read_json(self.found / "run.json") if self.found else {}
+        self.out, self.folder, self.args, self.total_steps = args.out, args.out / "trainer", args, steps
+        self.newest = max(self.folder.glob("step-*"), default=None)
+        self.saved = read_json(self.newest / "run.json") if self.newest else {}
         if args.resume and args.micro_batch_size is None:    # as the run began, whatever is free now
             args.micro_batch_size = self.saved.get("micro_batch_size")
 
@@ -883,9 +883,9 @@ class Checkpoints:
         data = hashlib.sha256(self.args.data.read_bytes()).hexdigest()
         return chosen | {"processes": PROCESSES, "data": data}
 
-    def newest(self) -> Path | None:
+    def to_resume(self) -> Path | None:
         """The checkpoint to continue from, if there is one; UserError if its settings differ."""
-        if self.found is None:
+        if self.newest is None:
             return None
         if not self.args.resume:
             raise UserError(f"{self.out} holds a run already: add --resume, or name another --out")
@@ -893,12 +893,12 @@ class Checkpoints:
                    for name, value in self.settings().items() if self.saved.get(name) != value]
         if changed:
             raise UserError(f"{self.out} cannot be continued with other settings: {'; '.join(changed)}")
-        return self.found
+        return self.newest
 
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
         """All processes gather the tensors, one at a time; the first one writes them. After the last step
         the optimizer state is not needed."""
-        state = optimizer.state if optimizer.steps < self.steps else {}
+        state = optimizer.state if optimizer.steps < self.total_steps else {}
         tensors = ((name, full_tensor(tensor).cpu()) for name, tensor in state.items())
         if RANK == 0:
             self.write(model, processor, optimizer.steps, tensors)
@@ -909,23 +909,23 @@ class Checkpoints:
             dist.barrier()
 
     def write(self, model: Llava, processor: Processor, step: int, tensors) -> None:
-        part, older = self.folder / "part", list(self.folder.glob("step-*"))
-        shutil.rmtree(part, ignore_errors=True)
+        unfinished, older = self.folder / "part", list(self.folder.glob("step-*"))
+        shutil.rmtree(unfinished, ignore_errors=True)
         try:
             if self.args.lora_rank:
-                save_adapter(part, model, self.args)
+                save_adapter(unfinished, model, self.args)
             else:
-                model.save_pretrained(part, trained_only=True, shard_bytes=SHARD_BYTES)
-            processor.save_pretrained(part)
-            exported = [file.name for file in part.iterdir()]
-            if step < self.steps:
-                save_sharded(part / "optimizer.safetensors", tensors, SHARD_BYTES)
-            write_json(part / "run.json", self.settings())
+                model.save_pretrained(unfinished, whole=False, shard_bytes=SHARD_BYTES)
+            processor.save_pretrained(unfinished)
+            exported = [file.name for file in unfinished.iterdir()]
+            if step < self.total_steps:
+                save_sharded(unfinished / "optimizer.safetensors", tensors, SHARD_BYTES)
+            write_json(unfinished / "run.json", self.settings())
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"step {step} could not be saved to {self.folder} ({error}): what was saved "
                           "before is untouched; free some space and use --resume") from None
-        saved = part.rename(self.folder / f"step-{step:06}")
+        saved = unfinished.rename(self.folder / f"step-{step:06}")
         for name in exported:
             with atomic_write(self.out / name) as file:
                 link(saved / name, file)

@@ -1,6 +1,8 @@
 """The benchmarks' published rules, asking, and a judge over HTTP.
 
     LLAVA_BENCHMARKS=FOLDER python -m pytest tests/test_benchmarks.py      # with samples of the real files
+
+FOLDER/{task} has the files that RESULTS.md lists under "Benchmarks", answers.jsonl, and for llavabench review.jsonl.
 """
 
 import json
@@ -322,7 +324,7 @@ def perfect(folder, task: str) -> list[dict]:
     args = eval.parse_args([*map(str, words), "--predictions", "x"])
     benchmark = eval.BENCHMARKS[task]
     questions = benchmark.read(args.questions)
-    truth = benchmark.truth(args, questions) if benchmark.truth else {}
+    truth = benchmark.read_truth(args, questions) if benchmark.read_truth else {}
     return [{"question_id": q["question_id"], "prompt": q["prompt"],
              "text": truth.get(benchmark.key(q)) or q["truth"]}
             for q in questions]
@@ -392,7 +394,7 @@ def test_mmbench_cells_keep_every_character_and_empty_cells(monkeypatch, tmp_pat
                                     '3\t"a ""b"" <c> & d\n e"\tNA\t one\ttwo\tNone\tthree\tB\tAAAA\n')
     (q,) = eval.read_mmbench([tmp_path / "t.tsv"])
     assert q["prompt"] == 'a "b" <c> & d\n e\nA.  one\nB. two' and q["question_id"] == 3
-    eval.upload_mmbench(tmp_path / "u.xlsx", [q | {"text": "x\x01\ry"}])
+    eval.write_mmbench_upload(tmp_path / "u.xlsx", [q | {"text": "x\x01\ry"}])
     openpyxl = pytest.importorskip("openpyxl")
     row = list(openpyxl.load_workbook(tmp_path / "u.xlsx").active.iter_rows(values_only=True))[1]
     assert row == (3, 'a "b" <c> & d\n e', " one", "two", None, "three", "x\ry", "B")

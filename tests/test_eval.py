@@ -12,10 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval
 import llava
-from eval import (answer, generate_answers, parse_choice, compare, costs, count_parameters,
-                  grade, interval,
-                  language_flops, print_table, question, read_answers, read_scienceqa, score, to_record,
-                  vision_flops)
+from eval import (are_correct, compare, costs, count_parameters, generate_answers, interval, language_flops,
+                  parse_choice, print_table, question, read_answers, read_scienceqa, score, target_text,
+                  to_record, vision_flops)
 from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig, open_image
 from tests.toy import MISTRAL, write_random
 
@@ -79,9 +78,9 @@ def ask(monkeypatch, folder, model_folder, out, *more) -> list[dict]:
 def test_a_prompt_is_that_of_llavas_training_data(problems):
     last, first, second, _ = problems
     assert question(first) == "What is red?\nContext: N/A\nOptions: (A) a rose (B) snow\n<image>"
-    assert answer(first) == "Look. Roses are. The answer is A."
+    assert target_text(first) == "Look. Roses are. The answer is A."
     assert question(second).startswith("Which way is up?\nContext: A map.\nOptions: (A) north (B) east (C) ")
-    assert answer(second) == " The answer is A."          # with its space, as published
+    assert target_text(second) == " The answer is A."          # with its space, as published
     assert question(last) == "Who? whose?\nContext: One.\nOptions: (A) he (B) she (C) it (D) we (E) I"
     assert to_record(first)["image"] == "11/image.png" and "image" not in to_record(last)
 
@@ -100,7 +99,7 @@ def test_the_table_counts_wrong_unread_missing_and_foreign_answers(problems, cap
     table = score(problems, texts)
     assert table == {"NAT": 100, "SOC": 0, "LAN": 50, "TXT": 50, "IMG": 50, "NO": 0, "G1-6": 50, "G7-12": 50,
                      "Avg": 50, "questions": 4, "unread": 1, "missing": 1, "elsewhere": 2}
-    assert grade(problems, texts) == [True, True, False, False]
+    assert are_correct(problems, texts) == [True, True, False, False]
     print_table({"test": table, "one": score(problems[:1], texts)})
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["one", "-", "-", "100.00", "100.00", "-", "-", "-", "100.00", "100.00"]

@@ -158,7 +158,7 @@ def test_a_hub_id_opens_from_the_cache_without_network(layout, tmp_path, monkeyp
         model = Llava.from_pretrained(source, dtype=torch.float32)
         same_model(exact, model)
     model.requires_grad_(False).projector.requires_grad_(True)
-    model.save_pretrained(tmp_path / "run", trained_only=True)
+    model.save_pretrained(tmp_path / "run", whole=False)
     assert f"{name}@{revision}" in (tmp_path / "run/config.json").read_text()
     same_model(exact, Llava.from_pretrained(tmp_path / "run", dtype=torch.float32))
 
@@ -320,7 +320,7 @@ def test_a_run_folder_stores_what_was_trained_and_opens_over_its_bases(layout, o
     with torch.no_grad():
         for p in model.projector.parameters():
             p.add_(1)
-    model.save_pretrained(tmp_path / "stage1", trained_only=True)
+    model.save_pretrained(tmp_path / "stage1", whole=False)
     assert all("projector" in name for name in load_file(tmp_path / "stage1/model.safetensors"))
     second = Llava.from_pretrained(tmp_path / "stage1", dtype=torch.float32)
     same_model(model, second)
@@ -328,7 +328,7 @@ def test_a_run_folder_stores_what_was_trained_and_opens_over_its_bases(layout, o
     second.vision_tower.requires_grad_(False)                   # a second run over the first
     with torch.no_grad():
         second.language_model.lm_head.weight.mul_(2)
-    second.save_pretrained(tmp_path / "stage2", trained_only=True)
+    second.save_pretrained(tmp_path / "stage2", whole=False)
     same_model(second, Llava.from_pretrained(tmp_path / "stage2", dtype=torch.float32))
     assert not any("vision" in name for name in load_file(tmp_path / "stage2/model.safetensors"))
 
@@ -491,7 +491,7 @@ def test_a_run_whose_base_is_gone_names_it(tmp_path):
     case = LAYOUTS["llava-hf llava, old names"](tmp_path / "base")
     model = Llava.from_pretrained(**case.source)
     model.requires_grad_(False).projector.requires_grad_(True)
-    model.save_pretrained(tmp_path / "run", trained_only=True)
+    model.save_pretrained(tmp_path / "run", whole=False)
     shutil.rmtree(tmp_path / "base")
     refused(str(tmp_path / "base"), path_or_repo_id=tmp_path / "run")
 

@@ -240,7 +240,7 @@ def states_of(monkeypatch, folder, model, out, *words) -> np.ndarray:
 
 def inputs_of(problem: dict, processor: Processor, answered: bool) -> dict:
     messages = [{"role": "user", "content": question(problem)}]
-    messages += [{"role": "assistant", "content": prune.answer(problem)}] * answered
+    messages += [{"role": "assistant", "content": prune.target_text(problem)}] * answered
     return processor(messages, [open_image(problem["file"])] if problem["image"] else [], labels=answered)
 
 

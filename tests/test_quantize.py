@@ -266,7 +266,7 @@ def test_a_quantized_model_is_not_saved_but_what_was_trained_is(source, tmp_path
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     model.projector.requires_grad_(True)
-    model.save_pretrained(tmp_path / "run", trained_only=True)
+    model.save_pretrained(tmp_path / "run", whole=False)
     opened = Llava.from_pretrained(tmp_path / "run")
     assert torch.equal(opened.projector[0].weight, model.projector[0].weight)
 

@@ -71,7 +71,7 @@ def lora_run(base, folder) -> None:
     """A run folder as train.py --lora-rank writes it: an adapter and the projector, with its base."""
     model = Llava.from_pretrained(base, dtype=torch.float32)
     model.requires_grad_(False).projector.requires_grad_(True)
-    model.save_pretrained(folder, trained_only=True)
+    model.save_pretrained(folder, whole=False)
     tensors, prefix = llava.open_file(folder / "model.safetensors"), "base_model.model.model."
     adapter = {prefix + name: t.clone() for name, t in tensors.items()}
     q = model.language_model.layers[0].self_attn.q_proj.weight

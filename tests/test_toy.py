@@ -98,4 +98,4 @@ def test_the_toy_run_is_in_float32_and_logs_the_validation_loss(tmp_path, monkey
 
 def test_a_toy_answer_can_be_parsed():
     p = toy.text_problem(random.Random(3))
-    assert parse_choice(toy.answer(p), len(p["choices"])) == p["answer"]
+    assert parse_choice(toy.target_text(p), len(p["choices"])) == p["answer"]

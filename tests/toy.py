@@ -49,8 +49,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import (SHORT_SUFFIX, answer, generate_answers, print_table, question, read_scienceqa, score,
-                  to_record)
+from eval import (SHORT_SUFFIX, generate_answers, print_table, question, read_scienceqa, score,
+                  target_text, to_record)
 from llava import (TO_HF, IGNORE, SYSTEM, TEMPLATE_OF, LanguageModel, Llava, LlavaConfig, Processor,
                    TextConfig, VisionConfig, VisionTower, command_line, normalize, read_json, rename_key,
                    write_json)
@@ -474,7 +474,7 @@ def make_text(rng: random.Random, processor: Processor) -> tuple[list[int], list
     asked = text_problem(rng) if rng.random() < 0.36 else image_problem(scene, rng)
     before = described + "\n" if asked["image"] else ""
     return processor.tokenize([{"role": "user", "content": before + question(asked | {"image": None})},
-                               {"role": "assistant", "content": answer(asked)}])
+                               {"role": "assistant", "content": target_text(asked)}])
 
 
 def make_tokenizer(size: int = 1000) -> Tokenizer:
@@ -482,7 +482,7 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
     rng, corpus = random.Random(5), [f"{SYSTEM} USER: ASSISTANT: [INST] [/INST]"] * 9
     for _ in range(3000):
         asked = text_problem(rng), image_problem(scene := make_scene(rng), rng)
-        corpus += [caption(scene), *(text(p) for p in asked for text in (question, answer))]
+        corpus += [caption(scene), *(text(p) for p in asked for text in (question, target_text))]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[A-Za-z]+|▁|[^▁A-Za-z]"), "isolated")
