@@ -384,6 +384,7 @@ RECORDS = {
     "question is a list": (record(conversations=[{"from": "human", "value": ["<image>"]}, GPT]), "record bad"),
     "two questions": (record(conversations=[HUMAN, HUMAN]), "turn 2 is from 'human'"),
     "system turn": (record(conversations=[{"from": "system", "value": "x"}, *TURNS]), "turn 1 is from 'system'"),
+    "a first answer": (record(conversations=[TURNS[1], HUMAN, HUMAN]), "turn 3 is from 'human'"),
     "no speaker": (record(conversations=[{"value": "x"}, GPT]), "record bad"),
     "roles of another format": (record(conversations=[{"role": "user", "content": "x"}]), "record bad"),
     "mark without an image": (record(image=...), "1 <image> in the text, but 0 images"),
@@ -600,6 +601,7 @@ IMPOSSIBLE = [                               # program, flags, words of argparse
     ("prune", "", "--method"), ("prune", "--method random --scienceqa d", "--out"),
     ("prune", "--method random --out o", "--scienceqa"), ("prune", "--method best --scienceqa d --out o", "--method"),
     ("prune", "--method random --report r --scienceqa d", "--report"), ("prune", "--study s --scienceqa d", "--pretrain"),
+    ("prune", "--study s --scienceqa d --pretrain p --vision v --language l --prune pool", "--stage1"),
     ("prune", "--method maxmin --scienceqa d --out o --model m --batch-size 0", "--batch-size"),
     ("prune", "--method random --scienceqa d --out o --keep x", "--keep"),
     ("prune", "--report r.json --draw chart.docx", "--draw")]

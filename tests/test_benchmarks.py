@@ -133,6 +133,13 @@ def test_a_refused_key_is_not_sent_again_and_not_printed(judge, waits, monkeypat
     assert len(server.requests) == 1 and waits == [] and "secret" not in str(error.value)
 
 
+def test_a_request_that_the_endpoint_rejects_is_not_sent_again(judge, waits):
+    server = judge((404, {}, "no such model"))
+    with pytest.raises(UserError, match="404.*check the name of the model"):
+        chat(server.url, "m", MESSAGES)
+    assert len(server.requests) == 1 and waits == []
+
+
 def test_a_judge_that_is_down_or_silent_is_said(judge, waits):
     server = judge("1 2")
     server.shutdown()
