@@ -524,7 +524,7 @@ class QuantizedLinear(nn.Module):
         kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
         self.kernel_tokens = 0               # with more tokens than this, blocks are faster
         if self.tinygemm:
-            self.kernel_tokens = 64
+            self.kernel_tokens = 128
         elif kernel:
             self.kernel_tokens = 32 if bits == 4 else 16
         self.block_rows = self.out_features
@@ -685,7 +685,7 @@ def check_token_budget(config: LlavaConfig) -> None:
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
-    """At least the tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
+    """A bound of the tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
     which are at most a quarter of the patches, and adds one token for the others."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
     if config.keep_tokens is not None:

@@ -292,8 +292,9 @@ def beside_transformers(args) -> None:
     for what, t in taken.items():
         rows.append([what, *map(ms, t.values()), *(ratio(t["transformers"], t["llava.py"]) if both else ())])
     empty = ["", "", ""] if both else []
-    for what, (_, ours) in zip(("stage-2 step, peak, GiB",), sizes):
-        rows.append([what, f"{ours:.2f}", *empty])
+    if stages:
+        ours = sizes[0][1]
+        rows.append(["stage-2 step, peak, GiB", f"{ours:.2f}", *empty])
         rows.append(["  estimate of --plan", f"{plan:.2f}", *empty])
     for what, (_, size) in zip(("  AdamW on bf16 weights", "  AdamW on float32 weights"), sizes[1:]):
         rows.append([what, "", f"{size:.2f}", f"{size / ours:.2f}", ""])

@@ -30,7 +30,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -515,20 +514,21 @@ def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral
     missing = [(folder, part, write[part]) for part in parts if not (folder / part).exists()]
     pretrained = [job for job in missing if job[1] in PRETRAINED]
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(len(pretrained), ignore_interrupts) if pretrained else nullcontext() as pool:
-        results = [pool.apply_async(write_part, job) for job in pretrained]
-        for job in missing:
-            if job not in pretrained:
-                write_part(*job)
-        for result in results:
-            result.get()
-        if pretrained:                       # leave before the pool is terminated
-            pool.close()
-            pool.join()
+    processes = [spawn.Process(target=write_model, args=job, daemon=True) for job in pretrained]
+    for process in processes:
+        process.start()
+    for job in missing:
+        if job not in pretrained:
+            write_part(*job)
+    for process, (_, part, _) in zip(processes, pretrained):
+        process.join()
+        if process.exitcode:
+            raise OSError(f"pretraining the toy {part} ended with exit code {process.exitcode}: start again")
 
 
-def ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C ends the main process, which ends the pool
+def write_model(*job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C ends the main process, which ends this one
+    write_part(*job)
 
 
 def write_part(folder: Path, part: str, write) -> None:
