@@ -13,7 +13,7 @@ preprocessing (8), the command line (9). Shapes are written [like, this] with th
     B  rows of a batch        N  tiles of all images          C  hidden size
     T  tokens in a row        P  patches of a tile            D  size of one attention head
     S  slots of the KV cache  W  sliding window               H  query heads, K key/value heads
-    V  vocabulary size        T' tokens with those of images       I inputs, O outputs of a layer
+    V  vocabulary size        T' tokens after splicing           I inputs, O outputs of a layer
 
 Sources: LLaVA (arXiv:2304.08485), LLaVA-1.5 (2310.03744), LLaVA-1.6 (llava-vl.github.io), Mistral 7B
 (2310.06825), CLIP (2103.00020), PruMerge (2403.15388), DivPrune (2503.02175). Where a paper and its
@@ -117,9 +117,9 @@ class LlavaConfig:
             if not self.grids:               # as released
                 tiles = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
                 object.__setattr__(self, "grids", tuple((size * w, size * h) for w, h in tiles))
-            if any(side < 1 or side % size for grid in self.grids for side in grid):
+            if any(edge < 1 or edge % size for grid in self.grids for edge in grid):
                 raise UserError(f"the sides of the AnyRes grids {self.grids} are not multiples of {size}")
-        require(vars(self), "LlavaConfig", image_mode=("pad", "crop", "anyres"),
+        require(vars(self), "LlavaConfig", image_mode=("pad", "crop", "anyres"),     # the supported values
                 projector=("mlp2x_gelu", "linear"), template=("mistral_instruct", "v1", "plain"))
         check_token_budget(self)
 
@@ -133,7 +133,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Computed in float32, cast, then multiplied, as in transformers: the order matters in bf16.
+        # F.rms_norm computes in float32 and casts; the weight comes after it, as in transformers.
         return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
@@ -164,15 +164,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    flash_fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0      # on CUDA
-    if device == "cpu" or (device in ("cuda", "meta") and flash_fits):
+    cuda_flash_fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
+    if device == "cpu" or (device in ("cuda", "meta") and cuda_flash_fits):     # meta: traced like CUDA
         return SlidingWindow.apply(q, k, v, window)
     return masked_attention(q, k, v, window)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Like causal_attention, with an explicit mask [T, T], where no flash kernel fits: MPS, and CUDA in
-    float32. Keys and values are repeated, because no fused kernel takes both a mask and K < H heads."""
+    float32 or with odd head sizes. Keys and values are repeated, because no fused kernel takes both a
+    mask and K < H heads."""
     T, group = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)   # [B, H, T, D]
@@ -195,7 +196,7 @@ class SlidingWindow(torch.autograd.Function):
         query 8              . b b b    a . . .            query 5    b b .
         query 9              . . b b    a a . .            query 4    b b b
 
-    All blocks of all rows are one batch, so there are two calls of the kernel for any T. A call gives
+    All blocks of a batch are one batch of the kernel, so there are two calls of it for any T. A call gives
     the attention to its own keys and the log-sum-exp (lse) of its scores, which is the logarithm of the
     softmax's denominator. The two outputs are averaged by their shares of the common denominator.
     Backward calls the kernel's backward once per triangle, with the merged output and the merged lse:
@@ -223,7 +224,7 @@ class SlidingWindow(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         q, k, v, out, lse, *random_state = ctx.saved_tensors
         W, T = ctx.window, q.shape[2]
-        q, k, v, out, grad = (cut_blocks(x, W) for x in (q, k, v, out, grad))
+        q, k, v, out, grad = (cut_blocks(x, W) for x in (q, k, v, out, grad))       # lse is in blocks
         grads = flash_backward(grad, q, k, v, out, lse, *random_state)
         if W > 1:
             args_b = (grad[:, 1:, :, :-1], *triangle_b(q, k, v), out[:, 1:, :, :-1], lse[:, 1:, :, :-1])
@@ -270,8 +271,8 @@ def flash_backward(grad, q, k, v, out, lse, *random_state: Tensor) -> list[Tenso
 
 class KVCache:
     """Keys and values of one layer in S slots; the token at position p is stored in slot p mod S. S is the
-    final length, with a sliding window at most W: then a new token overwrites the one that has just left
-    the window. Keys are stored rotated, so the order of the slots has no effect."""
+    final length, or W if that is less: then a new token overwrites the one that has just left the window.
+    Keys are stored rotated, so the order of the slots has no effect."""
 
     def __init__(self, slots: int, lengths: Tensor, window: int | None):
         self.slots, self.lengths, self.window = slots, lengths, window
@@ -367,7 +368,7 @@ class LanguageModel(nn.Module):
         mask = torch.zeros_like(unused, dtype=x.dtype).masked_fill(unused, -torch.inf)
         where = {"rows": rows, "slot": positions % slots, "mask": mask}
         attends = [partial(cache.decode_step, **where) for cache in caches]
-        return self.run_layers(x, positions[:, None, None], attends, None)
+        return self.run_layers(x, positions[:, None, None], attends, None)        # [B, 1, 1]: for all heads
 
     def run_layers(self, x: Tensor, positions: Tensor, attends: list, select) -> Tensor:
         cos_sin = rope(positions, self.config, x.dtype)
@@ -458,28 +459,28 @@ class VisionTower(nn.Module):
 GROUP, FITS = 32, 5                          # int4: columns that share a scale; rounds of least squares
 
 
-def pack_int4(q: Tensor, half: int) -> Tensor:
-    """uint8 q [I, O] of 0...15 -> [O / 2h, I, h], with h = half: a byte holds the outputs o and o + h of an
-    input, o in its low four bits. I: inputs, O: outputs of the layer."""
-    low, high = q.unflatten(1, (-1, 2, half)).unbind(2)                   # [I, O / 2h, h] each
+def pack_int4(q: Tensor, width: int) -> Tensor:
+    """uint8 q [I, O] of 0...15 -> [O / 2w, I, w], with w = width: a byte holds the outputs o and o + w of
+    an input, o in its low four bits."""
+    low, high = q.unflatten(1, (-1, 2, width)).unbind(2)                  # [I, O / 2w, w] each
     return (low | high << 4).transpose(0, 1).contiguous()
 
 
 @cache
-def kernel_half() -> int | None:
-    """The h of pack_int4 that torch's CPU kernel reads: 32 (AVX-512) or 16 (AVX2). None: there is no
+def kernel_width() -> int | None:
+    """The width of pack_int4 that torch's CPU kernel reads: 32 (AVX-512) or 16 (AVX2). None: there is no
     such kernel. This layout is internal to torch, so it is compared with torch's own packer."""
     q = (torch.arange(4096) // 7 % 16).view(64, 64)      # no two layouts pack this to equal bytes
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
-    for half in (32, 16):
-        if torch.equal(pack_int4(q.byte().T, half).flatten(), theirs):
-            return half
+    for width in (32, 16):
+        if torch.equal(pack_int4(q.byte().T, width).flatten(), theirs):
+            return width
     return None
 
 
 def unpack_tinygemm(packed: Tensor) -> Tensor:
-    """int32 [O / 8, I / 128, 32, 4] of torch's CUDA kernel -> uint8 [O, I] of 0...15, in the order of
-    PyTorch's int4mm.cu: output 8 * O tile + row; input 128 * I tile + 32 * word + 16 * byte + 8 * nibble
+    """int32 [O / 8, I / 128, 32, 4] of torch's CUDA kernel -> uint8 [O, I] of 0...15. In PyTorch's int4mm.cu
+    a value belongs to output 8 * O tile + row and to input 128 * I tile + 32 * word + 16 * byte + 8 * nibble
     + 2 * lane + pair."""
     x = packed.view(torch.uint8).unflatten(3, (4, 2, 2)).unflatten(2, (8, 4))
     x = torch.stack((x & 15, x >> 4), -1)    # O tile, I tile, row, lane, word, pair, byte, nibble
@@ -488,12 +489,12 @@ def unpack_tinygemm(packed: Tensor) -> Tensor:
 
 def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
     """float32 w [O, I] -> uint8 q [I, O] of 0...15 and bf16 (scale, middle) [I / GROUP, O, 2], such that
-    w is about (q - 8) * scale + middle. The first scale and middle follow from the range of each group.
-    Then FITS times: fit both to the present q by least squares, and round again."""
+    w is about (q - 8) * scale + middle: q = 8 stands for middle. Both first follow from the range of each
+    group. Then FITS times: fit both to the present q by least squares, and round again."""
     w = w.T.contiguous().unflatten(0, (-1, GROUP))                        # [I / GROUP, GROUP, O]
     low, high, mean_w = w.amin(1), w.amax(1), w.mean(1)                   # aminmax is 10 times slower
     scale, middle = (high - low) / 15, low + (high - low) * 8 / 15
-    q, product = torch.empty_like(w), torch.empty_like(w)
+    q, product = torch.empty_like(w), torch.empty_like(w)                 # here q is -8...7
     for fit in range(1 + FITS):
         if fit > 0:
             mean_q = q.mean(1)
@@ -508,8 +509,8 @@ def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
 class QuantizedLinear(nn.Module):
     """A frozen linear layer. 8 bits: weight = q * scale, with one scale per row. 4 bits: weight = (q - 8) *
     scale + middle, with one bf16 pair per GROUP columns: 1 more bit per weight. The buffers are not in the
-    state_dict. Up to `kernel_tokens` tokens in bf16 are multiplied by torch's kernel; for more tokens, with
-    a gradient or without a kernel, blocks of `block_rows` rows are dequantized and multiplied in turn."""
+    state_dict. Up to `kernel_tokens` tokens in bf16 are multiplied by torch's kernel. Otherwise (more
+    tokens, another dtype, a gradient) blocks of `block_rows` rows are dequantized and multiplied in turn."""
 
     def __init__(self, weight: Tensor, bits: int, device="cpu", name: str = "a layer"):
         super().__init__()
@@ -521,48 +522,49 @@ class QuantizedLinear(nn.Module):
         self.tinygemm = (bits == 4 and device.type == "cuda" and torch.version.hip is None
                          and self.in_features % 128 == 0
                          and torch.cuda.get_device_capability(device) >= (8, 0))
-        kernel = device.type == "cpu" and (bits == 8 or kernel_half() is not None)
+        cpu_kernel = device.type == "cpu" and (bits == 8 or kernel_width() is not None)
         self.kernel_tokens = 0               # with more tokens than this, blocks are faster
         if self.tinygemm:
             self.kernel_tokens = 128
-        elif kernel:
+        elif cpu_kernel:
             self.kernel_tokens = 32 if bits == 4 else 16
         self.block_rows = self.out_features
         if device.type == "cpu":
             self.block_rows = max(1, 2**17 // self.in_features) * 64      # 16 MB in bf16: near the cache's size
         pieces = weight.split(128 if device.type == "cpu" else 1024)      # small temporary tensors
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in pieces])
-        self.register_buffer("q", torch.cat(q), persistent=False)
+        self.register_buffer("q", torch.cat(q), persistent=False)         # scale: [O], or with middle
         self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
 
     def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.bits == 8:
             scale = (w.abs().amax(1) / 127).clamp(min=1e-9).bfloat16()
-            return (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
-        q, scale = quantize_int4(w)
-        if self.tinygemm:
-            pairs = (q[::2] << 4 | q[1::2]).T.contiguous()
-            return torch.ops.aten._convert_weight_to_int4pack(pairs, 8), scale
-        return pack_int4(q, kernel_half() or 32), scale
+            return (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale     # [O, I], [O]
+        q, scale = quantize_int4(w)                                       # scale: [I / GROUP, O, 2]
+        if self.tinygemm:                    # a byte holds two inputs, 8: how many tiles lie together
+            nibbles = (q[::2] << 4 | q[1::2]).T.contiguous()
+            return torch.ops.aten._convert_weight_to_int4pack(nibbles, 8), scale     # [O / 8, I / 128, 32, 4]
+        return pack_int4(q, kernel_width() or 32), scale                  # [O / 2w, I, w]
 
     def block(self, start: int, dtype: torch.dtype) -> Tensor:
-        """Rows start ... start + block_rows of the weight as columns [I, n]; at 8 bits without scale."""
+        """Rows start ... start + block_rows of the weight, transposed: [I, n]; at 8 bits not yet scaled."""
         if self.bits == 8:
             return self.q[start:start + self.block_rows].to(dtype).T
-        height = self.out_features // len(self.q)                         # rows that lie together in q
+        height = self.out_features // len(self.q)                         # outputs of one q[i]: 2w or 8
         q = self.q[start // height:(start + self.block_rows) // height]
         if self.tinygemm:
-            q = unpack_tinygemm(q).to(dtype).T.unflatten(0, (-1, GROUP))
+            q = unpack_tinygemm(q).to(dtype).T                            # [I, n]
         else:
             q = torch.cat((q & 15, q >> 4), 2).transpose(0, 1)
-            q = q.to(dtype, memory_format=torch.contiguous_format).view(-1, GROUP, q.shape[1:].numel())
+            q = q.to(dtype, memory_format=torch.contiguous_format).flatten(1)
+        q = q.unflatten(0, (-1, GROUP))                                   # [I / GROUP, GROUP, n]
         scale, middle = self.scale[:, None, start:start + self.block_rows].to(dtype).unbind(3)
         scale, offset = scale.contiguous(), middle - 8 * scale            # [I / GROUP, 1, n]
         return torch.addcmul(offset, q, scale, out=q).flatten(0, 1)
 
     def multiply_block(self, x: Tensor, start: int) -> Tensor:
         y = x @ self.block(start, x.dtype)
-        if self.bits == 8:                   # the product is smaller than the block
+        if self.bits == 8:                   # scaled here: the product is smaller than the block
             y *= self.scale[start:start + self.block_rows].to(x.dtype)
         return y
 
@@ -580,11 +582,11 @@ class QuantizedLinear(nn.Module):
             return y.unflatten(0, x.shape[:-1])
         # A CPU without AVX-512 multiplies bf16 matrices 8 times slower than float32 ones.
         slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-        wide, starts = x.float() if slow else x, range(0, self.out_features, self.block_rows)
+        y, starts = x.float() if slow else x, range(0, self.out_features, self.block_rows)
         if needs_grad:                       # backward dequantizes each block again
-            parts = [checkpoint(self.multiply_block, wide, start, use_reentrant=False) for start in starts]
+            parts = [checkpoint(self.multiply_block, y, start, use_reentrant=False) for start in starts]
         else:
-            parts = [self.multiply_block(wide, start) for start in starts]
+            parts = [self.multiply_block(y, start) for start in starts]
         return torch.cat(parts, -1).to(x.dtype)
 
 
@@ -617,8 +619,8 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
 
 def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
     """The (width, height) of `grids` that keeps the most pixels of a (height, width) image; of equals the
-    smallest, then the first. transformers reads the same list as (height, width), so it chooses
-    otherwise for some small images."""
+    smallest, then the first. transformers reads the pairs as (height, width): read_hf_config swaps them, so
+    that of two equal grids another one comes first than in LLaVA."""
     height, width = size
 
     def merit(grid):
@@ -631,7 +633,7 @@ def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
 def unpadded_patches(config: LlavaConfig, size: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns that a (height, width) image covers in the patches of its grid; the rest is
     black padding. LLaVA truncates where transformers rounds to 7 decimals first."""
-    columns, rows = (side // config.vision.patch_size for side in choose_grid(size, config.grids))
+    columns, rows = (edge // config.vision.patch_size for edge in choose_grid(size, config.grids))
     wide = size[1] / size[0] > columns / rows
     exact = size[0] * (columns / size[1]) if wide else size[1] * (rows / size[0])
     covered = int(round(exact, 7) if config.hf_preprocessing else exact)
@@ -673,6 +675,9 @@ def check_token_budget(config: LlavaConfig) -> None:
     least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name not in ("none", *PRUNING):
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
+    if name in PRUMERGE and config.vision_feature_layer != -2:
+        raise UserError(f"--prune {name} uses attention in the layer that reads the features, but this model "
+                        "takes them from the last layer")
     if keep is None and name in ("random", "pool", "divprune"):
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
     if keep is not None and name not in BUDGETED:
@@ -686,7 +691,7 @@ def check_token_budget(config: LlavaConfig) -> None:
 
 def max_tile_tokens(config: LlavaConfig) -> int:
     """A bound of the tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
-    which are at most a quarter of the patches, and adds one token for the others."""
+    at most a quarter of the patches, `plus` perhaps all others; it adds one token for those not kept."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
     if config.keep_tokens is not None:
         return config.keep_tokens
@@ -696,21 +701,21 @@ def max_tile_tokens(config: LlavaConfig) -> int:
 
 
 def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = None,
-                   paper: bool = False, budget: int | None = None) -> Tensor:
-    """PruMerge's choice: indices [m] of patches by attention [P], strongest first: the outliers, the
-    share `ratio`, or exactly `budget`. With `plus`, evenly spaced others follow; with `budget` they are
-    half of the budget. `paper` sorts the indices."""
+                   paper: bool = False, tokens: int | None = None) -> Tensor:
+    """PruMerge's choice: indices [m] of patches by attention [P], strongest first. Their number is
+    tokens - 1, else the share `ratio`, else that of the outliers. `plus` appends evenly spaced ones, with
+    `tokens` as one half of the choice, with `ratio` perhaps the same again. `paper` sorts the indices."""
     P, order = len(attention), attention.argsort(descending=True, stable=True)
-    if budget is not None:
-        sampled = budget // 2 if plus else 0
-        strongest, rest = order[:budget - sampled], order[budget - sampled:].sort().values
+    if tokens is not None:
+        sampled = (tokens - 1) // 2 if plus else 0
+        strongest, rest = order[:tokens - 1 - sampled], order[tokens - 1 - sampled:].sort().values
         spaced = torch.arange(sampled, device=rest.device) * len(rest) // max(1, sampled)
         return torch.cat((strongest, rest[spaced]))
     q1, q3 = attention.float().quantile(torch.tensor([0.25, 0.75], device=attention.device))
     outliers = int((attention > q3 + 1.5 * (q3 - q1)).sum())
     count = max(1, outliers if ratio is None else int(P * ratio))         # for 0 the released code crashes
     kept = order[:count]
-    if plus and ratio is None:
+    if plus and ratio is None:               # spacing and end as released
         even = torch.arange(0, P - 1, max(1, P // count // 3), device=kept.device)
         kept = torch.cat((kept, even[~torch.isin(even, kept)]))
     elif plus:                               # as released: it may repeat some of the strongest patches
@@ -725,27 +730,28 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
     chosen patch the attention-weighted sum of its 32 most similar patches is added. The last token is
     that sum over all patches not chosen. This is the released code; the `paper` does not normalize keys,
     weights a chosen patch by its attention, like its neighbors, and has no last token."""
-    kept = choose_patches(attention, plus, ratio, paper, None if tokens is None else tokens - 1)
+    kept = choose_patches(attention, plus, ratio, paper, tokens)
     weight_of_kept, directions = torch.ones_like(attention), F.normalize(keys, dim=-1)
     if paper:
         weight_of_kept = attention = attention / attention.sum()          # softmax without CLS
         directions = keys
     rest = torch.ones_like(attention).index_fill(0, kept, 0).nonzero()[:, 0]
-    # `kept` may repeat patches; as released, as many of the first others are then dropped.
+    # If `kept` repeats r patches, the released code leaves out the first r of the rest: m + rest = P again.
     rest = rest[len(kept) + len(rest) - len(keys):]
     order = torch.cat((kept, rest))                                       # [P]
-    similarity = (directions[kept] @ directions[order].T).fill_diagonal_(-torch.inf)     # [m, P], not itself
+    similarity = directions[kept] @ directions[order].T                   # [m, P], columns as in `order`
+    similarity.fill_diagonal_(-torch.inf)                                 # row i and column i: kept[i] itself
     near = order[similarity.topk(min(32, len(keys) - 1)).indices]         # [m, 32]
-    mix = torch.zeros_like(similarity).scatter_add(1, near, attention[near])
-    mix = mix.scatter_add(1, kept[:, None], weight_of_kept[kept, None])
+    mix = attention.new_zeros(len(kept), len(keys))                       # [m, P], columns are patches
+    mix = mix.scatter_add(1, near, attention[near]).scatter_add(1, kept[:, None], weight_of_kept[kept, None])
     if paper:
         return mix
     return torch.cat((mix, torch.zeros_like(attention).index_put((rest,), attention[rest])[None]))
 
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
-    """`keep` of `patches` indices at random, in the image's order; the seed is a checksum of the
-    normalized tile [3, size, size] in 8 bits."""
+    """`keep` of `patches` indices at random, in the image's order. The seed is a checksum of the tile in 8
+    bits, recovered from its normalized pixels [3, size, size]: the same choice whenever it is shown."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
     eight_bits = ((pixels.float() * std + mean) * 255).round().to(torch.uint8)
     generator = torch.Generator().manual_seed(zlib.crc32(eight_bits.cpu().numpy().tobytes()))
@@ -823,11 +829,11 @@ class Llava(nn.Module):
         tiles [tiles, 3, size, size] of each image, normalized or in uint8; image_sizes: its original (height,
         width); prune: a name in PRUNING or "none", None: the config's."""
         prune = self.config.prune if prune is None else prune
-        weight = self.vision_tower.class_embedding
-        pixels = torch.cat(list(images)).to(weight.device, non_blocking=True)            # [N, 3, size, size]
+        like = self.vision_tower.class_embedding                          # its device and dtype
+        pixels = torch.cat(list(images)).to(like.device, non_blocking=True)              # [N, 3, size, size]
         if pixels.dtype == torch.uint8:
             pixels = normalize(pixels)
-        states = self.vision_tower(pixels.to(weight.dtype), self.config.vision_feature_layer)
+        states = self.vision_tower(pixels.to(like.dtype), self.config.vision_feature_layer)
         if prune == "none":
             tiles = self.projector(states[:, 1:])                         # [N, P, C], without CLS
         else:
@@ -862,8 +868,8 @@ class Llava(nn.Module):
         return tiles
 
     def cls_attention(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention [N, P] of the CLS token to each patch, and the keys [N, P, C], in the layer that
-        reads `states`, the tower's last. q and k form one head of width C, as in PruMerge's code."""
+        """Attention [N, P] of the CLS token to each patch, and the keys [N, P, C], in the tower's last layer,
+        which reads `states`. q and k form one head of width C, as in PruMerge's code."""
         layer = self.vision_tower.layers[-1]
         x = layer.layer_norm1(states)
         q, k = layer.self_attn["q_proj"](x[:, :1]), layer.self_attn["k_proj"](x)
@@ -871,12 +877,12 @@ class Llava(nn.Module):
         return attention[:, 0, 1:], k[:, 1:]
 
     def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """AnyRes: tiles [1 + rows * columns, P, C] -> the tokens of the first tile, the whole image; then
-        of the others as one map, row by row, without padding and with a newline after each row."""
-        side, columns = self.config.vision.side, choose_grid(size, self.config.grids)[0]
-        x = tiles[1:].unflatten(0, (-1, columns // self.config.vision.image_size))
-        x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)     # [rows, columns, C]
-        x = x[unpadded_patches(self.config, size)]                           # without padding
+        """AnyRes: tiles [1 + n, P, C], the whole image and its n parts -> the tokens of the first; then those
+        of the parts as one map, row by row, without padding and with a newline after each row."""
+        side, width = self.config.vision.side, choose_grid(size, self.config.grids)[0]   # patches, pixels
+        x = tiles[1:].unflatten(0, (-1, width // self.config.vision.image_size))
+        x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        x = x[unpadded_patches(self.config, size)]                        # [rows, columns, C] of patches
         x = torch.cat((x, self.image_newline.expand(len(x), 1, -1)), dim=1)
         return torch.cat((tiles[0], x.flatten(0, 1)))
 
@@ -890,7 +896,8 @@ class Llava(nn.Module):
         if (marks := int(is_image.sum())) != len(images or ()):
             raise UserError(f"the text has {marks} <image>, but {len(images or ())} images are given")
         features = self.encode_images(images, image_sizes) if images else []
-        text = embed(input_ids.masked_fill(is_image, 0).to(embed.weight.device))         # [B, T, C]
+        ids = input_ids.masked_fill(is_image, 0)                          # the image id can exceed V
+        text = embed(ids.to(embed.weight.device))                         # [B, T, C]
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE)
         rows, label_rows, used = [], [], 0
@@ -912,14 +919,14 @@ class Llava(nn.Module):
         [B, T] has one image_token_id per image, in reading order; attention_mask [B, T] is False at
         padding, which is on the right; labels [B, T] are shifted here. With labels, logits are computed
         only at positions whose next token is supervised: each costs V numbers."""
-        x, _, spliced = self.splice(input_ids, images, image_sizes, attention_mask, labels)
+        x, _, spliced_labels = self.splice(input_ids, images, image_sizes, attention_mask, labels)
         if labels is None:
             return self.language_model.lm_head(self.language_model(x))
-        rows, columns = (spliced[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        rows, columns = (spliced_labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         if len(rows) == 0:
             raise UserError(f"all labels are {IGNORE}, so there is nothing to learn: a record needs an "
                             "answer within --max-length")
-        targets = spliced[rows, columns + 1].to(x.device)
+        targets = spliced_labels[rows, columns + 1].to(x.device)
         select = rows.to(x.device), columns.to(x.device)
         logits = self.language_model.lm_head(self.language_model(x, select=select))      # [n, V]
         return F.cross_entropy(logits.float(), targets)
@@ -972,8 +979,8 @@ class Llava(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
-        """Open a LLaVA of any publisher or a run folder; or a CLIP and a language model, with a freshly
-        initialized projector between them. Each is a folder, a hub id or id@revision. dtype None keeps the
+        """Open a LLaVA of any publisher or a run folder (see save_pretrained); or a CLIP and a language model,
+        with a newly initialized projector. Each is a folder, a hub id or id@revision. dtype None keeps the
         dtype of the files. quantize "int8" or "int4" stores the linear layers of the language model in few
         bits. `base`: new places of the bases that a run folder names, in its order. `overrides` replace
         fields of LlavaConfig. Files are memory-mapped and tensors cast, moved or quantized one at a time,
@@ -986,26 +993,26 @@ class Llava(nn.Module):
         given = tuple(source is not None for source in (path_or_repo_id, vision, language))
         if given not in ((True, False, False), (False, True, True)):
             raise UserError("name one LLaVA, or a vision tower and a language model")
-        parts, stored, bases = {}, {}, []
-        for source in [path_or_repo_id] if path_or_repo_id else [vision, language]:
-            more, tensors, name = open_checkpoint(str(source), bases=base)
-            parts, stored, bases = parts | more, stored | tensors, [*bases, name]
-        if missing := {"vision", "text"} - parts.keys():
-            raise UserError(f"{bases[0]} has no {' or '.join(missing)} model: name both, a vision tower and "
-                            "a language model")
-        config, state = LlavaConfig(**parts | overrides), {}
+        found, stored, bases = {}, {}, []    # fields of LlavaConfig, tensors, exact names of the sources
+        for source in [vision, language] if vision else [path_or_repo_id]:
+            more, tensors, exact_name = open_checkpoint(str(source), moved=base)
+            found, stored, bases = found | more, stored | tensors, [*bases, exact_name]
+        if missing := {"vision", "text"} - found.keys():
+            raise UserError(f"{' and '.join(bases)} have no {' or '.join(missing)} model: name both, a vision "
+                            "tower and a language model")
+        config, state = LlavaConfig(**found | overrides), {}
         with torch.device("meta"):
             model = cls(config)
         if vision:
             state = fresh_connector(config)
-        elif config.image_mode == "anyres" and parts.get("image_mode") != "anyres":      # to be trained
+        elif config.image_mode == "anyres" and found.get("image_mode") != "anyres":      # an override
             state = {"image_newline": fresh_connector(config)["image_newline"]}
         if config.image_mode != "anyres":
             stored.pop("image_newline", None)                             # unused without AnyRes
         check_tensors(model.state_dict(), state, stored, " and ".join(bases))
         state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
         for name in tqdm(list(stored), desc="opening", delay=2, leave=False):
-            tensor = stored.pop(name).read(dtype)        # popped, because its last tensor unmaps a file
+            tensor = stored.pop(name).read(dtype)        # popped: a file is unmapped with its last tensor
             place_tensor(model, state, name, tensor, quantize, device, dtype)
         model.load_state_dict(state, assign=True)
         model.bases = bases
@@ -1013,9 +1020,9 @@ class Llava(nn.Module):
 
     def save_pretrained(self, folder, whole: bool = True, shard_bytes: int = 5 * 10**9) -> None:
         """Write the layout of llava-hf (llava, or with AnyRes llava_next), which transformers opens; in
-        shards with an index if it is larger than shard_bytes. Not whole: only the trainable parameters, and
-        in config.json the bases that hold the others: a run folder, which from_pretrained opens like
-        any checkpoint."""
+        shards with an index if it is larger than shard_bytes. whole=False writes a run folder: only the
+        trainable parameters, and in config.json the bases that hold the others. from_pretrained opens it
+        like any checkpoint."""
         if whole and any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise UserError("weights in 8 or 4 bits are not saved: open the model without quantize first")
         folder, config = Path(folder), hf_config(self.config, whole)
@@ -1034,7 +1041,7 @@ class Llava(nn.Module):
                 continue
             tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
             tensor = tensor.detach().cpu().contiguous()
-            # The rows of <image> and padding are the mean row, which is never the most probable token.
+            # New rows are the mean row: their logit is the mean of all logits, so never the largest.
             if whole and name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
                 mean = tensor.float().mean(0).to(tensor.dtype)
                 tensor = torch.cat((tensor, mean.expand(rows - len(tensor), -1)))
@@ -1087,7 +1094,7 @@ TO_HF = (                                    # from the names here to those of l
     (r"projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.(?!lm_head)", "language_model.model."),
 )
-# Fields of LlavaConfig that the keys of llava-hf's config.json do not determine, or not alone.
+# Fields of LlavaConfig that llava-hf's keys do not fully determine; hf_config saves them as "llava.py".
 EXTRA_FIELDS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune", "keep_tokens")
 TEMPLATE_OF = {"mistral": "mistral_instruct", "llama": "v1"}
 # Defaults of transformers for keys that config.json does not have. They are not the values of the
@@ -1110,8 +1117,8 @@ def rename_key(name: str, table) -> str | None:
 
 
 def fetch(source: str, weights: bool = True) -> Path:
-    """The folder of a checkpoint: a local one, or the needed files of a hub repository, downloaded or
-    from the cache (HF_HUB_OFFLINE=1: only from the cache). Raises OSError."""
+    """The folder of a checkpoint: a local one, or the needed files of a hub repository without subfolders,
+    downloaded or from the cache (HF_HUB_OFFLINE=1: only from the cache). Raises OSError."""
     if Path(source).is_dir():
         return Path(source)
     repo, _, revision = source.partition("@")
@@ -1140,17 +1147,17 @@ def read_json(file: Path):
         raise UserError(f"{file} is not valid JSON, or is cut off: {first_line(error)}") from None
 
 
-def require(raw: dict, file: Path, *keys: str, **supported) -> dict:
+def require(raw: dict, where: Path | str, *keys: str, **supported) -> dict:
     """Return `raw`; raise UserError unless it is a JSON object with these keys and, where it has a key
     of `supported`, with one of the supported values."""
     if not isinstance(raw, dict):
-        raise UserError(f"{file} is not a JSON object")
+        raise UserError(f"{where} is not a JSON object")
     if missing := [key for key in keys if key not in raw]:
-        raise UserError(f"{file} has no {', '.join(missing)}")
+        raise UserError(f"{where} has no {', '.join(missing)}")
     for key, values in supported.items():
-        if raw.get(key, values[0]) not in values:
+        if key in raw and raw[key] not in values:
             wanted = " or ".join(map(repr, values))
-            raise UserError(f"{file}: {key} is {raw[key]!r}; only {wanted} is supported")
+            raise UserError(f"{where}: {key} is {raw[key]!r}; only {wanted} is supported")
     return raw
 
 
@@ -1164,7 +1171,7 @@ def write_json(file: Path, content) -> None:
 def atomic_write(file: Path) -> Iterator[Path]:
     """A temporary file name to write to; it replaces `file` only if the block succeeds."""
     temporary = file.with_name(f".{file.name}.part")
-    temporary.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)        # os.link does not overwrite
     try:
         yield temporary
         os.replace(temporary, file)
@@ -1173,16 +1180,16 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
 
 class StoredTensor(NamedTuple):
-    """A memory-mapped tensor of a checkpoint, and what LoRA adds to it: scale * B [out, r] @ A [r, in]."""
+    """A memory-mapped tensor of a checkpoint, and each LoRA over it as (a [r, I], b [O, r], scale)."""
     tensor: Tensor
-    lora: tuple[Tensor, Tensor, float] | None = None
+    loras: tuple[tuple[Tensor, Tensor, float], ...] = ()
 
     def read(self, dtype: torch.dtype | None) -> Tensor:
-        """The tensor, still mapped; with LoRA the sum, in `dtype` or if None in that of the tensor."""
-        if self.lora is None:
+        """The tensor as it is, still mapped; with LoRA the sum, in `dtype` or if None in the tensor's."""
+        if not self.loras:
             return self.tensor
-        a, b, scale = self.lora
-        return (self.tensor.float() + scale * (b.float() @ a.float())).to(dtype or self.tensor.dtype)
+        change = sum(scale * (b.float() @ a.float()) for a, b, scale in self.loras)
+        return (self.tensor.float() + change).to(dtype or self.tensor.dtype)
 
 
 def open_file(file: Path) -> dict[str, Tensor]:
@@ -1220,22 +1227,22 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
+def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
                     ) -> tuple[dict, dict[str, StoredTensor], str]:
     """Return the LlavaConfig fields, the tensors by the names here, and the exact name of a source. A
     checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
     bases in its configs. They are opened first, and its own tensors and fields replace theirs. Without
-    `weights` only configs are read. `bases`: new places of the bases that a run folder names; `parents`:
-    the checkpoints whose base this one is."""
+    `weights` only configs are read. `moved`: new places of the bases that a run folder names; `dependents`:
+    the checkpoints that are being opened and need this one."""
     folder = fetch(source, weights)
     name = str(folder.resolve())
     if not Path(source).is_dir():            # the hub's cache names a folder after its commit
         name = f"{source.partition('@')[0]}@{folder.name}"
-    if name in parents:
+    if name in dependents:
         raise UserError(f"{name} is named as a base of itself in its config.json")
     config_file, adapter_file = folder / "config.json", folder / "adapter_config.json"
     raw, adapter, tensors = require(read_json(config_file), config_file), {}, {}
-    check_kinds(raw, config_file)
+    check_types(raw, config_file)
     if list(folder.glob("adapter_*")):
         adapter = require(read_json(adapter_file), adapter_file, "r", "lora_alpha", "base_model_name_or_path",
                           use_rslora=(False,), use_dora=(False,))
@@ -1243,23 +1250,25 @@ def open_checkpoint(source: str, weights: bool = True, bases=(), parents=()
             raise UserError(f"{adapter_file}: r and lora_alpha must be positive numbers")
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
-            tensors[rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED)] = tensor
-    tensors.pop(None, None)                  # tensors that LLaVA does not need
+            if ours := rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED):
+                tensors[ours] = tensor
     found, stored = {}, {}
-    for base, needed in name_bases(folder, raw, adapter, tensors, weights, list(bases)).items():
+    for base, needed in name_bases(folder, raw, adapter, tensors, weights, list(moved)).items():
         try:
-            base_fields, base_stored, _ = open_checkpoint(base, needed, parents=(*parents, name))
+            base_fields, base_stored, _ = open_checkpoint(base, needed, dependents=(*dependents, name))
         except OSError as error:
-            raise OSError(f"{folder} needs its base {base}, which cannot be opened ({first_line(error)}): "
-                          "give the new place of every base in config.json with --base") from None
+            remedy = "give the new place of every base with --base" if "bases" in raw else "correct the name"
+            raise OSError(f"{folder} needs its base {base}, which is named in its config and cannot be opened "
+                          f"({first_line(error)}): {remedy}") from None
         found, stored = found | base_fields, stored | base_stored
     found |= read_config(raw, config_file)
     stored |= {key: StoredTensor(tensor) for key, tensor in tensors.items() if "lora_" not in key}
     add_lora(stored, tensors, adapter, folder)
     embedding = stored.get("language_model.embed_tokens.weight")
-    if embedding and raw.get("text_config", raw).get("tie_word_embeddings", False):
-        stored.setdefault("language_model.lm_head.weight", StoredTensor(embedding.tensor.clone()))
-    if found.get("projector") == "linear":   # llava-hf adds a second layer, which then is the identity
+    if embedding is not None and raw.get("text_config", raw).get("tie_word_embeddings", False):
+        copy = StoredTensor(embedding.tensor.clone())        # tied, but each may be trained
+        stored.setdefault("language_model.lm_head.weight", copy)
+    if found.get("projector") == "linear":   # the second layer that hf_tensors adds is the identity
         stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return found, stored, name
 
@@ -1272,7 +1281,8 @@ def add_lora(stored: dict[str, StoredTensor], own: dict[str, Tensor], adapter: d
         target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
         if b is None or target not in stored or (b.shape[0], a.shape[1]) != stored[target].tensor.shape:
             raise UserError(f"{folder}: {key} has no matching lora_B, or no matching weight in the base")
-        stored[target] = stored[target]._replace(lora=(a, b, adapter["lora_alpha"] / adapter["r"]))
+        loras = *stored[target].loras, (a, b, adapter["lora_alpha"] / adapter["r"])      # after a base's own
+        stored[target] = stored[target]._replace(loras=loras)
 
 
 def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], weights: bool,
@@ -1283,7 +1293,7 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
         raise UserError(f"{folder} has {len(named)} bases ({', '.join(named) or 'none'}), but --base names "
                         f"{len(moved)}: name each once, in this order")
     bases = dict.fromkeys(moved or named, weights)
-    if "mm_vision_tower" in raw:             # liuhaotian: 1.6 contains its tower, 1.5 does not
+    if "mm_vision_tower" in raw:             # liuhaotian: 1.6 contains the tower's weights, not its config
         complete = [part for part in ("vision_tower", "language_model")
                     if any(key.startswith(f"{part}.layers") and "lora_" not in key for key in own)]
         bases[raw["mm_vision_tower"]] = weights and "vision_tower" not in complete
@@ -1334,13 +1344,13 @@ def read_grids(grids, file: Path) -> list[tuple[int, int]]:
         raise UserError(f"{file}: the AnyRes grids {grids!r} are not pairs of whole numbers") from None
 
 
-def check_kinds(raw: dict, file: Path) -> None:
+def check_types(raw: dict, file: Path) -> None:
     """Raise UserError for a key whose value has the wrong JSON type."""
-    for kind, keys in ((str, ("model_type", "mm_vision_tower")), (list, ("bases",)),
+    for type_, keys in ((str, ("model_type", "mm_vision_tower")), (list, ("bases",)),
                        (int, ("image_token_index", "image_token_id")),
                        (dict, ("text_config", "vision_config", "llava.py")),
                        (dict | None, ("rope_parameters", "rope_scaling"))):
-        if wrong := [key for key in keys if key in raw and not isinstance(raw[key], kind)]:
+        if wrong := [key for key in keys if key in raw and not isinstance(raw[key], type_)]:
             raise UserError(f"{file}: {wrong[0]} is {raw[wrong[0]]!r}, which is of the wrong type")
 
 
@@ -1369,16 +1379,16 @@ def read_liuhaotian_config(raw: dict, file: Path) -> dict:
             "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
             "projector": raw.get("mm_projector_type", "linear"),
             "image_mode": "crop" if mode == "square" else mode,
-            "grids": read_grids(raw.get("image_grid_pinpoints"), file)}
+            "grids": raw.get("image_grid_pinpoints")}
 
 
 def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
     """The dataclass of a config.json; only a nested config may leave out sizes, as in transformers."""
-    check_kinds(raw, file)
-    if kind not in HF_DEFAULTS:
+    check_types(raw, file)
+    if (default := HF_DEFAULTS.get(kind)) is None:
         raise UserError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
-    # transformers 5 nests rope_theta and rope_type; older files have a type.
-    raw, default = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {}), HF_DEFAULTS[kind]
+    # transformers 5 nests rope_theta and rope_type in rope_parameters, older files a type in rope_scaling.
+    raw = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     require(raw, file, rope_type=("default",), type=("default",),
             hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
     found = {f.name: raw[f.name] for f in fields(default) if f.name in raw and f.name != "model_type"
@@ -1397,21 +1407,20 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
     if kind != "clip":
         found.setdefault("head_dim", found.get("hidden_size", default.hidden_size) // heads)
     config = replace(default, **found)
-    multiple, divisor = "hidden_size", "num_attention_heads"
-    if kind != "clip":
-        multiple, divisor = "num_attention_heads", "num_key_value_heads"
-        if config.head_dim % 2:
-            raise UserError(f"{file}: head_dim is {config.head_dim}, but rotary embeddings need an even size")
-    if getattr(config, multiple) % getattr(config, divisor):
-        raise UserError(f"{file}: {multiple} is {getattr(config, multiple)}, which is not a multiple of "
-                        f"{divisor}, {getattr(config, divisor)}")
+    if kind != "clip" and config.head_dim % 2:
+        raise UserError(f"{file}: head_dim is {config.head_dim}, but rotary embeddings need an even size")
+    large, small = (("hidden_size", "num_attention_heads") if kind == "clip" else
+                    ("num_attention_heads", "num_key_value_heads"))
+    a, b = getattr(config, large), getattr(config, small)
+    if a % b:
+        raise UserError(f"{file}: {large} is {a}, which is not a multiple of {small}, {b}")
     return config
 
 
 def hf_config(config: LlavaConfig, whole: bool) -> dict:
-    """config.json as llava-hf writes it, for transformers 4 and 5, and the EXTRA_FIELDS."""
+    """llava-hf's config.json, for transformers 4 and 5, with EXTRA_FIELDS; if `whole` with rows for <image>."""
     anyres, text = config.image_mode == "anyres", asdict(config.text)
-    if whole and config.image_token_id >= config.text.vocab_size:         # rows for <image> and padding
+    if whole and config.image_token_id >= config.text.vocab_size:         # + <image>, <pad>, rounded up
         text["vocab_size"] = math.ceil((config.image_token_id + 2) / 64) * 64
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
              "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
@@ -1433,13 +1442,13 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
     model-00001-of-0000N.safetensors and so on, with model.safetensors.index.json, as the hub does.
     Tensors are taken one at a time, so host memory holds one shard more than the model itself. All files
     get their names only when the last shard is written."""
-    parts, shard, size, weight_map, total = [], {}, 0, {}, 0
+    parts, shard, size, part_of, total = [], {}, 0, {}, 0
     index = file.with_name(f"{file.name}.index.json")
 
     def write_part() -> None:
         parts.append(file.with_name(f".{file.stem}.{len(parts) + 1}.part"))
         save_file(shard, parts[-1], metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, len(parts) - 1))
+        part_of.update(dict.fromkeys(shard, len(parts) - 1))
         shard.clear()
 
     try:
@@ -1456,8 +1465,8 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
         names = [f"{file.stem}-{i + 1:05}-of-{len(parts):05}{file.suffix}" for i in range(len(parts))]
         for part, name in zip(parts, names):
             os.replace(part, file.with_name(name))
-        weight_map = {key: names[i] for key, i in weight_map.items()}
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": total},
+                           "weight_map": {key: names[i] for key, i in part_of.items()}})
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -1476,7 +1485,7 @@ def open_image(file: Path) -> Image.Image:
     enlarged image could fill the memory."""
     try:
         with Image.open(file) as image:
-            if max(image.size) > min(13_000, 500 * min(image.size)):
+            if max(image.size) > min(13_000, 500 * min(image.size)):      # 0.5 GB as a padded square
                 raise ValueError(f"{image.width} x {image.height} pixels are too many or too narrow")
             if image.format == "EPS":
                 raise ValueError("EPS is a program, which is not executed")
@@ -1506,7 +1515,7 @@ def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
         left, top = (w - size) // 2, (h - size) // 2
         return [image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))]
     width, height = choose_grid((h, w), config.grids)
-    if width / w < height / h:               # the width decides the scale
+    if width / w < height / h:               # the grid's width decides the scale
         inner = width, min(math.ceil(h * (width / w)), height)
     else:
         inner = min(math.ceil(w * (height / h)), width), height
@@ -1529,7 +1538,8 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 
 def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
     """A conversation as pieces of text, each with whether it is supervised; "<image>" and "</s>" are
-    pieces of their own. As in LLaVA, a single <image> moves to the front of its message."""
+    pieces of their own. As in LLaVA's code, a single <image> moves to the front of its message, and
+    answers have these ends."""
     pieces = []
     for i, message in enumerate(messages):
         text, role = message["content"], ("user", "assistant")[i % 2]
@@ -1565,7 +1575,7 @@ class Processor:
         self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))
         if None in (self.bos, self.eos):
             raise UserError("the tokenizer has no <s> or no </s>: it is not one of LLaMA or Mistral")
-        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode adds the leading one
+        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode puts one in front
         self.tokenizer.pre_tokenizer = None
 
     @classmethod
@@ -1618,14 +1628,14 @@ class Processor:
         """messages [{"role": "user" | "assistant", "content": "<image>\\nWhat is it?"}, ...] and PIL
         images in reading order -> input_ids [1, T], images, image_sizes and, if asked for, labels
         [1, T], all as Llava takes them."""
-        ids, supervised = self.tokenize(messages)
+        ids, targets = self.tokenize(messages)
         if (marks := ids.count(self.config.image_token_id)) != len(images):
             raise UserError(f"the text has {marks} <image>, but {len(images)} images are given")
         inputs = {"input_ids": torch.tensor([ids]),
                   "images": [normalize(self.pixels(image)) for image in images],
                   "image_sizes": [(image.height, image.width) for image in images]}
         if labels:
-            inputs["labels"] = torch.tensor([supervised])
+            inputs["labels"] = torch.tensor([targets])
         return inputs
 
     def save_pretrained(self, folder) -> None:
@@ -1669,7 +1679,7 @@ def number(kind: type, least: float, most: float = math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not {limit}")
         return value
 
-    parse.__name__ = "whole number" if kind is int else "number"
+    parse.__name__ = "whole number" if kind is int else "number"          # argparse prints it
     return parse
 
 
@@ -1694,8 +1704,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def devices() -> list[str]:
     """The devices that torch can use here."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    found = {"cuda": len(gpus) > 0, "mps": torch.backends.mps.is_available()}
-    return ["cpu", *(name for name, there in found.items() if there), *gpus]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return ["cpu", *(["cuda"] if gpus else []), *mps, *gpus]
 
 
 def default_dtype(device: str, quantize: str = "none") -> str:
@@ -1765,19 +1775,19 @@ def record_calls(model: Llava, inputs: dict, modules, counter: FlopCounterMode) 
 def print_trace(model: Llava, inputs: dict) -> None:
     """Print shape, dtype, parameters, FLOPs and time of every layer, and the attention kernels."""
     pattern = r"projector|\w+\.(patch_embedding|pre_layrnorm|embed_tokens|layers\.\d+|norm|lm_head)"
-    names = {module: name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+    name_of = {module: name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
     ops = torch.ops.aten
     cpu_attention = ops._scaled_dot_product_flash_attention_for_cpu
     packed = ops._weight_int8pack_mm, ops._weight_int4pack_mm_for_cpu, ops._weight_int4pack_mm
     counter = FlopCounterMode(display=False, custom_mapping={             # not known to torch 2.13
-        cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        **dict.fromkeys(packed, lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1])})
+        cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),           # of these shapes
+        **dict.fromkeys(packed, lambda shape, *_, out_shape, **__: 2 * math.prod(shape) * out_shape[-1])})
 
     def print_row(name: str, shape, *cells) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{name:33}{str(shape):>20}", *cells, sep="")
 
-    counted, timed = record_calls(model, inputs, names, counter)
+    counted, timed = record_calls(model, inputs, name_of, counter)
     print_row("module", "shape", "dtype", "parameters", "GFLOP", "ms", "bits of each", "MB")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
         print_row(f"image {width} x {height}", list(tiles.shape), tiles.dtype)
@@ -1786,7 +1796,7 @@ def print_trace(model: Llava, inputs: dict) -> None:
         module, y, flops, _ = counted[i]
         gflop, ms = (flops - counted[i - 1][2]) / 1e9, 1e3 * (timed[i][3] - timed[i - 1][3])
         weights, size = count_weights(module)
-        print_row(names[module], list(y.shape), y.dtype, f"{weights:,}", f"{gflop:.3f}", f"{ms:.2f}",
+        print_row(name_of[module], list(y.shape), y.dtype, f"{weights:,}", f"{gflop:.3f}", f"{ms:.2f}",
                   f"{8 * size / max(1, weights):.1f}", f"{size / 1e6:,.1f}")
     kernels = {str(op) for op in counter.get_flop_counts()["Global"] if "attention" in str(op)}
     print(f"attention kernels: {', '.join(sorted(kernels)) or 'none'}\n")
@@ -1795,12 +1805,12 @@ def print_trace(model: Llava, inputs: dict) -> None:
 @torch.inference_mode()
 def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
     """What token reduction keeps of the tiles of an image, uint8 [N, 3, size, size], one row a tile. Left:
-    kept patches clear, the others dark, with PruMerge in the color of the patch that they are merged
-    into. Right: the attention of the CLS token."""
+    kept patches clear, the others dark, with PruMerge in the color of the first kept patch that they are
+    merged into. Right: the attention of the CLS token."""
     size, side, config = tiles.shape[-1], model.config.vision.side, model.config
-    weight, keep = model.vision_tower.class_embedding, config.keep_tokens
-    pixels, canvas = normalize(tiles.to(weight.device)), Image.new("RGB", (2 * size, len(tiles) * size))
-    states = model.vision_tower(pixels.to(weight.dtype), config.vision_feature_layer)
+    like, keep = model.vision_tower.class_embedding, config.keep_tokens
+    pixels, canvas = normalize(tiles.to(like.device)), Image.new("RGB", (2 * size, len(tiles) * size))
+    states = model.vision_tower(pixels.to(like.dtype), config.vision_feature_layer)
 
     def enlarge(patches: Tensor) -> Image.Image:                          # [P] or [P, 3] of 0...255
         values = patches.byte().cpu().unflatten(0, (side, side)).numpy()
@@ -1814,7 +1824,7 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
             kept = diverse_patches(model.projector(states[i, 1:]), keep)
         else:
             variant = PRUMERGE[config.prune]
-            kept = choose_patches(attention, budget=None if keep is None else keep - 1, **variant)
+            kept = choose_patches(attention, tokens=keep, **variant)
             merged = prumerge(attention, keys, tokens=keep, **variant)[:len(kept)].cpu() > 0     # [m, P]
             hues = [ImageColor.getrgb(f"hsl({137 * n % 360}, 80%, 50%)") for n in range(len(kept))]
             colors = torch.tensor(hues)[merged.int().argmax(0)].where(merged.any(0)[:, None], colors)

@@ -422,7 +422,7 @@ def open_config(args: Args) -> LlavaConfig:
     """The configuration of the model to train; reads config.json alone."""
     fields = {}
     for source in [args.init] if args.init else [args.vision, args.language]:
-        fields |= open_checkpoint(source, weights=False, bases=args.base)[0]
+        fields |= open_checkpoint(source, weights=False, moved=args.base)[0]
     if args.stage == 2 and fields.get("template") == "plain":
         fields["template"] = TEMPLATE_OF[fields["text"].model_type]
     for name in ("projector", "image_mode", "template", "prune", "keep_tokens"):

@@ -102,7 +102,7 @@ def test_a_row_of_a_batch_that_is_not_contiguous_is_read_rightly(bits, dtype, to
 @each_case
 def test_without_a_kernel_blocks_give_the_same_numbers(bits, dtype, tolerance, monkeypatch):
     reference = make_layer(bits)
-    monkeypatch.setattr(llava, "kernel_half", lambda: None)
+    monkeypatch.setattr(llava, "kernel_width", lambda: None)
     layer, x = make_layer(bits), torch.randn(4, 256).to(dtype)
     layer.kernel_tokens = 0                            # 8 bits have a kernel on every CPU
     with Recorder() as recorder:
@@ -132,10 +132,10 @@ def test_a_learning_layer_in_bf16_does_not_call_a_kernel_without_gradient():
 
 @has_kernel
 def test_int4_is_packed_as_torch_packs_it():
-    half = llava.kernel_half()
+    width = llava.kernel_width()
     q = torch.randint(0, 16, (192, 96), generator=torch.Generator().manual_seed(0))
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
-    assert torch.equal(llava.pack_int4(q.byte().T, half).flatten(), theirs.flatten())
+    assert torch.equal(llava.pack_int4(q.byte().T, width).flatten(), theirs.flatten())
 
 
 def pack_tinygemm(pairs: torch.Tensor) -> torch.Tensor:

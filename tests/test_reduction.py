@@ -73,8 +73,8 @@ def test_every_tile_keeps_the_budget(name, keep):
 def test_prumerge_at_a_budget_takes_the_strongest_patches_and_plus_spreads_half():
     attention, keys = torch.rand(36), torch.randn(36, 4)
     order = attention.argsort(descending=True)
-    assert llava.choose_patches(attention, budget=7).tolist() == order[:7].tolist()
-    kept = llava.choose_patches(attention, plus=True, budget=8).tolist()
+    assert llava.choose_patches(attention, tokens=8).tolist() == order[:7].tolist()
+    kept = llava.choose_patches(attention, plus=True, tokens=9).tolist()
     rest = sorted(set(range(36)) - set(order[:4].tolist()))
     assert kept == order[:4].tolist() + [rest[0], rest[8], rest[16], rest[24]]
     mix = llava.prumerge(attention, keys, tokens=8)
