@@ -111,6 +111,11 @@ def test_an_impossible_budget_is_refused(name, keep, message):
         model_with(name, keep)
 
 
+def test_prumerge_refuses_features_of_the_last_layer_whose_attention_no_layer_computes():
+    with pytest.raises(UserError, match="takes them from the last layer"):
+        model_with("prumerge", vision_feature_layer=-1)
+
+
 @pytest.mark.parametrize("name", llava.PRUMERGE)
 @pytest.mark.parametrize("attention", ["flat", "random", "loud"])
 def test_prumerge_keeps_no_more_tokens_than_counted(name, attention):

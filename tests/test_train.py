@@ -384,6 +384,19 @@ def test_an_adapter_opens_merged(toy_folder, tmp_path, monkeypatch):
     assert abs(opened - adapted) < 1e-5 < abs(before - adapted)
 
 
+def test_a_lora_trained_over_a_lora_run_adds_to_it(toy_folder, tmp_path, monkeypatch):
+    trained, save = [], train.Checkpoints.save
+    monkeypatch.setattr(train.Checkpoints, "save", lambda *all: (trained.append(all[1]), save(*all)))
+    go(toy_folder, tmp_path / "first", "--lora-rank 2")
+    go(toy_folder, tmp_path / "second", f"--init {tmp_path}/first --lora-rank 3")
+    opened = Llava.from_pretrained(tmp_path / "second", dtype=torch.float32)
+    layer = trained[1].language_model.layers[0].mlp["up_proj"]            # over the first one, merged
+    change = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+    assert change.norm() > 1e-3 * layer.frozen.weight.norm()
+    torch.testing.assert_close(opened.language_model.layers[0].mlp["up_proj"].weight,
+                               layer.frozen.weight + change)
+
+
 def test_activation_checkpointing_gives_equal_weights(toy_folder, whole, tmp_path):
     go(toy_folder, tmp_path, "--checkpoint-blocks 2")
     assert weights(tmp_path) == weights(whole)
