@@ -65,7 +65,7 @@ UTILIZATION = {"16 bits": 0.34, "quantized": 0.11}       # of a GPU's speed, mea
 MEMORY_FRACTION = 0.95                       # the share of a GPU's memory to use: the allocator needs some
 ALLOCATOR_OVERHEAD = 1.15                    # on a CPU malloc holds 1.0 to 1.3 times the temporary tensors
 CHUNK = {"gpu": 1 << 24, "cpu": 1 << 18}     # weights updated at once; on a CPU they fit into its cache
-SHARD_BYTES = 2 * 10**9                      # of a checkpoint's files; saving takes up to two of host memory
+SHARD_BYTES = 2 * 10**9                      # of a file of a checkpoint; saving holds up to two in memory
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 progress = partial(tqdm, leave=False, disable=RANK > 0)
 
@@ -81,31 +81,33 @@ def run_stage(args: Args) -> None:
     processor = Processor.from_pretrained(args.tokenizer or args.init or args.language, config)
     if args.check_data:
         return check_data(args, processor)
-    samples, val = Samples(read_records(args.data, args.images), processor, args.max_length), None
+    samples = Samples(read_records(args.data, args.images), processor, args.max_length)
     if args.show is not None:
         return show(samples, args.show)
-    if args.val:
-        val = Samples(read_records(args.val, args.val_images or args.images), processor, args.max_length)
+    val = args.val and Samples(read_records(args.val, args.val_images or args.images), processor,
+                               args.max_length)
     for file, data in ((args.data, samples), (args.val, val)):
         if data and not data.usable:
             raise UserError(f"{file}: no record has an answer within --max-length {args.max_length}")
     batches = [batch for epoch in range(args.epochs) for batch in make_batches(
         samples.usable, samples.lengths, args.batch_size, args.seed + epoch)]
     checkpoints = Checkpoints(args, len(batches))
+    if args.resume and args.micro_batch_size is None:        # as the run began, whatever is free now
+        args.micro_batch_size = checkpoints.saved.get("micro_batch_size")
     with torch.device("meta"):
         sketch = Llava(config)               # shapes without memory, for the estimates
     choose_trainable(sketch, args)
-    need = choose_micro_batch(sketch, samples, batches, args)
+    need = choose_micro_batch(sketch, samples, batches, args)             # sets the flags that were left open
     loads = [largest_load(samples, [batch], args.micro_batch_size) for batch in batches]
-    batches.insert(0, batches.pop(loads.index(max(loads))))               # if it does not fit, fail early
+    batches.insert(0, batches.pop(loads.index(max(loads))))  # most tokens first: if it does not fit, fail early
     if args.plan:
         return print_plan(sketch, need, samples, len(batches), args)
     newest = checkpoints.to_resume()
     print_summary(args, samples, len(batches), newest, sketch)
-    estimate = peak_memory(args.device) + estimate_memory(sketch, max(loads), args)["peak"]
+    first_step = peak_memory(args.device) + estimate_memory(sketch, max(loads), args)["peak"]
     try:
         model, optimizer = build(args, config, newest)
-        log = TrainingLog(args, optimizer.steps, len(batches), estimate)
+        log = TrainingLog(args, optimizer.steps, len(batches), first_step)
         train(model, optimizer, samples, val, batches, checkpoints, log, args)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{args.device} is out of memory ({first_line(error)}): use a smaller --micro-batch-"
@@ -117,17 +119,17 @@ def train(model: Llava, optimizer: Adam, samples: Samples, val: Samples | None, 
     """The training loop. A step is one update from one batch, in micro-batches that fit into memory."""
     with deferred_signals() as signals:
         began = time.perf_counter()
-        for batch in make_loader(samples, batches[optimizer.steps:], args):
+        for micro_batches in make_loader(samples, batches[optimizer.steps:], args):
             waited = time.perf_counter() - began
             optimizer.begin(args.lr * schedule(optimizer.steps, len(batches)))
-            step, loss = optimizer.steps, 0.0
+            step, loss = optimizer.steps, 0.0        # 1 in the first step: begin has counted it
             torch.manual_seed(args.seed + step)      # random numbers depend on the step: resuming is exact
-            micro_batches, tokens = weigh_micro_batches(batch, len(batches[step - 1]))
-            for micro, weight in micro_batches:
-                weighted = model(**to_device(micro, args.device)) * weight
-                check_finite("loss", weighted.item(), samples, batches, step)
-                weighted.backward()                  # with --in-backward this also updates the weights
-                loss += weighted.item()
+            weighted, tokens = weigh_micro_batches(micro_batches, len(batches[step - 1]))
+            for micro_batch, weight in weighted:
+                part = model(**to_device(micro_batch, args.device)) * weight
+                check_finite("loss", part.item(), samples, batches, step)
+                part.backward()                      # with --in-backward this also updates the weights
+                loss += part.item()
             norm = optimizer.clip(args.clip)
             check_finite("gradient", norm, samples, batches, step)
             optimizer.step()
@@ -155,16 +157,17 @@ def make_loader(samples: Samples, batches: list[list[int]], args: Args) -> DataL
 def weigh_micro_batches(micro_batches: list[dict] | OSError, batch_size: int
                         ) -> tuple[list[tuple[dict, float]], int]:
     """([(micro-batch, weight of its mean loss), ...], the number of supervised tokens in the step).
-    All supervised tokens of a step have equal weight. Gradients are averaged over the processes, and
-    all must take part in every pass: one with fewer micro-batches repeats its last one with weight 0."""
-    if isinstance(micro_batches, OSError):
+    Each process sums its weighted losses, and gradients are averaged over the processes: the result is
+    the mean over all supervised tokens of the step. All must make equally many passes, so a process with
+    fewer micro-batches repeats its last one with weight 0."""
+    if isinstance(micro_batches, OSError):   # see Samples.__getitem__
         raise micro_batches
-    counts = [int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in micro_batches]
+    counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro_batches]
     if RANK >= batch_size:                   # it has no record in this step, only the stand-in of make_loader
         counts = [0] * len(micro_batches)
     tokens = all_reduce(sum(counts))
     missing = int(all_reduce(len(counts), dist.ReduceOp.MAX)) - len(counts)
-    weighted = [(micro, PROCESSES * count / tokens) for micro, count in zip(micro_batches, counts)]
+    weighted = [(batch, PROCESSES * count / tokens) for batch, count in zip(micro_batches, counts)]
     return weighted + [(micro_batches[-1], 0.0)] * missing, int(tokens)
 
 
@@ -174,23 +177,20 @@ def validation_loss(model: Llava, val: Samples, args: Args) -> float:
     order = sorted(val.usable, key=lambda i: -val.lengths[i])
     size, total, tokens = args.micro_batch_size * PROCESSES, 0.0, 0
     batches = [order[i:i + size] for i in range(0, len(order), size)]
-    loader = make_loader(val, batches, args)
-    for indices, batch in zip(batches, progress(loader, desc="validation", delay=2)):
-        micro_batches, count = weigh_micro_batches(batch, len(indices))
-        loss = sum(model(**to_device(micro, args.device)).item() * weight for micro, weight in micro_batches)
+    loader = progress(make_loader(val, batches, args), desc="validation", delay=2)
+    for batch, micro_batches in zip(batches, loader):
+        weighted, count = weigh_micro_batches(micro_batches, len(batch))
+        loss = sum(model(**to_device(part, args.device)).item() * weight for part, weight in weighted)
         total, tokens = total + all_reduce(loss) / PROCESSES * count, tokens + count
     if PROCESSES > 1:
         model.reshard()                      # FSDP2 does so in a backward pass only
     return total / tokens
 
 
-def to_device(micro: dict, device: str) -> dict:
-    """A micro-batch on the device. Images are copied as uint8 and normalized there; a copy from pinned
-    memory overlaps with computing."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in micro.items()
-             if isinstance(value, Tensor)}
-    images = [image.to(device, non_blocking=True) for image in micro["images"]]
-    return micro | moved | {"images": images}
+def to_device(micro_batch: dict, device: str) -> dict:
+    """A micro-batch with its images on the device, as uint8, to be normalized there; a copy from pinned
+    memory overlaps with computing. Llava.splice reads ids and labels on the CPU."""
+    return micro_batch | {"images": [image.to(device, non_blocking=True) for image in micro_batch["images"]]}
 
 
 def schedule(step: int, steps: int) -> float:
@@ -206,8 +206,8 @@ def check_finite(what: str, value: float, samples: Samples, batches: list[list[i
     if math.isfinite(value):
         return
     names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
-    raise UserError(f"step {step}: the {what} is {value}, so the run stops as last saved; use a lower --lr "
-                    f"or remove the record that causes it; the step contained the records {names}")
+    raise UserError(f"step {step}: the {what} is {value}, so the run stops; its last checkpoint is kept. Use a "
+                    f"lower --lr or remove the record that causes it; the step contained the records {names}")
 
 
 @contextmanager
@@ -238,7 +238,7 @@ class TrainingLog:
     """One line per step in RUN/log.jsonl and on the screen; only one process writes the file."""
 
     def __init__(self, args: Args, done: int, steps: int, estimate: float):
-        """Lines after the `done` steps of the checkpoint are removed; `estimate` is in bytes."""
+        """Lines after the `done` steps of the checkpoint are removed; `estimate`: bytes in the first step."""
         self.device, self.estimate = args.device, estimate
         self.bar = progress(total=steps, initial=done, desc=f"stage {args.stage}", unit="step")
         args.out.mkdir(parents=True, exist_ok=True)
@@ -337,9 +337,9 @@ def read_record(record: dict, folder: Path) -> dict:
 
 
 class Samples(Dataset):
-    """Records as ids, labels and uint8 images, cut to max_length tokens, counting the image tokens that
-    are left after token reduction. Lists with an entry per record: `lengths` in tokens, `supervised`
-    tokens, image `tiles`. `cut`: records that were too long; `usable`: those with a supervised token."""
+    """Records as ids, labels and uint8 images, cut to max_length tokens; an image counts as its tokens
+    after token reduction. Lists with an entry per record: `lengths` and `supervised`, numbers of tokens,
+    and `tiles`. Lists of indices: `cut`, the records that are too long, `usable`, those with an answer."""
 
     def __init__(self, records: list[dict], processor: Processor, max_length: int):
         self.records, self.processor, self.max_length = records, processor, max_length
@@ -423,7 +423,7 @@ def open_config(args: Args) -> LlavaConfig:
     fields = {}
     for source in [args.init] if args.init else [args.vision, args.language]:
         fields |= open_checkpoint(source, weights=False, moved=args.base)[0]
-    if args.stage == 2 and fields.get("template") == "plain":
+    if args.stage == 2 and fields.get("template") == "plain":             # --init is a run of stage 1
         fields["template"] = TEMPLATE_OF[fields["text"].model_type]
     for name in ("projector", "image_mode", "template", "prune", "keep_tokens"):
         if getattr(args, name) is not None:
@@ -445,7 +445,7 @@ def build(args: Args, config: LlavaConfig, newest: Path | None) -> tuple[Llava, 
             p.data = p.data.clone()          # into memory: until now they are mapped files
     if newest:
         load_trained(model, newest)
-    wrap_blocks(model, args)
+    wrap_layers(model, args)
     optimizer = Adam(model.named_parameters(), in_backward=args.in_backward, compile=args.compile)
     if newest:
         optimizer.load(newest)
@@ -453,7 +453,7 @@ def build(args: Args, config: LlavaConfig, newest: Path | None) -> tuple[Llava, 
 
 
 def choose_trainable(model: Llava, args: Args) -> None:
-    """Stage 1: the projector. Stage 2: also the language model, or LoRA on each of its linear layers."""
+    """Stage 1: the projector. Stage 2: also the language model, or LoRA in its layers, but not in lm_head."""
     trainable = ("projector.", "image_newline")
     if args.stage == 2 and not args.lora_rank:
         trainable += ("language_model.",)
@@ -461,14 +461,14 @@ def choose_trainable(model: Llava, args: Args) -> None:
         p.requires_grad_(name.startswith(trainable))
     if not args.lora_rank:
         return
-    blocks, tower = list(model.language_model.layers), model.vision_tower.layers
-    if args.lora_vision:                     # not in the layers that LLaVA never evaluates
-        blocks += tower[:len(tower) + 1 + model.config.vision_feature_layer]
+    layers, tower = list(model.language_model.layers), model.vision_tower.layers
+    if args.lora_vision:                     # only in those that VisionTower.forward evaluates
+        layers += tower[:len(tower) + 1 + model.config.vision_feature_layer]
     like = model.language_model.embed_tokens.weight
-    for block in blocks:
-        for name, module in list(block.named_modules()):
-            if hasattr(module, "in_features"):                            # nn.Linear or QuantizedLinear
-                block.set_submodule(name, LoRA(module, args.lora_rank, args.lora_alpha, like))
+    for layer in layers:
+        for name, module in list(layer.named_modules()):
+            if hasattr(module, "in_features"):           # nn.Linear or QuantizedLinear
+                layer.set_submodule(name, LoRA(module, args.lora_rank, args.lora_alpha, like))    # trainable
 
 
 class LoRA(nn.Module):
@@ -487,9 +487,9 @@ class LoRA(nn.Module):
         return self.frozen(x) + self.scale * self.lora_B(self.lora_A(x))
 
 
-def wrap_blocks(model: Llava, args: Args) -> None:
+def wrap_layers(model: Llava, args: Args) -> None:
     """Compile each layer, checkpoint the first ones of the language model, shard the model by FSDP2: in
-    place, as the flags and torchrun ask."""
+    place, as the flags and torchrun ask; and give all trainable parameters a gradient in each step."""
     model.language_model.register_forward_pre_hook(partial(connect_parameters, model))
     if args.compile:
         for layer in [*model.vision_tower.layers, *model.language_model.layers]:
@@ -503,11 +503,12 @@ def wrap_blocks(model: Llava, args: Args) -> None:
 
 
 def connect_parameters(model: Llava, _, inputs: tuple) -> tuple:
-    """Add 0 × the trainable parameters before the language model to its input. Without it a batch without
-    images gives them no gradient, for which other processes would wait; one process takes equal steps."""
-    unused = [p.sum() for name, p in model.named_parameters()
+    """Add 0 × all other trainable parameters to the language model's input: in a batch without images their
+    gradient is then 0 instead of None, for which the other processes would wait. So also in one process:
+    Adam's steps are the same for any number of them."""
+    others = [p.sum() for name, p in model.named_parameters()
               if p.requires_grad and not name.startswith("language_model.")]
-    return inputs[0] + 0 * sum(unused), *inputs[1:]
+    return inputs[0] + 0 * sum(others), *inputs[1:]
 
 
 def local_shard(t: Tensor) -> Tensor:
@@ -547,7 +548,7 @@ class Adam:
         for name, p in self.parameters.items():
             self.state[f"{name}.m"], self.state[f"{name}.v"] = torch.zeros_like(p), torch.zeros_like(p)
             if p.dtype == torch.bfloat16:
-                self.state[f"{name}.low"] = torch.zeros_like(p)           # 16 bits; FSDP exchanges no int16
+                self.state[f"{name}.low"] = torch.zeros_like(p)  # int16 bits as bf16: FSDP exchanges no int16
             if in_backward:
                 p.register_post_accumulate_grad_hook(partial(self.update, name))
 
@@ -561,10 +562,11 @@ class Adam:
                 state.copy_(saved)
 
     def begin(self, lr: float) -> None:
-        """Begin a step. The bias corrections are tensors, so that torch.compile treats them as variables."""
+        """Begin the next step, from 1. `rate` is lr with the bias correction of m, v_correction that of v:
+        tensors, so that torch.compile treats them as variables."""
         self.steps, self.lr, self.square_sum = self.steps + 1, lr, 0.0
         self.rate = torch.tensor(lr / (1 - self.betas[0]**self.steps))
-        self.v_scale = torch.tensor(1 - self.betas[1]**self.steps)
+        self.v_correction = torch.tensor(1 - self.betas[1]**self.steps)
 
     def clip(self, max_norm: float | None) -> float:
         """Return the norm of the whole gradient and, without in_backward, scale it down to max_norm."""
@@ -585,24 +587,23 @@ class Adam:
         gradient, weight = local_shard(p.grad).reshape(-1), local_shard(p.detach()).view(-1)
         p.grad = None
         size = CHUNK["cpu" if p.device.type == "cpu" else "gpu"]
-        kinds, noise = ("m", "v"), None
-        if p.dtype == torch.bfloat16:        # float32 weights need neither low bits nor rounding noise
-            kinds = ("m", "v", "low")
+        keys, noise = [f"{name}.{key}" for key in ("m", "v", "low")], None
+        if p.dtype == torch.bfloat16:        # float32 weights have neither low bits nor rounding noise
             noise = torch.randint(1 << 16, (min(size, len(weight)),), dtype=torch.int32, device=p.device)
-        states = [local_shard(self.state[f"{name}.{kind}"]).view(-1) for kind in kinds]
-        for chunk, *chunks in zip(*(tensor.split(size) for tensor in (gradient, weight, *states))):
+        states = [local_shard(self.state[key]).view(-1) for key in keys if key in self.state]
+        for chunk, *others in zip(*(tensor.split(size) for tensor in (gradient, weight, *states))):
             if self.in_backward:             # not in update_chunk, where a compiled sum would be slow
                 self.square_sum += torch.linalg.vector_norm(chunk, dtype=torch.float32).square()
-            self.update_chunk(chunk, *chunks, noise=noise, rate=self.rate, v_scale=self.v_scale)
+            self.update_chunk(chunk, *others, noise=noise, rate=self.rate, v_correction=self.v_correction)
 
     def update_chunk(self, gradient: Tensor, p: Tensor, m: Tensor, v: Tensor, low: Tensor | None = None, *,
-                     noise: Tensor | None, rate: Tensor, v_scale: Tensor) -> None:
+                     noise: Tensor | None, rate: Tensor, v_correction: Tensor) -> None:
         """Adam's rule, in place; the memory of the float32 gradient is reused."""
         gradient = gradient.float()
         new_m = m.float().lerp_(gradient, 1 - self.betas[0])
         new_v = v.float().lerp_(gradient.square_(), 1 - self.betas[1])
-        change = torch.div(new_v, v_scale, out=gradient).sqrt_().add_(self.eps)
-        change = torch.div(new_m, change, out=change).mul_(rate)
+        root = torch.div(new_v, v_correction, out=gradient).sqrt_().add_(self.eps)
+        change = torch.div(new_m, root, out=root).mul_(rate)
         if low is None:                      # float32: new_m is m, new_v is v
             p.sub_(change)
         else:
@@ -619,7 +620,7 @@ def join_bits(high: Tensor, low: Tensor) -> Tensor:
 def split_bits(exact: Tensor, high: Tensor, low: Tensor) -> None:
     """The reverse: `high` becomes the nearest bf16, `low` the low 16 bits; `exact` is overwritten."""
     bits = exact.view(torch.int32)
-    low.view(torch.int16).copy_(bits)        # from 0x8000 on a negative int16, and `high` is rounded up
+    low.view(torch.int16).copy_(bits)        # negative from 0x8000 on, which undoes the rounding up of `high`
     high.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
 
@@ -636,13 +637,14 @@ Load = namedtuple("Load", "tokens supervised tiles")         # of a micro-batch;
 
 
 def largest_load(samples: Samples, batches: list[list[int]], micro_batch_size: int) -> Load:
-    """The maximum of each field over the longest micro-batch of each process in each of `batches`."""
+    """The maximum of each field over all `batches` and processes, of the longest micro-batch that a process
+    makes of its part of a batch."""
     loads = []
-    for share in [batch[rank::PROCESSES] or batch[:1] for batch in batches for rank in range(PROCESSES)]:
-        micro = sorted(share, key=lambda i: -samples.lengths[i])[:micro_batch_size]
-        loads.append(Load(tokens=len(micro) * samples.lengths[micro[0]],
-                          supervised=sum(samples.supervised[i] for i in micro),
-                          tiles=sum(samples.tiles[i] for i in micro)))
+    for part in [batch[rank::PROCESSES] or batch[:1] for batch in batches for rank in range(PROCESSES)]:
+        longest = sorted(part, key=lambda i: -samples.lengths[i])[:micro_batch_size]
+        loads.append(Load(tokens=len(longest) * samples.lengths[longest[0]],
+                          supervised=sum(samples.supervised[i] for i in longest),
+                          tiles=sum(samples.tiles[i] for i in longest)))
     return Load(*(max(column) for column in zip(*loads)))
 
 
@@ -657,38 +659,39 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
             "gradients": size * (max(trainable) if args.in_backward else sum(trainable)) / PROCESSES,
             "activations": activation_bytes(model.config, load, args, size),
             "logits": 12 * load.supervised * text.vocab_size}    # float32: log-softmax, two gradients
-    # Gradients of earlier micro-batches; and those there are when backward reaches checkpointed layers.
+    # Gradients before this backward pass (of earlier micro-batches), and when it reaches checkpointed layers.
     earlier, so_far = 0.0, need["gradients"] * (1 - args.checkpoint_blocks / text.num_hidden_layers)
     if args.in_backward:
         so_far = 0.0
-    elif args.micro_batch_size < args.batch_size:
+    elif args.micro_batch_size < math.ceil(args.batch_size / PROCESSES):
         earlier = so_far = need["gradients"]
     at_update = need["activations"] if args.in_backward else 0.0          # lm_head's update is the first
     in_mlp = load.tokens * size * (C + (2 if args.stage == 2 else 3) * text.intermediate_size)
-    in_layer = load.tokens * (attention + mlp) + in_mlp      # also its activations, perhaps recomputed
-    if on_cpu:                               # backward of the last layer's first norm, after its attention's
+    in_layer = load.tokens * (attention + mlp) + in_mlp      # backward of a layer: also what autograd kept
+    if on_cpu:                               # backward of its first norm, when its attention's part is freed
         last = load.tokens * ((24 + size) * C - attention)   # six float32 tensors
-    else:                                    # forward of its attention; the fused norm keeps no copy of x
-        last, in_layer = load.tokens * 4 * size * C, in_layer - load.tokens * size * C
+    else:                                    # forward of its attention
+        last = load.tokens * 4 * size * C
+        in_layer -= load.tokens * size * C   # the fused norm keeps no copy of x
     inputs = load.tokens * size * C * args.checkpoint_blocks
     update = 24 * min(max(trainable), CHUNK["cpu" if on_cpu else "gpu"])  # six float32 tensors
-    moments = (need["activations"] + need["logits"] + earlier,            # at the loss
-               need["activations"] + last + earlier,                      # in the last layer's attention
-               inputs + in_layer + so_far,                                # in the last checkpointed layer's
-               need["gradients"] + in_layer,                              # in the first layer's
-               at_update + need["gradients"] + update)                    # in the optimizer
-    need["peak"] = need["weights"] + need["optimizer"] + max(moments) * (ALLOCATOR_OVERHEAD if on_cpu else 1)
+    phases = (need["activations"] + need["logits"] + earlier,             # the loss
+              need["activations"] + last + earlier,                       # the last layer's attention
+              inputs + in_layer + so_far,                                 # backward of a checkpointed layer
+              need["gradients"] + in_layer,                               # backward of the first layer
+              at_update + need["gradients"] + update)                     # the update
+    need["peak"] = need["weights"] + need["optimizer"] + max(phases) * (ALLOCATOR_OVERHEAD if on_cpu else 1)
     return need
 
 
 def is_for_cpu(args: Args) -> bool:
-    """Whether the estimate is for a CPU: there RMSNorm is several operators, on a GPU one fused kernel."""
-    return args.card == "cpu" or not (args.card or args.device.startswith("cuda"))
+    """Whether to estimate as for a CPU (or MPS), where RMSNorm is several operators, on CUDA one kernel."""
+    return args.card == "cpu" if args.card else not args.device.startswith("cuda")
 
 
 def weight_bytes(model: Llava, args: Args, size: int) -> float:
-    """Bytes of all weights on one device. Of several processes each holds its shards and, as FSDP2
-    gathers them, all of two decoder layers and all that is in no decoder layer."""
+    """Bytes of all weights on one device. Of several processes each holds its shard, and in full what FSDP2
+    gathers: two decoder layers at a time, and all that is outside of decoder layers."""
     total, gathered = 0.0, 0.0
     for name, p in model.named_parameters():
         bits = 8 * size
@@ -697,22 +700,22 @@ def weight_bytes(model: Llava, args: Args, size: int) -> float:
             if args.quantize == "int4" and "lm_head" not in name:
                 bits = 5                     # 4 bits, a bf16 scale and a bf16 middle for 32 weights
         total += p.numel() * bits / 8
-        if re.match(r"language_model\.layers\.[01]\.|(?!language_model\.layers)", name):
+        if re.match(r"language_model\.layers\.[01]\.|(?!language_model\.layers)", name):    # any two
             gathered += p.numel() * bits / 8
     return total if PROCESSES == 1 else total / PROCESSES + gathered
 
 
 def layer_bytes(text: TextConfig, args: Args, size: int) -> tuple[int, int]:
-    """Bytes a token that autograd keeps of a decoder layer: of its attention, of its MLP."""
+    """What autograd keeps of a decoder layer, in bytes per token: of its attention, of its MLP."""
     C, inner = text.hidden_size, text.intermediate_size
     qkvy = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
     norm = 4 if is_for_cpu(args) else size   # a norm's input, on a CPU in float32
     attention, mlp = norm * C + size * qkvy, norm * C + size * 3 * inner
     if args.stage == 2:                      # inputs of the trainable layers; with LoRA also of its B
-        rank = args.lora_rank or 0           # o_proj reads y, which attention keeps already
-        attention += size * (C + 4 * rank)
+        rank = args.lora_rank or 0
+        attention += size * (C + 4 * rank)   # o_proj's input y is in qkvy
         mlp += size * (C + inner + 3 * rank)
-        if not args.lora_rank:               # of the norms' weights
+        if not args.lora_rank:               # the norms' normalized inputs, for their weights' gradients
             attention, mlp = attention + size * C, mlp + size * C
     return attention, mlp
 
@@ -752,7 +755,7 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list, args: Args
             need = estimate_memory(model, load, args)
             if need["peak"] < MEMORY_FRACTION * available:
                 return need
-    return need
+    return need                              # nothing fits: the run tries the smallest
 
 
 def peak_memory(device: str) -> int:
@@ -780,8 +783,8 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Arg
     flops = args.epochs * sum(
         passes * language_flops(config.text, samples.lengths[i], samples.supervised[i])
         + tile * samples.tiles[i] for i in samples.usable)
-    share = UTILIZATION["quantized" if args.quantize else "16 bits"]
-    hours = flops / (speed * 1e12 * share * PROCESSES) / 3600
+    utilization = UTILIZATION["quantized" if args.quantize else "16 bits"]
+    hours = flops / (speed * 1e12 * utilization * PROCESSES) / 3600
     for name, size in need.items():
         print(f"  {name:12} {size / 2**30:10.2f} GiB")
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if bf16 else 4)
@@ -793,7 +796,7 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Arg
               "smaller --batch-size")
     tokens = args.epochs * sum(samples.lengths[i] for i in samples.usable)
     print(f"  {tokens:,} tokens, {flops / 1e15:,.3g} PFLOP: {hours:,.2f} hours on {PROCESSES} x {args.card}, "
-          f"at {share:.0%} of {speed:g} TFLOP/s")
+          f"at {utilization:.0%} of {speed:g} TFLOP/s")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -839,21 +842,23 @@ def check_record(raw, i: int, folder: Path) -> tuple[dict | ValueError, list[str
     return record, odd
 
 
-def show(samples: Samples, record: int) -> None:
-    """Print a record as the model gets it: which tokens are image, prompt, supervised and end."""
-    if not 0 <= record < len(samples):
-        raise UserError(f"--show {record}: the records are 0 to {len(samples) - 1}")
-    processor, files = samples.processor, list(samples.records[record]["images"])
-    ids, labels, _, _ = samples.tokenize(record)
+def show(samples: Samples, index: int) -> None:
+    """Print a record as the model gets it: which tokens are image, prompt, answer and end, and learned."""
+    if not 0 <= index < len(samples):
+        raise UserError(f"--show {index}: the records are 0 to {len(samples) - 1}")
+    processor, files = samples.processor, list(samples.records[index]["images"])
+    ids, labels, _, _ = samples.tokenize(index)
     special = {processor.config.image_token_id: "image", processor.bos: "start", processor.eos: "end"}
-    colors = {"image": 35, "start": 31, "end": 31, "prompt": 34, "answer": 32}
-    states = [("prompt", "") if label == IGNORE else ("answer", "learned") for label in labels]
-    kinds = [(special.get(token, usual), learned) for token, (usual, learned) in zip(ids, states)]
+    colors = {"image": 35, "start": 31, "end": 31, "prompt": 34, "answer": 32}       # of the terminal
+    kinds = []
+    for token, label in zip(ids, labels):
+        kind, learned = ("prompt", "") if label == IGNORE else ("answer", "learned")
+        kinds.append((special.get(token, kind), learned))
     for (kind, learned), group in groupby(zip(kinds, ids), key=lambda pair: pair[0]):
         text = "".join(str(files.pop(0)) if kind == "image" else processor.tokenizer.id_to_token(token)
                        for _, token in group).replace("▁", " ").replace("<0x0A>", "\n")
         print(f"{kind:8}{learned:8}\033[{colors[kind]}m{text}\033[0m")
-    print(f"{samples.lengths[record]} tokens with those of the images, {samples.supervised[record]} learned")
+    print(f"{samples.lengths[index]} tokens with those of the images, {samples.supervised[index]} learned")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -875,8 +880,6 @@ class Checkpoints:
         self.out, self.folder, self.args, self.total_steps = args.out, args.out / "trainer", args, steps
         self.newest = max(self.folder.glob("step-*"), default=None)
         self.saved = read_json(self.newest / "run.json") if self.newest else {}
-        if args.resume and args.micro_batch_size is None:    # as the run began, whatever is free now
-            args.micro_batch_size = self.saved.get("micro_batch_size")
 
     def settings(self) -> dict:
         chosen = {name: getattr(self.args, name) for name in self.SETTINGS}
@@ -884,7 +887,7 @@ class Checkpoints:
         return chosen | {"processes": PROCESSES, "data": data}
 
     def to_resume(self) -> Path | None:
-        """The checkpoint to continue from, if there is one; UserError if its settings differ."""
+        """The checkpoint to continue from, if there is one; UserError if a setting of SETTINGS differs."""
         if self.newest is None:
             return None
         if not self.args.resume:
@@ -925,19 +928,19 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"step {step} could not be saved to {self.folder} ({error}): what was saved "
                           "before is untouched; free some space and use --resume") from None
-        saved = unfinished.rename(self.folder / f"step-{step:06}")
+        newest = unfinished.rename(self.folder / f"step-{step:06}")
         for name in exported:
-            with atomic_write(self.out / name) as file:
-                link(saved / name, file)
+            with atomic_write(self.out / name) as target:
+                link(newest / name, target)
         for folder in older:
             shutil.rmtree(folder)
 
 
-def link(file: Path, name: Path) -> None:
+def link(source: Path, target: Path) -> None:
     try:
-        os.link(file, name)
+        os.link(source, target)
     except OSError:                          # a file system without hard links
-        shutil.copyfile(file, name)
+        shutil.copyfile(source, target)
 
 
 def save_adapter(folder: Path, model: Llava, args: Args) -> None:
@@ -945,17 +948,17 @@ def save_adapter(folder: Path, model: Llava, args: Args) -> None:
     write_json(folder / "config.json", hf_config(model.config, whole=False) | {"bases": model.bases})
     tensors = ((f"base_model.model.model.{name.replace('language_model.model.', 'language_model.')}", tensor)
                for name, tensor in model.hf_tensors(whole=False))
-    save_sharded(folder / "adapter_model.safetensors", tensors, sys.maxsize)
-    layers = {name.rsplit(".", 1)[1] for name, module in model.named_modules() if isinstance(module, LoRA)}
+    save_sharded(folder / "adapter_model.safetensors", tensors, sys.maxsize)         # one file
+    targets = {name.rsplit(".", 1)[1] for name, module in model.named_modules() if isinstance(module, LoRA)}
     where = r".*\.(language_model|vision_tower)\." if args.lora_vision else r".*\.language_model\."
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "base_model_name_or_path": model.bases[0], "r": args.lora_rank,
-        "lora_alpha": args.lora_alpha, "target_modules": rf"{where}.*\.({'|'.join(sorted(layers))})",
+        "lora_alpha": args.lora_alpha, "target_modules": rf"{where}.*\.({'|'.join(sorted(targets))})",
         "bias": "none", "modules_to_save": ["multi_modal_projector"]})
 
 
 def load_trained(model: Llava, folder: Path) -> None:
-    """Copy the trained weights of a checkpoint into a model as it was at the start."""
+    """Copy the trained weights of a checkpoint into a newly built model."""
     parameters = dict(model.named_parameters())
     for file in folder.glob("*model*.safetensors"):
         for name, saved in open_file(file).items():
@@ -971,7 +974,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--vision", metavar="ID", help="a CLIP: folder or hub id")
     add("--language", metavar="ID", help="a Mistral, LLaMA or Vicuna: folder or hub id")
     add("--init", metavar="ID", help="a LLaVA or a run to start from, instead of the two")
-    add("--base", action="append", default=[], metavar="ID", help="new place of a base that --init names")
+    add("--base", action="append", default=[], metavar="ID",
+        help="new place of a model that the run --init starts from; once for each, as in its config.json")
     add("--tokenizer", metavar="ID", help="where the tokenizer.json is, if not with the language model")
     add("--data", type=Path, required=True, metavar="FILE", help="records, in LLaVA's format")
     add("--images", type=Path, default=Path("."), metavar="DIR", help="folder of their images")
@@ -1010,7 +1014,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     fitting = parser.add_argument_group("memory and speed").add_argument
     fitting("--micro-batch-size", type=positive, metavar="N", help="records at once (default: what fits)")
     fitting("--checkpoint-blocks", type=count, metavar="N",
-            help="first layers with activation checkpointing (default: as few as fit)")
+            help="first layers with activation checkpointing (default: as few as fit; in stage 1 none)")
     fitting("--in-backward", action="store_true", help="update each weight when its gradient is complete")
     fitting("--compile", action="store_true", help="torch.compile each layer and the update, for GPUs")
     device, workers = ("cuda", 8) if torch.cuda.is_available() else ("cpu", 0)
@@ -1067,7 +1071,7 @@ def main() -> None:
         return run_stage(args)
     if args.device.startswith("cuda"):                 # torchrun: each process has its own GPU, or CPU cores
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(hours=3))      # longer than the first process writes 60 GB
+    dist.init_process_group(timeout=timedelta(hours=3))      # others wait while the first writes up to 60 GB
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     try:

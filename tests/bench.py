@@ -199,7 +199,7 @@ def learn_ours(args, model: Llava, inputs: dict, stage: int) -> Callable:
     if hasattr(model, "wrapped"):            # by the other stage, in which other weights learn
         torch.compiler.reset()
     else:
-        train.wrap_blocks(model, args)
+        train.wrap_layers(model, args)
         model.wrapped = True
 
     def step() -> None:

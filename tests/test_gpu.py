@@ -195,7 +195,7 @@ def test_peak_memory_is_within_8_percent_of_the_estimate(device, more, monkeypat
     with Live() as live:
         model = Llava(config).to(device, dtype)
         train.choose_trainable(model, args)
-        train.wrap_blocks(model, args)
+        train.wrap_layers(model, args)
         optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
         live.most = 0
         if device == "cuda":

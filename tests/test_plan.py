@@ -65,7 +65,7 @@ def trace_peak(config: LlavaConfig, args, batch: dict) -> tuple[Llava, float]:
     with Live() as live:
         model = build(config)
         train.choose_trainable(model, args)
-        train.wrap_blocks(model, args)
+        train.wrap_layers(model, args)
         optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
         live.most = 0
         optimizer.begin(1e-3)

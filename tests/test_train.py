@@ -474,7 +474,7 @@ def test_memory_estimate_is_within_8_percent(toy_folder, tmp_path, monkeypatch, 
             sample["labels"] = sample["input_ids"].where(sample["input_ids"] != words, -100)
             samples.supervised[8] = int((sample["labels"][:, 1:] != -100).sum())
         need = train.choose_micro_batch(model, samples, [[8] * 4], args)    # no padding
-        train.wrap_blocks(model, args)
+        train.wrap_layers(model, args)
         optimizer = train.Adam(model.named_parameters(), in_backward=args.in_backward)
         micros = train.make_micro_batches(args.micro_batch_size, [sample] * 4)
         live.most = 0
@@ -746,6 +746,10 @@ def test_tiles_and_processes_count_in_the_estimate(toy_folder, tmp_path, monkeyp
     monkeypatch.setattr(train, "PROCESSES", 2)
     assert alone == 4 * 40 and train.largest_load(samples, [[0, 3, 1, 2]], 4).tokens == 2 * 40
     assert one / 2 < train.estimate_memory(Llava(config), train.Load(10, 5, 1), args)["weights"]
+    peaks = []                               # a process has 3 records of 5: in 3, 2 or 1 micro-batches
+    for args.micro_batch_size in (1, 2, 3):
+        peaks.append(train.estimate_memory(Llava(config), train.Load(900, 800, 1), args)["peak"])
+    assert peaks[0] == peaks[1] > peaks[2], "gradients of earlier micro-batches"
 
 
 @pytest.mark.parametrize("mode, length", [("pad", 2048), ("anyres", 4096)])
@@ -829,7 +833,7 @@ def test_gradients_are_reduced_in_float32(toy_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PROCESSES", 2)
     monkeypatch.setattr(train, "fully_shard", lambda module, mp_policy: policies.append(mp_policy))
     args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
-    train.wrap_blocks(Llava.from_pretrained(toy_folder / "base", dtype=torch.bfloat16), args)
+    train.wrap_layers(Llava.from_pretrained(toy_folder / "base", dtype=torch.bfloat16), args)
     assert [policy.reduce_dtype for policy in policies] == [torch.float32] * 4
 
 
