@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval import (append, are_correct, chat, collate, fingerprint, judge_url, question, read_answers,
-                  read_scienceqa, target_text, to_record)
+from eval import (append, are_correct, chat, collate, fingerprint, judge_url, read_answers, read_scienceqa,
+                  target_text, to_record)
 from llava import (IGNORE, TEMPLATE_OF, Llava, Processor, UserError, add_model_flags, atomic_write,
                    command_line, farthest_points, load_model, number, open_image, read_json, require,
                    write_json)
@@ -77,7 +77,8 @@ def choose_stratified(problems: list[dict], k: int, args) -> dict[int, str]:
 def choose_maxmin(problems: list[dict], k: int, args) -> dict[int, str]:
     """Greedy max-min selection over the hidden states that a LLaVA computes for the prompts."""
     states = measure(problems, args, args.pooling).to(args.device)
-    return dict.fromkeys(farthest_points(states, k).tolist(), "the farthest from those chosen before")
+    chosen = farthest_points(states, k).tolist()
+    return dict.fromkeys(chosen, "the farthest from those chosen before") | {chosen[0]: "nearest to the mean"}
 
 
 def choose_gain(problems: list[dict], k: int, args) -> dict[int, str]:
@@ -92,9 +93,10 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
     """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every subject,
     prefer difficult questions) as rules. The authors chose by hand.
 
-    One question at a time: the first of each subject, topic and skill, then topics in proportion to the
-    square root of their size. Apart from new subjects and topics, at most 15% have no image. Within a topic:
-    texts that refer to the image first, then question texts not chosen yet, then the most difficult.
+    One question at a time, by the first of these criteria that decides: the first of a subject, of a topic,
+    of a skill (one without an image only while IMAGE_SHARE can still be reached); any with an image; the
+    topic with the highest sqrt(size) / (1 + chosen so far); a text that refers to the image; the question
+    text chosen least often so far; the difficulty, a mean percentile of several signs.
     """
     signs = difficulty_signs(problems, args)
     difficulty = sum(percentiles(values) for values in signs.values()) / len(signs)       # [N]
@@ -107,7 +109,6 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
     topic_size = np.bincount(group["topic"])[group["topic"]]
     free, kept = np.ones(len(problems), bool), {}
     for _ in range(k):
-        # without an image only while the questions still to choose can reach the share of images
         text_allowed = has_image[list(kept)].sum() + k - len(kept) - 1 >= IMAGE_SHARE * k
         first_of = {"subject": chosen_of["subject"] == 0, "topic": chosen_of["topic"] == 0,
                     "skill": (chosen_of["skill"] == 0) & (has_image | text_allowed)}
@@ -117,12 +118,12 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
                     -chosen_of["question"], difficulty):
             candidates = candidates[key[candidates] == key[candidates].max()]
         i = int(candidates[0])
-        place = f"number {chosen_of['topic'][i] + 1:.0f} of the {topic_size[i]} of topic {problems[i]['topic']}"
-        place = next((f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]),
-                     place)
+        topic, count = problems[i]["topic"], chosen_of["topic"][i] + 1
+        places = [f"the first of {field} {problems[i][field]}" for field in first_of if first_of[field][i]]
+        places.append(f"number {count:.0f} of the {topic_size[i]} of topic {topic}")
         image = ("it has no image", "it has an image", "its text refers to the image")[need[i]]
-        found = ", ".join(f"{name} {values[i]:.4g}" for name, values in signs.items())
-        kept[i] = f"{place}; {image}; more difficult than {difficulty[i]:.0%}: {found}"
+        values = ", ".join(f"{name} {values[i]:.4g}" for name, values in signs.items())
+        kept[i] = f"{places[0]}; {image}; mean percentile of difficulty {100 * difficulty[i]:.0f}: {values}"
         free[i] = False
         for field in group:
             chosen_of[field][group[field] == group[field][i]] += 1
@@ -163,13 +164,13 @@ METHODS = {"all": choose_all, "random": choose_random, "stratified": choose_stra
 def measure(problems: list[dict], args, what: str) -> Tensor:
     """The measurement `what` (see measure_batch) of every problem, [N, C] or [N, 1].
 
-    Rows are NaN until they are measured, and each batch is written to the cache at once: an interrupted
-    run resumes, and a finished one is only read, which does not need --model.
+    Rows are NaN until they are measured, and each batch is written to the cache as soon as it is measured:
+    an interrupted run resumes, and a finished one is only read, which does not need --model.
     """
     folder = args.cache or args.out.with_suffix(".cache")
     file, notes = folder / f"{what}.npy", folder / f"{what}.json"
-    texts = repr([question(p) for p in problems])
-    settings = {"questions": hashlib.sha256(texts.encode()).hexdigest()[:8]}
+    prompts = repr([p["prompt"] for p in problems])
+    settings = {"questions": hashlib.sha256(prompts.encode()).hexdigest()[:8]}
     if args.model:
         model, processor = load_model(args)
         settings |= {"model": fingerprint(model, processor), "layer": args.layer}
@@ -189,18 +190,18 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
             np.save(stream, empty)
     rows = np.load(file, mmap_mode="r+")
     missing = np.flatnonzero(~np.isfinite(rows).all(1)).tolist()
-    if missing:
+    if missing:                              # then there is a --model
         measure_missing(rows, missing, problems, model, processor, args, what)
-    return torch.from_numpy(np.array(rows))
+    return torch.from_numpy(np.array(rows))  # a copy in memory
 
 
 def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], model: Llava,
                     processor: Processor, args, what: str) -> None:
-    """Fill the missing rows, longest prompts first: the prompts of a batch have similar lengths."""
+    """Fill the missing rows, from long prompts to short ones: a batch then needs little padding, and if the
+    memory is too small, the first batch fails."""
     if what not in ("loss", "gain"):
         cut_layers(model, args.layer)
-    sort_key = {i: (bool(problems[i]["image"]), len(question(problems[i]))) for i in missing}
-    order = sorted(missing, key=sort_key.get, reverse=True)
+    order = sorted(missing, key=lambda i: (not problems[i]["image"], -len(problems[i]["prompt"])))
     for start in tqdm(range(0, len(order), args.batch_size), f"measuring {what}", unit="batch"):
         batch = order[start:start + args.batch_size]
         rows[batch] = measure_batch(model, processor, [problems[i] for i in batch], what).float().cpu()
@@ -232,7 +233,7 @@ def measure_batch(model: Llava, processor: Processor, problems: list[dict], what
         return with_white - measure_batch(model, processor, problems, "loss")
     inputs = []
     for p in problems:
-        messages = [{"role": "user", "content": question(p)}, {"role": "assistant", "content": target_text(p)}]
+        messages = [{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": target_text(p)}]
         images = [open_image(p["file"])] if p["image"] else []
         if white:
             images = [Image.new("RGB", image.size, "white") for image in images]
@@ -243,23 +244,24 @@ def measure_batch(model: Llava, processor: Processor, problems: list[dict], what
         return answer_losses(model, x, labels)[:, None]
     hidden = model.language_model(x)                                      # [B, T', C]
     if what == "last":
-        return hidden[torch.arange(len(x)), lengths - 1]
+        return hidden[torch.arange(len(x), device=x.device), lengths - 1]
     return torch.stack([states[:n].float().mean(0) for states, n in zip(hidden, lengths)])
 
 
 def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy of each row's labels, [B], from embeddings x [B, T', C]."""
+    labels = labels.to(x.device)
     rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)      # positions that predict
     hidden = model.language_model(x, select=(rows, columns))              # [n, C]
     targets, losses = labels[rows, columns + 1], []
-    for row in range(len(x)):                # row by row, because all logits at once need much memory
-        logits = model.language_model.lm_head(hidden[rows == row]).float()
-        losses.append(F.cross_entropy(logits, targets[rows == row]))
+    for b in range(len(x)):                  # row by row, because all logits at once need much memory
+        logits = model.language_model.lm_head(hidden[rows == b]).float()
+        losses.append(F.cross_entropy(logits, targets[rows == b]))
     return torch.stack(losses)
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. A choice and reports: rows of cells, printed as a table and drawn as bars
+# 3. Write a choice, compare choices: rows of cells, printed as a table and drawn as bars
 
 
 class Cell(NamedTuple):
@@ -274,14 +276,14 @@ def count_cell(n: int, total: int) -> Cell:
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
     """For each field how many questions of each set have each value (not for the hundreds of categories and
-    skills), and how many of the values in the first set, the whole, each set has."""
+    skills), and how many of the first set's values each set covers."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]
         if field not in ("category", "skill"):
-            for value, _ in counts[0].most_common():
+            for value, _ in sum(counts, Counter()).most_common():
                 rows[f"{field}: {value}"] = [count_cell(c[value], c.total()) for c in counts]
-        if field != "has image":             # a choice may leave out one kind on purpose
+        if field != "has image":             # a choice may leave out images, or texts, on purpose
             rows[f"{field}: covered"] = [count_cell(len(c), len(counts[0])) for c in counts]
     return rows
 
@@ -336,12 +338,11 @@ def read_records_by_id(file: Path) -> dict[str, dict]:
 
 def choose_listed(problems: list[dict], file: Path) -> dict[int, str]:
     """A published choice: {index: reason}."""
-    index_of = {p["id"]: i for i, p in enumerate(problems)}
-    ids = read_records_by_id(file)
-    if unknown := [i for i in ids if i not in index_of]:
+    index_of, listed = {p["id"]: i for i, p in enumerate(problems)}, read_records_by_id(file)
+    if unknown := [key for key in listed if key not in index_of]:
         raise UserError(f"{file} lists {len(unknown)} questions, such as {unknown[0]}, that are not among "
                         f"the {len(index_of)} to choose from")
-    return {index_of[i]: f"listed in {file}" for i in ids}
+    return {index_of[key]: f"listed in {file}" for key in listed}
 
 
 def read_problems(args) -> list[dict]:
@@ -353,14 +354,14 @@ def read_problems(args) -> list[dict]:
         return [p | {"has image": "yes" if p["image"] else "no"} for p in problems]
     records = {}
     for file in args.report:
-        for i, record in read_records_by_id(file).items():
+        for key, record in read_records_by_id(file).items():
             if not record.get("conversations"):
                 raise UserError(f"{file} lists ids alone: name the --scienceqa that they belong to")
-            if records.setdefault(i, record)["conversations"] != record["conversations"]:
-                raise UserError(f"{file} has another question {i} than the files before it")
-    return [{"id": i, "has image": "yes" if "image" in record else "no",
+            if records.setdefault(key, record)["conversations"] != record["conversations"]:
+                raise UserError(f"{file} has another question {key} than the files before it")
+    return [{"id": key, "has image": "yes" if "image" in record else "no",
              "question": record["conversations"][0]["value"].split("\nContext: ")[0]}
-            for i, record in records.items()]
+            for key, record in records.items()]
 
 
 def choose(args) -> None:
@@ -384,33 +385,34 @@ def choose(args) -> None:
 def print_report(args) -> None:
     problems, stems = read_problems(args), [file.stem for file in args.report]
     names = stems if len(set(stems)) == len(stems) else [str(file) for file in args.report]
-    kept = {"whole": list(range(len(problems)))} if args.scienceqa else {}
-    kept |= {name: list(choose_listed(problems, file)) for name, file in zip(names, args.report)}
-    sets = {name: [problems[i] for i in indices] for name, indices in kept.items()}
+    indices_of = {"whole": list(range(len(problems)))} if args.scienceqa else {}
+    indices_of |= {name: list(choose_listed(problems, file)) for name, file in zip(names, args.report)}
+    sets = {name: [problems[i] for i in indices] for name, indices in indices_of.items()}
     fields = ("subject", "topic", "grade", "has image", "category", "skill")
     rows = coverage(sets, fields if args.scienceqa else ("has image",)) | comparison(sets)
     if args.scienceqa:
         for sign, values in difficulty_signs(problems, args).items():
-            means = [percentiles(values)[indices].mean() for indices in kept.values()]
+            means = [percentiles(values)[indices].mean() for indices in indices_of.values()]
             rows[f"percentile of {sign}"] = [Cell(f"{mean:.1%}", (0, mean)) for mean in means]
     if args.cache:
-        rows |= measured_rows(problems, kept, args)
+        rows |= measured_rows(problems, indices_of, args)
     print_cells(list(sets), rows)
     if args.draw:
         draw_cells(list(sets), rows, args.draw)
 
 
-def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dict[str, list[Cell]]:
+def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) -> dict[str, list[Cell]]:
     """Rows from --cache: the smallest distance between the hidden states of each choice, and how much the
     images lower the loss of the answers."""
     rows, has_gain = {}, (args.cache / "gain.npy").exists()
-    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():
+    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # without both, measure states now
         states = measure(problems, args, args.pooling)
-        rows["smallest distance"] = [       # not of the whole, which has too many pairs
-            Cell("-" if name == "whole" else f"{F.pdist(states[i]).min():.4g}") for name, i in kept.items()]
+        rows["smallest distance"] = [        # not of the whole, which has too many pairs
+            Cell("-" if name == "whole" else f"{F.pdist(states[indices]).min():.4g}")
+            for name, indices in indices_of.items()]
     if has_gain:
         gains = measure(problems, args, "gain")[:, 0]
-        gains = [gains[i] for i in kept.values()]
+        gains = [gains[indices] for indices in indices_of.values()]
         rows["mean gain of the image"] = [Cell(f"{x.mean():.3f}") for x in gains]
         rows["gain above 0"] = [count_cell(int((x > 0).sum()), len(x)) for x in gains]
     return rows
@@ -419,8 +421,8 @@ def measured_rows(problems: list[dict], kept: dict[str, list[int]], args) -> dic
 # ---------------------------------------------------------------------------------------------
 # 4. The study: train on each choice with several seeds, evaluate, compare
 
-# Name: (method, additional flags of train.py). One epoch of all has as many steps as the 12 epochs of a
-# twelfth in the toy study. The template "plain" drops the question, as Miao et al. do.
+# Variant: (method, additional flags of train.py). "all, one epoch" takes as many steps as 12 epochs of a
+# twelfth, which the toy study uses. The template "plain" drops the question, as Miao et al. do.
 VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "random": ("random", ()),
             "stratified": ("stratified", ()), "maxmin": ("maxmin", ()), "guided": ("guided", ()),
             "guided, plain": ("guided", ("--template", "plain")), "gain": ("gain", ())}
@@ -430,7 +432,7 @@ def study(args) -> None:
     """Train each language model on each variant with each seed, and evaluate each with the images and with
     white images. Every step is a printed command; a finished one is not repeated, so a study can be
     interrupted, split with --variants, and extended. The table shows every finished training."""
-    names = [Path(language.partition("@")[0]).name for language in args.language]
+    llms = [Path(language.partition("@")[0]).name for language in args.language]
     variants = VARIANTS | {file.stem: (file, ()) for file in args.from_list or []}
     if unknown := [name for name in args.variants or [] if name not in variants]:
         raise UserError(f"--variants {unknown[0]!r} is none of {', '.join(map(repr, variants))}")
@@ -438,33 +440,33 @@ def study(args) -> None:
     for flag in ("tokenizer", "image_mode", "device", "dtype"):
         if getattr(args, flag):
             shared += [f"--{flag.replace('_', '-')}", getattr(args, flag)]
-    for name, language in zip(names, args.language):
+    for llm, language in zip(llms, args.language):
         run_command("train.py", "--stage", 1, "--vision", args.vision, "--language", language,
                     "--data", args.pretrain, "--images", args.pretrain.with_suffix(""), *shared,
-                    *shlex.split(args.stage1), "--resume", "--out", args.study / name / "stage1")
+                    *shlex.split(args.stage1), "--resume", "--out", args.study / llm / "stage1")
     for seed in range(args.seeds):
         for variant in args.variants or variants:
             method, recipe = variants[variant]
-            records = make_choice(args, method, seed, args.study / names[-1], shared)
-            for name in names:
-                train_and_evaluate(args, run_folder(args, name, variant, seed), records, seed, recipe, shared)
-    summarize(args, names, list(variants))
+            records = make_choice(args, method, seed, args.study / llms[-1], shared)
+            for llm in llms:
+                train_and_evaluate(args, run_folder(args, llm, variant, seed), records, seed, recipe, shared)
+    summarize(args, llms, list(variants))
 
 
-def run_folder(args, name: str, variant: str, seed: int) -> Path:
-    return args.study / name / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
+def run_folder(args, llm: str, variant: str, seed: int) -> Path:
+    return args.study / llm / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def make_choice(args, method: str | Path, seed: int, models: Path, shared: list[str]) -> Path:
-    """Write the records of a method or a published list. Without --model, maxmin reads the last language
-    model after stage 1, and gain reads it after stage 2 on the first random choice."""
+def make_choice(args, method: str | Path, seed: int, runs: Path, shared: list[str]) -> Path:
+    """Write the records of a method or a published list. Without --model, maxmin and gain measure with
+    trainings in `runs`, of the last of --language: with stage 1, and with random-0, trained before."""
     name, flags = method, ["--method", method, "--keep", args.keep]
     if isinstance(method, Path):
         name, flags = method.stem, ["--from-list", method]
     elif method in ("random", "stratified"): # the others do not depend on the seed
         name, flags = f"{method}-{seed}", [*flags, "--seed", seed]
     elif method in ("maxmin", "gain"):
-        model = args.model or models / {"maxmin": "stage1", "gain": "random-0"}[method]
+        model = args.model or runs / {"maxmin": "stage1", "gain": "random-0"}[method]
         flags += ["--model", model, *shared]
     records = args.study / "sets" / f"{name}.json"
     run_command("prune.py", "--scienceqa", args.scienceqa, *flags, "--out", records)
@@ -475,11 +477,11 @@ def train_and_evaluate(args, folder: Path, records: Path, seed: int, recipe, sha
     run_command("train.py", "--stage", 2, "--init", folder.parent / "stage1", "--data", records,
                 "--images", Path(args.scienceqa, "images", "train"), "--seed", seed, *shared,
                 *shlex.split(args.stage2), *recipe, "--resume", "--out", folder)
-    # A model that was trained with the template "plain" is asked with the question, too.
+    # Each model is asked with its language model's template: "plain" would drop the question.
     template = TEMPLATE_OF[read_json(folder / "config.json")["text_config"]["model_type"]]
-    for name, flags in (("test", ()), ("blank", ("--pictures", "only", "--blank"))):
+    for answers, flags in (("test.jsonl", ()), ("blank.jsonl", ("--pictures", "only", "--blank"))):
         run_command("eval.py", "--scienceqa", args.scienceqa, "--model", folder, "--template", template,
-                    *flags, *shared, *shlex.split(args.eval), "--out", folder / f"{name}.jsonl")
+                    *flags, *shared, *shlex.split(args.eval), "--out", folder / answers)
     shutil.rmtree(folder / "trainer", ignore_errors=True)     # 60 GB at 7B; the weights are kept
 
 
@@ -508,27 +510,27 @@ def done_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.done")
 
 
-def summarize(args, names: list[str], variants: list[str]) -> None:
+def summarize(args, llms: list[str], variants: list[str]) -> None:
     """Print, draw and write as Markdown: percent correct of all finished trainings with 95% intervals, and
     differences paired by seed and question."""
     test, runs, rows = read_scienceqa(args.scienceqa, "test"), {}, {}
-    images = [i for i, p in enumerate(test) if p["image"]]
+    with_image = [i for i, p in enumerate(test) if p["image"]]
     columns = ["trainings", "all questions", "with image", "image replaced by white", "ahead of random",
-               f"ahead of {names[0]}"]
+               f"ahead of {llms[0]}"]
     for variant in dict.fromkeys(["random", *variants]):     # random first: others are compared with it
-        for name in names:
-            folders = [run_folder(args, name, variant, seed) for seed in range(args.seeds)]
-            mine = {seed: correct(test, folder / "test.jsonl") for seed, folder in enumerate(folders)
-                    if done_file(folder / "blank.jsonl").exists()}        # the last file of a training
-            if not mine:
+        for llm in llms:
+            folders = [run_folder(args, llm, variant, seed) for seed in range(args.seeds)]
+            run = {seed: correct(test, folder / "test.jsonl") for seed, folder in enumerate(folders)
+                   if done_file(folder / "blank.jsonl").exists()}         # which is written last
+            if not run:
                 continue
-            runs[name, variant] = mine       # seed -> [N]
-            white = [correct([test[i] for i in images], folders[seed] / "blank.jsonl") for seed in mine]
-            right = np.stack(list(mine.values()))
-            rows[f"{name}: {variant}"] = [
-                Cell(str(len(mine))), accuracy_cell(right), accuracy_cell(right[:, images]),
-                accuracy_cell(np.stack(white)), difference_cell(mine, runs.get((name, "random"))),
-                difference_cell(mine, runs.get((names[0], variant)))]
+            runs[llm, variant] = run         # seed -> [N]
+            white = [correct([test[i] for i in with_image], folders[seed] / "blank.jsonl") for seed in run]
+            scores = np.stack(list(run.values()))                         # [S, N]
+            rows[f"{llm}: {variant}"] = [
+                Cell(str(len(run))), accuracy_cell(scores), accuracy_cell(scores[:, with_image]),
+                accuracy_cell(np.stack(white)), difference_cell(run, runs.get((llm, "random"))),
+                difference_cell(run, runs.get((llms[0], variant)))]
     if not rows:
         raise UserError(f"{args.study} has no finished training")
     print_cells(columns, rows)
@@ -547,13 +549,14 @@ def correct(problems: list[dict], file: Path) -> np.ndarray:
     return np.array(are_correct(problems, texts), int)
 
 
-def accuracy_cell(answers: np.ndarray) -> Cell:
-    x, low, high = two_level_interval(answers)
+def accuracy_cell(scores: np.ndarray) -> Cell:
+    x, low, high = two_level_interval(scores)
     return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", (0, x / 100), (low / 100, high / 100))
 
 
 def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | None) -> Cell:
-    """Points by which `mine` is ahead, on the seeds that both have; 50 points fill half of the cell."""
+    """Points by which `mine` is ahead, on the seeds that both have. In the middle of the cell is 0, at its
+    edges 50."""
     seeds = [seed for seed in mine if seed in (other or {})]
     if not seeds or mine is other:
         return Cell("-")
@@ -566,11 +569,11 @@ def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, f
     """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent.
 
     Each draw takes S trainings and N questions with replacement and averages over both. For a paired
-    difference, values[s, n] is the difference between two trainings with seed s on question n. The variation
-    between trainings is underestimated by sqrt((S - 1) / S): S = 1 shows only that between questions.
+    difference, values[s, n] is the difference between two trainings with seed s on question n. The share of
+    the trainings in the interval is too narrow by the factor sqrt((S - 1) / S): with S = 1 there is none.
     """
     S, N = values.shape
-    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: equal ones together
+    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: fewer to draw from
     rng = np.random.default_rng(0)
     trainings = rng.multinomial(S, np.full(S, 1 / S), draws)              # [draws, S]
     questions = rng.multinomial(N, counts / N, draws)                     # [draws, U]
@@ -583,13 +586,15 @@ def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, f
 # 5. Make records: naive expansion of captions, and generation by a text-only language model (the
 # teacher) that reads each image as captions and boxes. The texts here decide what the data is like.
 
-INSTRUCTIONS = {"brief": (
+INSTRUCTIONS = {}
+INSTRUCTIONS["brief"] = (
     "Describe this image in one sentence.", "What does this image show? Answer briefly.",
     "Give a short description of the image.", "Sum up the image in a few words.",
     "Say in one line what is visible here.", "Write a compact description of the photo.",
     "In brief, what can be seen here?", "Name the main content of this image.",
     "Tell me shortly what this image is about.", "State the subject of the image concisely.",
-    "Provide a one-sentence summary of what you see."), "detailed": (
+    "Provide a one-sentence summary of what you see.")
+INSTRUCTIONS["detailed"] = (
     "Describe this image in detail.", "What can be seen in this image? Be thorough.",
     "Write a long and complete description of the image.", "Give a full account of this scene.",
     "Walk me through everything that the image shows.", "Analyse this image part by part.",
@@ -597,7 +602,7 @@ INSTRUCTIONS = {"brief": (
     "Describe the objects here and how they are arranged.", "Depict the scene as precisely as possible.",
     "Report carefully what is visible in the image.", "Compose a detailed paragraph about this image.",
     "Describe the foreground and the background fully.", "Explain in full sentences what the image contains.",
-    "What is happening here? Include every detail.", "Describe all of this to someone who cannot see it.")}
+    "What is happening here? Include every detail.", "Describe all of this to someone who cannot see it.")
 RULES = """The user sends a text that stands for one image: sentences that describe it and sometimes a
 list of objects, each with the corners [left, top, right, bottom] of its box as fractions of the image.
 Write as if you saw the image itself. State only what the text makes certain. Never mention these
@@ -678,15 +683,15 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def read_boxes(file: Path) -> dict[str, list[str]]:
-    """{image id: lines "category: [x1, y1, x2, y2]"} of a COCO instances file, whose bbox is [x, y,
-    width, height] in pixels: top left and bottom right corner from 0 to 1, three decimals."""
+    """{image id: lines "category: [left, top, right, bottom]", as fractions with three decimals} of a COCO
+    instances file, whose bbox is [left, top, width, height] in pixels."""
     content = read_json(file)
     try:
         sizes = {e["id"]: (e["width"], e["height"]) for e in content["images"]}
         names, boxes = {e["id"]: e["name"] for e in content["categories"]}, {str(i): [] for i in sizes}
         for e in content["annotations"]:
             (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
-            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # 1: rounding errors
+            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # rounded by up to 1 pixel
                 raise ValueError(f"box {e['bbox']} is not inside image {e['image_id']}, {width} x {height}")
             corners = (x / width, y / height, (x + w) / width, (y + h) / height)
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
@@ -710,28 +715,28 @@ def read_images(args) -> tuple[list[tuple], list[dict]]:
 
 
 def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict]:
-    """The request for one image, and a hash of it as its key. The symbolic image is the captions, one a line,
-    and with boxes an empty line and the boxes, one a line."""
+    """(key, request) of one image; the key is a hash of the request. The image is written as its captions,
+    one a line, then, if there are boxes, an empty line and the boxes, one a line."""
     example = EXAMPLE if args.boxes else EXAMPLE[:1]
-    symbolic = ["\n".join(lines) for lines in (captions, boxes) if lines]
+    parts = ["\n".join(lines) for lines in (captions, boxes) if lines]
     messages = [{"role": "system", "content": SYSTEM_MESSAGES[args.generate]},
                 {"role": "user", "content": "\n\n".join(example)},
                 {"role": "assistant", "content": EXAMPLE_REPLIES[args.generate]},
-                {"role": "user", "content": "\n\n".join(symbolic)}]
+                {"role": "user", "content": "\n\n".join(parts)}]
     body = {"model": args.judge_model, "messages": messages, **SAMPLING}
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:32], body
 
 
 def read_replies(file: Path) -> dict[str, str]:
     """{key: text} of the replies received so far, or of the results of OpenAI's batch interface. Prints how
-    many lines have no reply: those that failed in the batch, and one that a kill cut off."""
+    many lines have no reply, such as those that failed in the batch."""
     replies, unreadable = {}, 0
     for line in file.read_bytes().splitlines():
         try:
             entry = json.loads(line)
             if "custom_id" in entry:
                 entry = {"key": entry["custom_id"], **entry["response"]["body"]["choices"][0]["message"]}
-            replies[entry["key"]] = entry.get("text", entry.get("content")).strip()      # null fails
+            replies[entry["key"]] = entry.get("text", entry.get("content")).strip()      # None has no strip
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             unreadable += 1
     if unreadable:
@@ -740,8 +745,8 @@ def read_replies(file: Path) -> dict[str, str]:
 
 
 def ask_teacher(url: str, requests: dict[str, dict], workers: int, file: Path) -> None:
-    """Send the requests from several threads and append each reply at once. After the first failure no
-    request is sent, and the replies to those already sent are still appended."""
+    """Send the requests from several threads and append each reply as it arrives. After the first failure
+    no request is sent, and the replies to those already sent are still appended."""
     lock, stop = threading.Lock(), threading.Event()
 
     def ask(key: str, body: dict) -> None:
@@ -775,6 +780,7 @@ def generate(args) -> None:
         for key, text in read_replies(args.replies).items():
             if key not in replies:
                 append(file, {"key": key, "text": text})
+                replies[key] = text
     requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
     if args.dry_run or args.batch:
         size = sum(len(json.dumps(body["messages"])) for body in requests.values())
@@ -828,6 +834,7 @@ def check_reply(kind: str, text: str | None, messages: list[dict]) -> tuple[list
         "blocks in a description": kind == "detail" and MARKS & set(lines),
         "an empty part": any(not answered or (not asked and kind != "detail") for asked, answered in pairs),
         "more than one question": kind == "reasoning" and len(pairs) > 1,
+        # The example's question may also be asked about this image.
         "repeats the prompt": any(line in prompt and not line.endswith("?") for line in lines),
         **{reason: pattern.search(text) for reason, pattern in UNWANTED.items()}}
     return pairs, next((reason for reason, found in checks.items() if found), "")
@@ -838,8 +845,10 @@ def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
     text = re.sub(r"\n===\Z", "", text.strip())       # a last === may stand at the end
     blocks = [block.strip().partition("\n") for block in re.split(r"(?m)^===[ \t]*$", text)]
     heads, bodies = [head.strip() for head, _, _ in blocks], [body.strip() for _, _, body in blocks]
+    if not text:
+        return [], "an empty reply"
     if len(blocks) % 2:
-        return [], "an odd number of blocks" if text else "an empty reply"
+        return [], "an odd number of blocks"
     head_inside = re.search(r"(?m)^(Question|Answer):", "\n".join(bodies))
     if head_inside or heads != ["Question:", "Answer:"] * (len(blocks) // 2):
         return [], "blocks that are not Question: and Answer: in turn"
@@ -888,7 +897,7 @@ def add_task_flags(add) -> None:
     add("--vision", metavar="ID", help="study: the CLIP")
     add("--language", nargs="+", metavar="ID", help="study: the language models")
     add("--seeds", type=number(int, 1), default=2, metavar="N", help="study: how many seeds (%(default)s)")
-    add("--variants", nargs="+", metavar="NAME", help=f"study: train only these of {', '.join(VARIANTS)}")
+    add("--variants", nargs="+", metavar="NAME", help=f"study: only these of {', '.join(map(repr, VARIANTS))}")
     for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
         add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
     add("--style", default="brief", choices=INSTRUCTIONS, help="expand: instructions (default: %(default)s)")
@@ -922,6 +931,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     needed = TASKS[args.task][1]
     if args.generate in ("detail", "reasoning"):
         needed += ("boxes",)
+    if args.report and args.cache:
+        needed += ("scienceqa",)             # measured were its questions
     for flag in needed:
         if not getattr(args, flag):
             parser.error(f"--{args.task} needs --{flag}".replace("_", "-"))

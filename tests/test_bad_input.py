@@ -604,7 +604,7 @@ IMPOSSIBLE = [                               # program, flags, words of argparse
     ("prune", "--study s --scienceqa d --pretrain p --vision v --language l --prune pool", "--stage1"),
     ("prune", "--method maxmin --scienceqa d --out o --model m --batch-size 0", "--batch-size"),
     ("prune", "--method random --scienceqa d --out o --keep x", "--keep"),
-    ("prune", "--report r.json --draw chart.docx", "--draw")]
+    ("prune", "--report r.json --draw chart.docx", "--draw"), ("prune", "--report r.json --cache c", "--scienceqa")]
 
 
 @pytest.mark.parametrize("program, flags, message", IMPOSSIBLE, ids=[f"{p} {f}" for p, f, _ in IMPOSSIBLE])

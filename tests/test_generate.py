@@ -284,6 +284,10 @@ def test_a_batch_is_written_and_its_results_are_read_back(monkeypatch, coco, tea
         results.append({"custom_id": e["custom_id"], "response": {"status_code": 200, "body": body}})
     results.append({"custom_id": entries[0]["custom_id"], "response": None, "error": {"message": "expired"}})
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in results))
+    again = tmp_path / "again.jsonl"
+    go(monkeypatch, prune, *flags_of(coco, tmp_path / "c.json", "reasoning", "--replies",
+                                     tmp_path / "results.jsonl", "--batch", again))
+    assert [e["custom_id"] for e in read_lines(again)] == [entries[0]["custom_id"]]      # the one that failed
     go(monkeypatch, prune, *flags_of(coco, out, "reasoning", "--replies", tmp_path / "results.jsonl"))
     assert not teacher.prompts
     assert [r["id"] for r in json.loads(out.read_text())] == [str(i) for i in range(2, 41)]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import llava
+import prune
 import train
 from llava import Llava, LlavaConfig, TextConfig, VisionConfig
 from tests.test_attention import (check_kernels, make_inputs, make_model, make_qkv, random_shapes,
@@ -119,6 +120,22 @@ def test_a_quantized_layer_equals_its_dequantized_weight_and_that_of_a_cpu(devic
         x = torch.randn(tokens, 256, generator=noise).to(dtype)
         y = layer(x.to(device)).float().cpu()
         assert (y - x.float() @ block).norm() / y.norm() < most
+
+
+@pytest.mark.parametrize("what", ["last", "mean", "loss", "gain"])
+def test_measurements_of_a_question_equal_those_of_the_cpu(toy_folder, device, what):
+    problem = {"lecture": "", "solution": "It is red.", "answer": 1, "image": None}
+    problems = [problem | {"prompt": "What color do you see?\n<image>", "image": "1.png",
+                           "file": toy_folder / "1.png"}]
+    if what != "gain":
+        problems.append(problem | {"prompt": "What color do you see? Is it red?"})
+    found = []
+    for place in ("cpu", device):
+        model = Llava.from_pretrained(toy_folder / "base", dtype=torch.float32, device=place).eval()
+        processor = llava.Processor.from_pretrained(toy_folder / "base", model.config)
+        found.append(prune.measure_batch(model, processor, problems, what).float().cpu())
+    assert found[0].abs().max() > 1e-4
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------
