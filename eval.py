@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava import (Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, add_model_flags,
-                   atomic_write, choose_grid, command_line, count_image_tokens, load_model, number,
+                   atomic_write, command_line, count_image_tokens, count_tiles, load_model, number,
                    open_checkpoint, open_image, read_json, require, write_json)
 
 Args = argparse.Namespace
@@ -72,12 +72,14 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
     problems, splits = (require(read_json(file), file) for file in (problems_file, splits_file))
     if not isinstance(splits.get(split), list):
         raise UserError(f"{splits_file} has no split {split!r} with a list of ids, only {', '.join(splits)}")
+    if repeated := [i for i, n in Counter(map(str, splits[split])).items() if n > 1]:
+        raise UserError(f"{splits_file}: split {split!r} has question {repeated[0]} twice")
     selected = []
     for i in splits[split]:
         if not isinstance(i, str) or i not in problems:
             raise UserError(f"{problems_file} lacks question {i} of split {split!r}")
         p = problems[i]
-        check_problem(p, f"{problems_file}, question {i}")
+        check_problem(i, p, f"{problems_file}, question {i}")
         if pictures == "only" and not p["image"] or pictures == "none" and p["image"]:
             continue
         prompt = question(p, wording)
@@ -86,19 +88,19 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
     return selected[:limit]
 
 
-def check_problem(problem, where: str) -> None:
-    """Raise UserError unless a problem has the fields of ScienceQA, and its image lies in the folder."""
-    kinds = {"choices": list, "answer": int, "image": str | None} | dict.fromkeys(
+def check_problem(i: str, problem, where: str) -> None:
+    """Raise UserError unless a problem has the fields of ScienceQA; id, split and image must be mere names."""
+    types = {"choices": list, "answer": int, "image": str | None} | dict.fromkeys(
         ("question", "hint", "split", "grade", "subject", "lecture", "solution"), str)
-    for name, kind in kinds.items():
-        if not isinstance(problem, dict) or not isinstance(problem.get(name, ...), kind):
+    for name, type_ in types.items():
+        if not isinstance(problem, dict) or name not in problem or not isinstance(problem[name], type_):
             raise UserError(f"{where}: {name} is missing or of the wrong type")
     if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
         raise UserError(f"{where}: answer {problem['answer']} is not one of at most {len(LETTERS)} choices")
     if not re.fullmatch(r"grade([1-9]|1[0-2])", problem["grade"]):
         raise UserError(f"{where}: grade {problem['grade']!r} is not grade1 to grade12")
-    for name in (problem["split"], problem["image"] or "image.png"):
-        if Path(name).name != name or name in ("", ".."):
+    for name in (i, problem["split"], problem["image"]):
+        if name is not None and (Path(name).name != name or name in ("", "..")):
             raise UserError(f"{where}: {name!r} is not the name of a file or folder in images")
 
 
@@ -131,9 +133,9 @@ def to_record(problem: dict) -> dict:
 
 
 def parse_choice(text: str, choices: int) -> int | None:
-    """The index of the option that an answer names; None where LLaVA's eval_science_qa.py finds none, -1 for
-    a letter that is not an option. "The answer is X" must occur exactly once; after X one more character must
-    follow, any of its line, because the dot in the published pattern matches them all."""
+    """The index of the option that an answer names, as in LLaVA's eval_science_qa.py: a letter alone or before
+    ". ", else X of the only "The answer is X" that is followed by one more character of the line (a dot in
+    the published pattern). None if there is none, -1 for a letter that is not an option."""
     found = re.findall(r"The answer is ([A-Z]).", text)
     if re.fullmatch(r"[A-E](\. .*)?", text, re.DOTALL):
         found = [text[0]]
@@ -162,8 +164,9 @@ def score(problems: list[dict], texts: dict[str, str]) -> dict[str, float]:
                     "elsewhere": len(texts) - len(answered)}
 
 
-def percent(correct: list) -> float | None:
-    return 100 * sum(correct) / len(correct) if correct else None
+def percent(scores: list) -> float | None:
+    """The mean of scores from 0 to 1, in percent."""
+    return 100 * sum(scores) / len(scores) if scores else None
 
 
 def print_columns(columns, rows: dict[str, list], form: str = ".2f") -> None:
@@ -174,9 +177,9 @@ def print_columns(columns, rows: dict[str, list], form: str = ".2f") -> None:
         return f"{x:,}" if isinstance(x, int) else format(x, form)
 
     lines = {"": list(columns)} | {name: list(map(cell, row)) for name, row in rows.items()}
-    first, others = max(map(len, lines)), max(6, *(len(text) for line in lines.values() for text in line))
+    name_width, width = max(map(len, lines)), max(6, *(len(text) for line in lines.values() for text in line))
     for name, line in lines.items():
-        print(f"{name:{first}}", *(f"{text:>{others}}" for text in line))
+        print(f"{name:{name_width}}", *(f"{text:>{width}}" for text in line))
 
 
 def print_table(tables: dict[str, dict]) -> None:
@@ -207,8 +210,10 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
         raise UserError(f"{len(alone)} questions are answered in one file only, such as {alone[0]} in {file}")
     tables = {file: score(problems, texts) for file, texts in zip(files, (a, b))}
     print_table(tables)
-    columns = [[p for p in problems if belongs(p)] for belongs in COLUMNS.values()]
-    lead = [interval(are_correct(some, a), are_correct(some, b)) if some else (None,) * 3 for some in columns]
+    lead = []
+    for belongs in COLUMNS.values():
+        group = [p for p in problems if belongs(p)]
+        lead.append(interval(are_correct(group, a), are_correct(group, b)) if group else (None, None, None))
     print("\nPoints by which the first file leads, and its 95% interval over 10,000 resampled tests:")
     print_columns(COLUMNS, dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
     return tables
@@ -219,8 +224,9 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
 
 
 def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`, with the keys `needed`. UserError names a
-    line that holds none, or one whose key(object) was in an earlier line."""
+    """The JSON object of each line of a file, or of its `content`. UserError names a line that is none, that
+    lacks a key of `needed`, whose text, prompt, image or category is not a string, or whose key(object) was
+    in an earlier line."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -231,11 +237,12 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
             continue
         try:
             entry = json.loads(line)
-            texts = [entry.get(name, "") for name in ("text", "prompt", "image", "category")]
-            if any(name not in entry for name in needed) or not all(isinstance(text, str) for text in texts):
+            strings = [entry.get(name, "") for name in ("text", "prompt", "image", "category")]
+            if any(name not in entry for name in needed) or not all(isinstance(x, str) for x in strings):
                 raise ValueError
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{file}, line {n}: not a JSON object with {', '.join(needed)}") from None
+        except (ValueError, AttributeError, RecursionError):
+            raise UserError(f"{file}, line {n}: not a JSON object with {', '.join(needed)}, and text, prompt, "
+                            "image and category as strings") from None
         if key:
             if key(entry) in seen:
                 raise UserError(f"{file}, line {n}: question {by_id(entry)} was answered before")
@@ -246,17 +253,16 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
 
 def continue_lines(file: Path, *needed: str, key) -> list[dict]:
     """The objects of a file to which more will be appended; none if it is missing. A last line that an
-    interrupt cut short is removed from the file. UserError if the file holds something else."""
+    interrupt cut short is removed from the file. UserError if that line is not the beginning of one of ours."""
     content = file.read_bytes() if file.exists() else b""
     lines, newline, last = content.rpartition(b"\n")
+    complete, start = lines + newline, b'{"question_id"'     # how each line of answers and reviews starts
     try:
         json.loads(last)
         complete = content + b"\n"           # only the newline is missing
-    except (ValueError, RecursionError):
-        start = b'{"question_id"'            # how each line of answers and reviews starts
-        if not start.startswith(last[:len(start)]):
+    except (ValueError, RecursionError):     # cut short; or empty, because the file ends with a newline
+        if not last.startswith(start) and not start.startswith(last):
             raise UserError(f"{file} holds something else: name another --out or --reviews") from None
-        complete = lines + newline
     entries = read_lines(file, *needed, key=key, content=complete)
     if complete != content:
         with atomic_write(file) as temporary:
@@ -269,7 +275,7 @@ def by_id(entry: dict) -> str:
 
 
 def by_prompt(entry: dict) -> tuple[str, str | None]:
-    """The key of a stored answer; in MME and TextVQA ids alone repeat."""
+    """The key of a stored answer; in MME and TextVQA several questions share an id."""
     return str(entry["question_id"]), entry.get("prompt")
 
 
@@ -335,18 +341,18 @@ def collate(inputs: list[dict], ending=()) -> dict:
 @torch.inference_mode()
 def score_options(model: Llava, processor: Processor, questions: list[dict], inputs: list[dict]) -> list[str]:
     """For each question "The answer is X" with the most probable option X: these texts differ in their last
-    token only, so one prefill gives the logits of all options. They are float32: in bfloat16 close ones
-    become equal. Without the reasoning of generated answers, accuracies cannot be compared with theirs."""
+    token only, so one prefill gives the logits of all options, in float32, because close ones are equal in
+    bfloat16. Not comparable with the accuracy of generated answers, which reason before they choose."""
     ids = [processor.encode(f"The answer is {letter}") for letter in LETTERS]
     if any(i[:-1] != ids[0][:-1] for i in ids):
         raise UserError("the tokenizer has no token for each of the letters A to E: use --answer generate")
     x, lengths, _ = model.splice(**collate(inputs, ending=ids[0][:-1]))
     hidden = model.language_model(x, select=(torch.arange(len(x)), lengths - 1))             # [B, C]
-    head, last = model.language_model.lm_head, [i[-1] for i in ids]
+    head, letter_ids = model.language_model.lm_head, [i[-1] for i in ids]
     if isinstance(head, torch.nn.Linear):
-        logits = hidden.float() @ head.weight[last].float().T                                # [B, 5]
+        logits = hidden.float() @ head.weight[letter_ids].float().T                          # [B, 5]
     else:                                    # quantized
-        logits = head(hidden.float())[:, last]
+        logits = head(hidden.float())[:, letter_ids]
     return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(questions, logits)]
 
 
@@ -363,9 +369,7 @@ def resume(file: Path, questions: list[dict], settings: dict) -> list[dict]:
     entries = continue_lines(file, "question_id", "text", key=by_prompt)
     ids, keys = set(map(by_id, questions)), set(map(by_prompt, questions))
     for entry in entries:
-        made_with = entry.get("metadata")
-        if not isinstance(made_with, dict):
-            made_with = {}
+        made_with = entry["metadata"] if isinstance(entry.get("metadata"), dict) else {}
         different = [name for name in settings if made_with.get(name) != settings[name]]
         if by_id(entry) in ids and by_prompt(entry) not in keys:
             different.append("prompt")
@@ -376,12 +380,12 @@ def resume(file: Path, questions: list[dict], settings: dict) -> list[dict]:
 
 
 def answer_all(args: Args, questions: list[dict]) -> list[dict]:
-    """The answers to all questions, in their order: those in args.out, and the model's to the others, each of
-    which is appended there at once. Then what args.out holds for other questions."""
+    """The answers to all questions in their order, then those in args.out to other questions. A question that
+    args.out does not answer is asked, and its answer appended there; at the end the file gets this order."""
     for p in questions:
         if p["file"] and not p["file"].exists():
             raise OSError(f"question {by_id(p)}: there is no image {p['file']}")
-    model, processor = load_model(args)
+    model, processor = load_model(args)      # sets args.dtype
     flags = ("wording", "dtype", "quantize", "answer", "max_new_tokens", "blank")
     settings = {name: getattr(args, name) for name in flags}
     settings |= {name: getattr(model.config, name) for name in ("image_mode", "prune", "keep_tokens")}
@@ -422,9 +426,9 @@ NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".
 
 @lru_cache(2**17)
 def normalize_vqa(text: str) -> str:
-    """A short answer as VQAv2's evaluator (vqaEval.py) compares it: a mark beside a space, or any mark if a
-    comma stands between digits, is removed, others become a space; at most 32 periods are removed, because
-    the evaluator passes re.UNICODE, 32, as the count."""
+    """A short answer as VQAv2's evaluator (vqaEval.py) compares it. A mark that is somewhere beside a space is
+    removed everywhere, as are all marks if a comma stands between digits; other marks become spaces. At most
+    32 periods are removed, because the evaluator passes re.UNICODE, 32, as the count."""
     remove_all, result = re.search(r"\d,\d", text) is not None, text
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
         removed = remove_all or f"{mark} " in text or f" {mark}" in text
@@ -444,9 +448,9 @@ def strip_lines(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def leave_one_out(text: str, humans: list[dict]) -> float:
-    """The accuracy of an answer: min(1, equal human answers / 3), computed without each human in turn and
-    averaged. As in the official code, records equal to the one left out are left out with it."""
+def vqa_accuracy(text: str, humans: list[dict]) -> float:
+    """The accuracy of an answer: min(1, number of other humans who gave it / 3), averaged over the humans. As
+    in the official code, the others are the records that differ, so an id must tell equal answers apart."""
     equal = [human for human in humans if human["answer"] == text]
     return sum(min(1, sum(other != human for other in equal) / 3) for human in humans) / len(humans)
 
@@ -457,20 +461,21 @@ def leave_one_out(text: str, humans: list[dict]) -> float:
 
 
 @contextmanager
-def fields_of(file, kind: str):
-    """Raise UserError, saying that `file` is not `kind`, where a field is missing or has another type."""
+def expect_format(file, what: str):
+    """Raise UserError, saying that `file` is not `what`, where a field is missing or has another type."""
     try:
         yield
-    except UserError:
+    except UserError:                        # it is a ValueError, too
         raise
     except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
-        raise UserError(f"{file} is not {kind} ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file} is not {what} ({type(error).__name__}: {error})") from None
 
 
 def read_questions(files: list) -> list[dict]:
-    """The questions of LLaVA's question files, one JSON object a line."""
-    lines = [q for file in files for q in read_lines(file, "question_id", "image", "text")]
-    return [q | {"prompt": q["text"]} for q in lines]
+    """The questions of LLaVA's question files, one JSON object a line. Their "text" becomes "prompt", because
+    "text" will be the answer."""
+    questions = [q for file in files for q in read_lines(file, "question_id", "image", "text")]
+    return [{"prompt": q.pop("text")} | q for q in questions]
 
 
 def read_vqav2(files: list) -> list[dict]:
@@ -480,7 +485,7 @@ def read_vqav2(files: list) -> list[dict]:
         if Path(file).suffix != ".json":
             questions += read_questions([file])
             continue
-        with fields_of(file, "a question file of VQAv2"):
+        with expect_format(file, "a question file of VQAv2"):
             raw = read_json(file)
             split = raw["data_subtype"].replace("test-dev", "test")
             questions += [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
@@ -491,12 +496,12 @@ def read_vqav2(files: list) -> list[dict]:
 def read_humans(args: Args, questions: list[dict]) -> dict:
     """Ten human answers and their type, by VQAv2's question id, or by TextVQA's image id and question."""
     textvqa, file, truth = args.task == "textvqa", args.annotations[0], {}
-    with fields_of(file, f"the annotation file of {args.task}"):
+    with expect_format(file, f"the annotation file of {args.task}"):
         for a in read_json(file)["data" if textvqa else "annotations"]:
             key, records = str(a["question_id"]), a["answers"]
             if textvqa:
                 key = a["image_id"], a["question"].lower()
-                records = [{"answer": text, "id": i} for i, text in enumerate(records)]
+                records = [{"answer": text, "id": i} for i, text in enumerate(records)]      # see vqa_accuracy
             if len(records) != 10:
                 raise UserError(f"{file}: question {key} has {len(records)} human answers, not ten")
             humans = [record | {"answer": strip_lines(record["answer"])} for record in records]
@@ -508,13 +513,13 @@ def score_vqav2(questions: list[dict]) -> dict:
     """Percent by answer type, rounded to two decimals as officially; a missing answer is ""."""
     accuracies = {"overall": [], "yes/no": [], "number": [], "other": []}
     for q in tqdm(questions, desc="scoring", disable=len(questions) < 10**4):
-        (humans, kind), text = q["truth"], normalize_m4c(q["text"] or "")
+        (humans, answer_type), text = q["truth"], normalize_m4c(q["text"] or "")
         if len({human["answer"] for human in humans}) > 1:       # ten equal answers are compared as they are
             text = normalize_vqa(text)
             humans = [human | {"answer": normalize_vqa(human["answer"])} for human in humans]
-        accuracies["overall"].append(leave_one_out(text, humans))
-        accuracies.setdefault(kind, []).append(accuracies["overall"][-1])
-    return {name: round(percent(some), 2) if some else None for name, some in accuracies.items()}
+        accuracies["overall"].append(vqa_accuracy(text, humans))
+        accuracies.setdefault(answer_type, []).append(accuracies["overall"][-1])
+    return {name: round(percent(found), 2) if found else None for name, found in accuracies.items()}
 
 
 def write_vqav2_upload(file: Path, questions: list[dict]) -> None:
@@ -523,7 +528,7 @@ def write_vqav2_upload(file: Path, questions: list[dict]) -> None:
 
 
 def textvqa_key(entry: dict) -> tuple[str, str]:
-    """Image id and question in lower case, from a prompt in one of LLaVA's four forms."""
+    """Image id (LLaVA's question_id) and question in lower case, from a prompt in one of LLaVA's four forms."""
     prompt, lines = entry["prompt"], entry["prompt"].split("\n")
     old_form = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
     if prompt.startswith("OCR tokens: ") and old_form:
@@ -542,7 +547,7 @@ def score_textvqa(questions: list[dict]) -> dict:
     accuracies = []
     for q in questions:
         humans = [human | {"answer": normalize_m4c(human["answer"])} for human in q["truth"][0]]
-        accuracies += [leave_one_out(normalize_m4c(text), humans) for text in q["texts"]]
+        accuracies += [vqa_accuracy(normalize_m4c(text), humans) for text in q["texts"]]
     return {"accuracy": percent(accuracies), "answers": len(accuracies)}
 
 
@@ -553,11 +558,11 @@ def read_pope(args: Args, questions: list[dict]) -> dict:
         sets[q.get("category")].append(q)
     for file in args.annotations:
         labels = read_lines(file, "image", "text", "label")
-        some = sets[Path(file).stem.removeprefix("coco_pope_")]
-        asked = [(q["image"], q["prompt"].split("\n")[0]) for q in some]
-        if asked != [(label["image"], label["text"]) for label in labels]:
+        asked = sets[Path(file).stem.removeprefix("coco_pope_")]
+        texts = [(q["image"], q["prompt"].split("\n")[0]) for q in asked]
+        if texts != [(label["image"], label["text"]) for label in labels]:
             raise UserError(f"{file} labels other questions: take the files of POPE's commit e3e39262")
-        truth |= {by_id(q): label["label"] for q, label in zip(some, labels)}
+        truth |= {by_id(q): label["label"] for q, label in zip(asked, labels)}
     return truth
 
 
@@ -601,7 +606,8 @@ def read_mme(args: Args, questions: list[dict]) -> dict:
         for file, line in lines:
             if not line.strip():
                 continue
-            image, *cells = line.split("\t") if file == template else [file.name, *line.split("\t")]
+            cells = line.split("\t")
+            image = cells.pop(0) if file == template else file.name      # 0001.txt is about image 0001
             if len(cells) < 2 or cells[1].strip().lower() not in ("yes", "no"):
                 raise UserError(f"{file}: a line holds no question with yes or no: {line}")
             key = mme_key({"question_id": f"{task}/{image}", "prompt": cells[0]})
@@ -632,8 +638,8 @@ def score_mme(questions: list[dict]) -> dict:
     return figures
 
 
-MISSING = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
-           "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")     # cells that pandas takes as empty
+EMPTY_CELLS = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+               "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")     # for pandas
 
 
 def read_mmbench(files: list) -> list[dict]:
@@ -641,15 +647,15 @@ def read_mmbench(files: list) -> list[dict]:
     csv.field_size_limit(2**31 - 1)
     questions = []
     for file in files:
-        with fields_of(file, "a tsv of MMBench"), open(file, newline="", encoding="utf-8") as lines:
+        with expect_format(file, "a tsv of MMBench"), open(file, newline="", encoding="utf-8") as lines:
             questions += map(mmbench_question, csv.DictReader(lines, delimiter="\t"))
     return questions
 
 
 def mmbench_question(row: dict[str, str]) -> dict:
-    """A row as a question; its prompt is hint, question, and the options before the first empty one."""
-    row = {name: None if cell in MISSING else cell for name, cell in row.items()}
-    given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}
+    """A row as a question, as in VLMEvalKit: hint, question, and the options before the first empty one."""
+    row = {name: None if cell in EMPTY_CELLS else cell for name, cell in row.items()}
+    given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}   # as there
     options = {letter: row[letter] for letter in takewhile(lambda letter: letter in given, "ABCD")}
     lines = [row["hint"]] if "hint" in given else []
     prompt = "\n".join([*lines, row["question"], *(f"{letter}. {text}" for letter, text in options.items())])
@@ -659,13 +665,14 @@ def mmbench_question(row: dict[str, str]) -> dict:
 
 
 def parse_letter(text: str, options: dict[str, str]) -> str | None:
-    """The option that an answer names by the rules of VLMEvalKit without its judge, or None: the only letter
-    among the words, near the end; "answer is X"; the only option whose text the answer contains."""
+    """The option that an answer names by the rules of VLMEvalKit without its judge: the only letter among the
+    words, if it is one of the last four; else X of "answer is X"; else the only option whose text a short
+    answer contains. None if there is none, for a refusal, and for "Z", the letter for no option."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     letters = [letter for letter in options if letter in words]
     refusals = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
                 "I'm sorry, but without the image provided", "Cannot determine the answer")
-    if not letters and "Z" in words or any(refusal in text for refusal in refusals):
+    if ("Z" in words and not letters) or any(refusal in text for refusal in refusals):
         return None
     if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
         return letters[0]
@@ -678,10 +685,10 @@ def parse_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def score_mmbench(questions: list[dict]) -> dict:
-    """Percent correct: "circular" of the questions, right in every rotation, also by l2-category; "one_pass"
+    """Percent correct: "circular" of the questions (in every rotation), in all and by l2-category; "one_pass"
     of the rows."""
     groups, categories = defaultdict(list), defaultdict(list)
-    for q in sorted(questions, key=lambda q: q["question_id"]):
+    for q in sorted(questions, key=lambda q: q["question_id"]):           # the unrotated row first
         q["correct"] = q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"]
         groups[q["question_id"] % 10**6].append(q)
     for group in groups.values():
@@ -689,7 +696,7 @@ def score_mmbench(questions: list[dict]) -> dict:
         categories[category].append(all(q["correct"] for q in group))
     return {"circular": percent(sum(categories.values(), [])),
             "one_pass": percent([q["correct"] for q in questions]),
-            "categories": {name: percent(some) for name, some in categories.items()}}
+            "categories": {name: percent(found) for name, found in categories.items()}}
 
 
 FORMATS, MIME = "http://schemas.openxmlformats.org", "application/vnd.openxmlformats-"
@@ -709,7 +716,7 @@ XLSX = {                                     # the parts of the smallest workboo
 
 
 def write_mmbench_upload(file: Path, questions: list[dict]) -> None:
-    """The server's xlsx: the tsv without images and categories, and the answers in column "prediction"."""
+    """The server's xlsx: the tsv without the columns `dropped`, and the answers as its seventh column."""
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     names = [name for name in questions[0]["row"] if name not in dropped]
     names.insert(6, "prediction")
@@ -751,16 +758,17 @@ def read_llavabench(args: Args, questions: list[dict]) -> dict:
     references = read_lines(args.annotations[1], "question_id", "text", key=by_id)
     references, truth = {by_id(r): r for r in references}, {}
     for q in questions:
-        kind, detail = str(q.get("category")), ""
-        with fields_of(" ".join(map(str, args.annotations)), f"context and reference of question {by_id(q)}"):
+        category, detail = str(q.get("category")), ""
+        files = " ".join(map(str, args.annotations))
+        with expect_format(files, f"context and reference of question {by_id(q)}"):
             context = contexts[q["image"]]
             if "caption" in context:         # in the wild: one text or a list of texts
-                lines, kind = context["caption"], f"llava_bench_{kind}"
+                lines, category = context["caption"], f"llava_bench_{category}"
                 lines = [lines] if isinstance(lines, str) else lines
             else:                            # COCO
                 boxes, detail = [f"{box['category']}: {box['bbox']}" for box in context["instances"]], BOXES
                 lines = [*context["captions"], "", *boxes]
-            truth[by_id(q)] = {"context": "\n".join(lines), "detail": detail, "category": kind,
+            truth[by_id(q)] = {"context": "\n".join(lines), "detail": detail, "category": category,
                                "reference": references[by_id(q)]}
     return truth
 
@@ -819,21 +827,21 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
                 ratings[str(review["category"]).removeprefix("llava_bench_")].append(rating)
         unreadable = ratings["all"].count([-1, -1])
         print(f"{file}: {len(reviews)} reviews; {unreadable} without two ratings count as -1 -1")
-        for name, some in ratings.items():
-            reference, model = (round(mean, 3) for mean in np.asarray(some, float).mean(0).tolist())
+        for name, pairs in ratings.items():
+            reference, model = (round(mean, 3) for mean in np.asarray(pairs, float).mean(0).tolist())
             ratios[name].append(round(100 * model / reference, 1) if reference else 0.0)
         reviewed.append(set(map(by_id, reviews)))
     asked = set(map(by_id, questions)) or set.union(*reviewed)
     if foreign := set.union(*reviewed) - asked:
         raise UserError(f"a review is about question {min(foreign)}, which --questions lacks")
-    figures = {name: sum(some) / len(some) for name, some in sorted(ratios.items())}
+    figures = {name: sum(found) / len(found) for name, found in sorted(ratios.items())}
     missing = len(asked - set.intersection(*reviewed))
     return figures | {"reviews": ratios["all"], "missing": missing, "questions": len(asked)}
 
 
 def judge_url(args: Args) -> str:
     """The address of the endpoint: --judge, or OPENAI_BASE_URL."""
-    url = (args.judge or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
+    url = args.judge or os.environ.get("OPENAI_BASE_URL", "")
     if not url.startswith(("http://", "https://")):
         raise UserError("name an endpoint such as http://localhost:8000/v1 with --judge or OPENAI_BASE_URL")
     return url
@@ -901,18 +909,18 @@ class Benchmark:
     read_truth: Callable[[Args, list[dict]], dict] | None    # key -> what scoring needs of --annotations
     score: Callable[[list[dict]], dict] | None           # the figures
     key: Callable[[dict], object] = by_id    # the same for a question and its answers
-    doubled: str = "the last one counts"     # what happens if a question has several answers
+    repeated: str = "the last one counts"    # printed if a question has several answers
     upload: Callable[[Path, list[dict]], None] | None = None
     max_new_tokens: int = 128
 
 
 BENCHMARKS = {
     "vqav2": Benchmark(read_vqav2, read_humans, score_vqav2, upload=write_vqav2_upload),
-    "textvqa": Benchmark(read_questions, read_humans, score_textvqa, key=textvqa_key, doubled="each counts"),
+    "textvqa": Benchmark(read_questions, read_humans, score_textvqa, key=textvqa_key, repeated="each counts"),
     "pope": Benchmark(read_questions, read_pope, score_pope),
     "mme": Benchmark(read_questions, read_mme, score_mme, key=mme_key),
     "mmbench": Benchmark(read_mmbench, None, score_mmbench, upload=write_mmbench_upload, max_new_tokens=1024),
-    "llavabench": Benchmark(read_questions, read_llavabench, None, doubled="refused", max_new_tokens=1024),
+    "llavabench": Benchmark(read_questions, read_llavabench, None, max_new_tokens=1024),
 }
 
 
@@ -923,17 +931,17 @@ def run_task(args: Args) -> dict:
     if args.model:
         entries = answer_all(args, questions[:args.limit])
     elif args.predictions:
-        key = by_id if benchmark.doubled == "refused" else None
+        key = by_id if args.task == "llavabench" else None   # its judge refuses several answers to a question
         entries = read_lines(args.predictions, "question_id", "text", key=key)
     add_answers(benchmark, questions, entries, args.predictions or args.out)
-    questions = questions[:args.limit]
+    questions = questions[:args.limit]       # only now, because the files may also answer later questions
     if args.judge_model:
         judge_answers(args, questions)
     if args.upload:
         benchmark.upload(args.upload, questions)
     figures = {"missing": sum(q["text"] is None for q in questions), "questions": len(questions)}
     if args.reviews:
-        figures |= score_reviews(args, questions)
+        figures |= score_reviews(args, questions)            # its "missing" are questions without a review
     elif benchmark.score and all("truth" in q for q in questions):
         figures |= benchmark.score(questions)
     print_figures(figures)
@@ -965,8 +973,8 @@ def add_answers(benchmark: Benchmark, questions: list[dict], entries: list[dict]
         if benchmark.key(entry) not in texts:
             raise UserError(f"{file} answers question {by_id(entry)}, which --questions lacks")
         texts[benchmark.key(entry)].append(entry["text"])
-    if doubled := sum(len(some) > 1 for some in texts.values()):
-        print(f"{file}: {doubled} questions have more than one answer; {benchmark.doubled}")
+    if several := sum(len(found) > 1 for found in texts.values()):
+        print(f"{file}: {several} questions have more than one answer; {benchmark.repeated}")
     for q in questions:
         q["texts"] = texts[benchmark.key(q)]
         q["text"] = q["texts"][-1] if q["texts"] else None
@@ -1008,21 +1016,21 @@ def int4_bytes(config: LlavaConfig) -> float:
 
 
 def language_flops(text: TextConfig, tokens: int, logits: int = 1, causal: bool = True) -> int:
-    """FLOPs of one row of `tokens` through the decoder, with logits at `logits` positions. `causal` counts the
-    pairs of query and key inside mask and window; without it all pairs, as papers and torch do."""
+    """FLOPs of one row of `tokens` through the decoder, with logits at `logits` positions. Attention counts the
+    pairs of query and key inside mask and window or, if not causal, all pairs, as papers and torch do."""
     C, D, H, K = text.hidden_size, text.head_dim, text.num_attention_heads, text.num_key_value_heads
     window = min(tokens, text.sliding_window or tokens)
     pairs = window * (window + 1) // 2 + (tokens - window) * window if causal else tokens**2
-    linear = 2 * C * H * D + 2 * C * K * D + 3 * C * text.intermediate_size
-    layer = 2 * tokens * linear + 4 * H * D * pairs
+    weights = 2 * C * H * D + 2 * C * K * D + 3 * C * text.intermediate_size
+    layer = 2 * tokens * weights + 4 * H * D * pairs
     return text.num_hidden_layers * layer + 2 * logits * C * text.vocab_size
 
 
 def vision_flops(vision: VisionConfig, layers: int) -> int:
     """FLOPs of one tile through the patch embedding and `layers` layers of the tower (LLaVA: all but one)."""
     C, patches = vision.hidden_size, vision.side**2
-    linear, tokens = 4 * C * C + 2 * C * vision.intermediate_size, 1 + patches
-    return 2 * patches * 3 * vision.patch_size**2 * C + layers * (2 * tokens * linear + 4 * C * tokens**2)
+    weights, tokens = 4 * C * C + 2 * C * vision.intermediate_size, 1 + patches
+    return 2 * patches * 3 * vision.patch_size**2 * C + layers * (2 * tokens * weights + 4 * C * tokens**2)
 
 
 def projector_flops(config: LlavaConfig, patches: int) -> int:
@@ -1032,24 +1040,23 @@ def projector_flops(config: LlavaConfig, patches: int) -> int:
 
 
 def costs(config: LlavaConfig, text_tokens: int) -> dict[str, float]:
-    """Parameters, and the cost of the prefill of one image and `text_tokens`, with all pairs of tokens."""
-    side, tiles = config.vision.image_size, 1
-    if config.image_mode == "anyres":        # a square image of twice the tower's size
-        side *= 2
-        width, height = choose_grid((side, side), config.grids)
-        tiles += width * height // config.vision.image_size**2
-    tokens, parts = count_image_tokens(config, (side, side)) + text_tokens, count_parameters(config)
-    text, layers = config.text, config.vision.num_hidden_layers + 1 + config.vision_feature_layer
+    """Parameters, and the cost of the prefill of one image and `text_tokens`; attention counts all pairs of
+    tokens. The image is a square, with AnyRes of twice the tower's size."""
+    side = config.vision.image_size * (2 if config.image_mode == "anyres" else 1)
+    tiles, image_tokens = count_tiles(config, (side, side)), count_image_tokens(config, (side, side))
+    tokens, parts, text = image_tokens + text_tokens, count_parameters(config), config.text
+    layers = config.vision.num_hidden_layers + 1 + config.vision_feature_layer     # that LLaVA evaluates
     cached = min(tokens, text.sliding_window or tokens) * text.num_hidden_layers * text.num_key_value_heads
+    reduced = config.prune not in ("none", "divprune")       # before the projector
     flops = {"vision_tower": tiles * vision_flops(config.vision, layers),
-             "projector": projector_flops(config, tiles * config.vision.side**2),
+             "projector": projector_flops(config, image_tokens if reduced else tiles * config.vision.side**2),
              "language_model": language_flops(text, tokens, causal=False)}
     return {**{f"parameters, {part}": n for part, n in parts.items()}, "parameters": sum(parts.values()),
             "GiB in 16 bits": 2 * sum(parts.values()) / 2**30,
             "GiB with --quantize int4": int4_bytes(config) / 2**30, "tokens, image and text": tokens,
             **{f"TFLOPs, {part}": n / 1e12 for part, n in flops.items()},
             "TFLOPs": sum(flops.values()) / 1e12,
-            "MiB of keys and values": 2 * cached * text.head_dim * 2 / 2**20}
+            "MiB of keys and values": 2 * cached * text.head_dim * 2 / 2**20}        # 2 tensors of 2 bytes
 
 
 LLAMA_7B = TextConfig("llama", intermediate_size=11008, num_key_value_heads=32, rope_theta=1e4,
@@ -1071,11 +1078,11 @@ TABLE_II = {                                 # TFLOPs of 700 tokens, of 70, of b
 def print_table_ii() -> None:
     """Print PruMerge's Table II beside the formula; its prompts have 700 tokens, with PruMerge 70."""
     print("\nPruMerge's Table II: TFLOPs of the language model, published (by formula), for 700 tokens, 70,"
-          "\n700 in INT4, 70 in INT4. INT4 means FP16 / 4: as many operations, a quarter of the bytes.")
+          "\n700 in INT4, 70 in INT4. Published for INT4 is FP16 / 4, although only the bytes are a quarter.")
     for name, published in TABLE_II.items():
         full, pruned = (language_flops(PUBLISHED[name].text, n, causal=False) / 1e12 for n in (700, 70))
         formula = (full, pruned, full / 4, pruned / 4)
-        print(f"{name:14}", *(f"{there:5} ({here:.3g})" for there, here in zip(published, formula)))
+        print(f"{name:14}", *(f"{theirs:5} ({ours:.3g})" for theirs, ours in zip(published, formula)))
 
 
 def run_cost(args: Args) -> dict[str, dict]:
@@ -1083,7 +1090,9 @@ def run_cost(args: Args) -> dict[str, dict]:
     configs = PUBLISHED
     if args.model:
         configs = {args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}
-    models = {name: costs(config, args.cost) for name, config in configs.items()}
+    changes = {name: getattr(args, name) for name in ("image_mode", "prune", "keep_tokens")
+               if getattr(args, name) is not None}
+    models = {name: costs(replace(config, **changes), args.cost) for name, config in configs.items()}
     first, *_ = models.values()
     print_columns(models, {row: [model[row] for model in models.values()] for row in first}, ".5g")
     if not args.model:

@@ -420,6 +420,20 @@ def problem(**changes):
     return damage
 
 
+def twice(folder: Path) -> None:
+    splits = json.loads((folder / "pid_splits.json").read_text())
+    (folder / "pid_splits.json").write_text(json.dumps({name: [*ids, ids[0]] for name, ids in splits.items()}))
+
+
+def named(name: str):
+    """A damage: a question with this id in every split."""
+    def damage(folder: Path) -> None:
+        problems = json.loads((folder / "problems.json").read_text())
+        (folder / "problems.json").write_text(json.dumps(problems | {name: next(iter(problems.values()))}))
+        (folder / "pid_splits.json").write_text(json.dumps({"train": [name], "test": [name]}))
+    return damage
+
+
 SCIENCEQA = {
     "no folder": (shutil.rmtree, "problems.json is missing"),
     "no problems": (text("problems.json", None), "problems.json is missing"),
@@ -436,6 +450,8 @@ SCIENCEQA = {
     "split above the folder": (problem(split=".."), "'..' is not the name"),
     "no name of a split": (problem(split=""), "'' is not the name"),
     "unknown question": (text("pid_splits.json", '{"test": ["x"], "train": ["x"]}'), "lacks question x"),
+    "question twice": (twice, "has question .* twice"),
+    "id above the folder": (named(".."), "'..' is not the name"),
     **{f"no {field}": (problem(**{field: ...}), "problems.json")
        for field in ("question", "choices", "answer", "hint", "image", "split", "grade", "subject")},
     **{f"{field} is a list": (problem(**{field: []}), "problems.json")

@@ -377,3 +377,15 @@ def test_cost_needs_no_more_of_a_model_than_its_config(monkeypatch, capsys, mode
     lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[1:])
     assert lines["tokens, image and text"] == "21"
     assert lines["parameters"] == f"{sum(p.numel() for p in opened[0].parameters()):,}"
+
+
+def test_cost_counts_the_tokens_that_a_reduction_keeps(monkeypatch, tmp_path):
+    """Before the projector, but divprune chooses among projected tokens."""
+    costs = {}
+    for name in ("none", "random", "divprune"):
+        keep = () if name == "none" else ("--keep-tokens", 64)
+        run(monkeypatch, "--cost", 30, "--prune", name, *keep, "--json", tmp_path / "figures.json")
+        costs[name] = json.loads((tmp_path / "figures.json").read_text())["LLaVA-1.5-7B"]
+    assert [c["tokens, image and text"] for c in costs.values()] == [606, 94, 94]
+    whole, random, divprune = (c["TFLOPs, projector"] for c in costs.values())
+    assert whole == divprune == pytest.approx(9 * random)
