@@ -450,7 +450,7 @@ SCIENCEQA = {
     "split above the folder": (problem(split=".."), "'..' is not the name"),
     "no name of a split": (problem(split=""), "'' is not the name"),
     "unknown question": (text("pid_splits.json", '{"test": ["x"], "train": ["x"]}'), "lacks question x"),
-    "question twice": (twice, "has question .* twice"),
+    "question twice": (twice, " twice"),
     "id above the folder": (named(".."), "'..' is not the name"),
     **{f"no {field}": (problem(**{field: ...}), "problems.json")
        for field in ("question", "choices", "answer", "hint", "image", "split", "grade", "subject")},
