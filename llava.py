@@ -160,7 +160,7 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> like q.
     Padding is on the right; a causal query never sees it, so no mask is needed. The cost grows
-    with T² up to the window and with T beyond it."""
+    with T² up to the window and with T beyond it (masked_attention: with T²)."""
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -172,8 +172,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Like causal_attention, with an explicit mask [T, T], where no flash kernel fits: MPS, and CUDA in
-    float32 or with odd head sizes. Keys and values are repeated, because no fused kernel takes both a
-    mask and K < H heads."""
+    float32 or with D that is no multiple of 8. Keys and values are repeated, because no fused kernel takes
+    both a mask and K < H heads."""
     T, group = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)   # [B, H, T, D]
@@ -533,7 +533,7 @@ class QuantizedLinear(nn.Module):
             self.block_rows = max(1, 2**17 // self.in_features) * 64      # 16 MB in bf16: near the cache's size
         pieces = weight.split(128 if device.type == "cpu" else 1024)      # small temporary tensors
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in pieces])
-        self.register_buffer("q", torch.cat(q), persistent=False)         # scale: [O], or with middle
+        self.register_buffer("q", torch.cat(q), persistent=False)         # int4 scale: [I / GROUP, O, 2]
         self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
 
     def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -541,7 +541,7 @@ class QuantizedLinear(nn.Module):
             scale = (w.abs().amax(1) / 127).clamp(min=1e-9).bfloat16()
             return (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale     # [O, I], [O]
         q, scale = quantize_int4(w)                                       # scale: [I / GROUP, O, 2]
-        if self.tinygemm:                    # a byte holds two inputs, 8: how many tiles lie together
+        if self.tinygemm:                    # a byte holds two inputs; torch's innerKTiles is 8
             nibbles = (q[::2] << 4 | q[1::2]).T.contiguous()
             return torch.ops.aten._convert_weight_to_int4pack(nibbles, 8), scale     # [O / 8, I / 128, 32, 4]
         return pack_int4(q, kernel_width() or 32), scale                  # [O / 2w, I, w]
@@ -619,8 +619,8 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
 
 def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
     """The (width, height) of `grids` that keeps the most pixels of a (height, width) image; of equals the
-    smallest, then the first. transformers reads the pairs as (height, width): read_hf_config swaps them, so
-    that of two equal grids another one comes first than in LLaVA."""
+    smallest, then the first. transformers reads the pairs as (height, width) and read_hf_config swaps them,
+    so the grid that wins a tie can differ from LLaVA's."""
     height, width = size
 
     def merit(grid):
@@ -676,8 +676,8 @@ def check_token_budget(config: LlavaConfig) -> None:
     if name not in ("none", *PRUNING):
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
     if name in PRUMERGE and config.vision_feature_layer != -2:
-        raise UserError(f"--prune {name} uses attention in the layer that reads the features, but this model "
-                        "takes them from the last layer")
+        raise UserError(f"--prune {name} uses attention in the tower's last layer, so the features must be its "
+                        f"input (-2), but vision_feature_layer is {config.vision_feature_layer}")
     if keep is None and name in ("random", "pool", "divprune"):
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
     if keep is not None and name not in BUDGETED:
@@ -690,8 +690,8 @@ def check_token_budget(config: LlavaConfig) -> None:
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
-    """A bound of the tokens of one tile after reduction. PruMerge keeps outliers above the third quartile,
-    at most a quarter of the patches, `plus` perhaps all others; it adds one token for those not kept."""
+    """A bound of the tokens of one tile after reduction. PruMerge's outliers exceed the third quartile, so
+    they are at most a quarter of the patches; `plus` can add all others. One token is for those not kept."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
     if config.keep_tokens is not None:
         return config.keep_tokens
@@ -702,9 +702,9 @@ def max_tile_tokens(config: LlavaConfig) -> int:
 
 def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = None,
                    paper: bool = False, tokens: int | None = None) -> Tensor:
-    """PruMerge's choice: indices [m] of patches by attention [P], strongest first. Their number is
-    tokens - 1, else the share `ratio`, else that of the outliers. `plus` appends evenly spaced ones, with
-    `tokens` as one half of the choice, with `ratio` perhaps the same again. `paper` sorts the indices."""
+    """PruMerge's choice: indices [m] of patches by attention [P], strongest first: tokens - 1 of them, else
+    the share `ratio`, else the outliers. `plus` adds evenly spaced ones: with `tokens` in place of the weaker
+    half, with `ratio` perhaps repeating some. `paper` sorts the indices."""
     P, order = len(attention), attention.argsort(descending=True, stable=True)
     if tokens is not None:
         sampled = (tokens - 1) // 2 if plus else 0
@@ -750,8 +750,8 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
 
 
 def random_patches(pixels: Tensor, keep: int, patches: int) -> Tensor:
-    """`keep` of `patches` indices at random, in the image's order. The seed is a checksum of the tile in 8
-    bits, recovered from its normalized pixels [3, size, size]: the same choice whenever it is shown."""
+    """`keep` of `patches` indices at random, in the image's order. The seed is the CRC-32 of the tile's uint8
+    pixels, recovered from the normalized [3, size, size]: a tile always gets the same choice."""
     mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
     eight_bits = ((pixels.float() * std + mean) * 255).round().to(torch.uint8)
     generator = torch.Generator().manual_seed(zlib.crc32(eight_bits.cpu().numpy().tobytes()))
@@ -835,24 +835,24 @@ class Llava(nn.Module):
             pixels = normalize(pixels)
         states = self.vision_tower(pixels.to(like.dtype), self.config.vision_feature_layer)
         if prune == "none":
-            tiles = self.projector(states[:, 1:])                         # [N, P, C], without CLS
+            projected = self.projector(states[:, 1:])                     # [N, P, C], without CLS
         else:
-            tiles = self.reduce_tiles(pixels, states, prune)              # N times [n, C]
+            projected = self.reduce_tiles(pixels, states, prune)          # N times [n, C]
         features, start = [], 0
-        for i, image in enumerate(images):
-            image_tiles = tiles[start:start + len(image)]
+        for i, tiles in enumerate(images):
+            parts = projected[start:start + len(tiles)]
             if self.config.image_mode == "anyres" and prune == "none":
-                features.append(self.arrange_tiles(image_tiles, image_sizes[i]))
+                features.append(self.arrange_tiles(parts, image_sizes[i]))
             else:
-                features.append(torch.cat(list(image_tiles)))
-            start += len(image)
+                features.append(torch.cat(list(parts)))
+            start += len(tiles)
         return features
 
     def reduce_tiles(self, pixels: Tensor, states: Tensor, prune: str) -> list[Tensor]:
         """The projected tokens [n, C] that the method `prune` keeps of each tile, from its pixels
         [N, 3, size, size] and the tower's states [N, 1+P, C]."""
         config = replace(self.config, prune=prune)                        # calls check_token_budget
-        keep, tiles = config.keep_tokens, []
+        keep, projected = config.keep_tokens, []
         attention, keys = self.cls_attention(states) if prune in PRUMERGE else (None, None)
         for i, patches in enumerate(states[:, 1:]):                       # [P, C]
             if prune == "random":
@@ -864,8 +864,8 @@ class Llava(nn.Module):
             tokens = self.projector(patches)
             if prune == "divprune":
                 tokens = tokens[diverse_patches(tokens.detach(), keep)]
-            tiles.append(tokens)
-        return tiles
+            projected.append(tokens)
+        return projected
 
     def cls_attention(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Attention [N, P] of the CLS token to each patch, and the keys [N, P, C], in the tower's last layer,
@@ -1049,7 +1049,7 @@ class Llava(nn.Module):
         if whole and self.config.projector == "linear":      # llava-hf always has a second layer
             bias = self.projector[0].bias.detach().cpu()
             yield "multi_modal_projector.linear_2.weight", torch.eye(len(bias), dtype=bias.dtype)
-            yield "multi_modal_projector.linear_2.bias", torch.zeros_like(bias)
+            yield "multi_modal_projector.linear_2.bias", torch.zeros(len(bias), dtype=bias.dtype)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -1171,7 +1171,7 @@ def write_json(file: Path, content) -> None:
 def atomic_write(file: Path) -> Iterator[Path]:
     """A temporary file name to write to; it replaces `file` only if the block succeeds."""
     temporary = file.with_name(f".{file.name}.part")
-    temporary.unlink(missing_ok=True)        # os.link does not overwrite
+    temporary.unlink(missing_ok=True)        # of a killed run: os.link in train.py needs a free name
     try:
         yield temporary
         os.replace(temporary, file)
@@ -1467,6 +1467,7 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
             os.replace(part, file.with_name(name))
         write_json(index, {"metadata": {"total_size": total},
                            "weight_map": {key: names[i] for key, i in part_of.items()}})
+        file.unlink(missing_ok=True)         # an earlier single file, which transformers would prefer
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -1575,7 +1576,7 @@ class Processor:
         self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))
         if None in (self.bos, self.eos):
             raise UserError("the tokenizer has no <s> or no </s>: it is not one of LLaMA or Mistral")
-        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # encode puts one in front
+        self.tokenizer.normalizer = normalizers.Replace(" ", "\u2581")   # self.encode adds the first one
         self.tokenizer.pre_tokenizer = None
 
     @classmethod
@@ -1596,7 +1597,7 @@ class Processor:
             raise UserError(f"{file}: {first_line(error)}") from None
 
     def encode(self, text: str, prefix_space: bool = True) -> list[int]:
-        """Token ids of a text; SentencePiece puts a space before it."""
+        """Token ids of a text, with a space in front, as SentencePiece has it."""
         if prefix_space and text:
             text = "\u2581" + text
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -1811,12 +1812,13 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
     like, keep = model.vision_tower.class_embedding, config.keep_tokens
     pixels, canvas = normalize(tiles.to(like.device)), Image.new("RGB", (2 * size, len(tiles) * size))
     states = model.vision_tower(pixels.to(like.dtype), config.vision_feature_layer)
+    attentions, all_keys = model.cls_attention(model.vision_tower(pixels.to(like.dtype)))
 
     def enlarge(patches: Tensor) -> Image.Image:                          # [P] or [P, 3] of 0...255
         values = patches.byte().cpu().unflatten(0, (side, side)).numpy()
         return Image.fromarray(values).resize((size, size), Image.NEAREST)
 
-    for i, (tile, attention, keys) in enumerate(zip(tiles, *model.cls_attention(states))):
+    for i, (tile, attention, keys) in enumerate(zip(tiles, attentions, all_keys)):
         colors = torch.full((side**2, 3), 96)
         if config.prune == "random":
             kept = random_patches(pixels[i], keep, side**2)

@@ -112,7 +112,7 @@ def test_an_impossible_budget_is_refused(name, keep, message):
 
 
 def test_prumerge_refuses_features_of_the_last_layer_whose_attention_no_layer_computes():
-    with pytest.raises(UserError, match="takes them from the last layer"):
+    with pytest.raises(UserError, match="vision_feature_layer is -1"):
         model_with("prumerge", vision_feature_layer=-1)
 
 

@@ -45,13 +45,16 @@ def test_shards_hold_at_most_their_size_and_open_as_the_same_model(random_model,
     assert not list(tmp_path.glob(".*")), "no temporary file stays"
 
 
-def test_one_file_after_shards_is_what_opens(random_model, tmp_path):
+@pytest.mark.parametrize("first, second", [(400_000, 10**9), (10**9, 400_000)])
+def test_one_file_replaces_shards_and_shards_replace_one_file(random_model, tmp_path, first, second):
     model = Llava.from_pretrained(random_model, dtype=torch.float32)
-    model.save_pretrained(tmp_path, shard_bytes=400_000)
+    model.save_pretrained(tmp_path, shard_bytes=first)
     with torch.no_grad():
         model.projector[0].weight.zero_()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, shard_bytes=second)
     assert not Llava.from_pretrained(tmp_path, dtype=torch.float32).projector[0].weight.any()
+    names = {file.name for file in tmp_path.glob("model.safetensors*")}   # transformers takes the first of both
+    assert names == {"model.safetensors" if second > first else "model.safetensors.index.json"}
 
 
 def test_transformers_opens_shards(random_model, tmp_path):
