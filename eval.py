@@ -224,9 +224,9 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
 
 
 def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`. UserError names a line that is none, that
-    lacks a key of `needed`, whose text, prompt, image or category is not a string, or whose key(object) was
-    in an earlier line."""
+    """The JSON object of each line of a file, or of its `content`. UserError names a line that is no object,
+    that lacks a key of `needed`, whose text, prompt, image or category is not a string, or whose key(object)
+    was in an earlier line."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -653,7 +653,7 @@ def read_mmbench(files: list) -> list[dict]:
 
 
 def mmbench_question(row: dict[str, str]) -> dict:
-    """A row as a question, as in VLMEvalKit: hint, question, and the options before the first empty one."""
+    """A row as a question, as in LLaVA's script: hint, question, and the options before the first empty one."""
     row = {name: None if cell in EMPTY_CELLS else cell for name, cell in row.items()}
     given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}   # as there
     options = {letter: row[letter] for letter in takewhile(lambda letter: letter in given, "ABCD")}
@@ -783,7 +783,7 @@ def judge_messages(q: dict, text: str) -> list[dict]:
 
 
 def parse_verdict(content: str) -> list[float]:
-    """The two numbers in a reply's first line, the reference's first; [-1, -1] where there are none."""
+    """The two numbers that are a reply's first line, the reference's first; else, and for "8, 7", [-1, -1]."""
     try:
         first, second = map(float, content.split("\n")[0].replace(",", " ").split(" "))
         return [first, second]
@@ -818,6 +818,8 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
     ratios, reviewed = defaultdict(list), []
     for file in args.reviews:
         ratings, reviews = defaultdict(list), read_lines(file, "question_id", key=by_id)
+        if not reviews:
+            raise UserError(f"{file} has no review")
         for review in reviews:
             rating = review.get("tuple", review.get("score"))
             if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
@@ -833,7 +835,7 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
         reviewed.append(set(map(by_id, reviews)))
     asked = set(map(by_id, questions)) or set.union(*reviewed)
     if foreign := set.union(*reviewed) - asked:
-        raise UserError(f"a review is about question {min(foreign)}, which --questions lacks")
+        raise UserError(f"a review is about question {min(foreign)}, which is not asked")
     figures = {name: sum(found) / len(found) for name, found in sorted(ratios.items())}
     missing = len(asked - set.intersection(*reviewed))
     return figures | {"reviews": ratios["all"], "missing": missing, "questions": len(asked)}
@@ -1078,7 +1080,7 @@ TABLE_II = {                                 # TFLOPs of 700 tokens, of 70, of b
 def print_table_ii() -> None:
     """Print PruMerge's Table II beside the formula; its prompts have 700 tokens, with PruMerge 70."""
     print("\nPruMerge's Table II: TFLOPs of the language model, published (by formula), for 700 tokens, 70,"
-          "\n700 in INT4, 70 in INT4. Published for INT4 is FP16 / 4, although only the bytes are a quarter.")
+          "\n700 in INT4, 70 in INT4. INT4 there is FP16 / 4 (0.28 is not), though only bytes are a quarter.")
     for name, published in TABLE_II.items():
         full, pruned = (language_flops(PUBLISHED[name].text, n, causal=False) / 1e12 for n in (700, 70))
         formula = (full, pruned, full / 4, pruned / 4)
@@ -1118,7 +1120,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ScienceQA: answers to compare")
     add("--out", type=Path, metavar="FILE", help="append the answers, one JSON line each; continues the file")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--blank", action="store_true", help="replace every image by white: what is still right is guessed")
+    add("--blank", action="store_true", help="replace every image by white: what is then right needs no image")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
     add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 512; --task 128 or 1024")
@@ -1157,7 +1159,8 @@ def find_misuse(args: Args, parser: argparse.ArgumentParser) -> str | None:
         if getattr(args, name) != parser.get_default(name) and task not in tasks:
             return f"--{name.replace('_', '-')} is for {', '.join(tasks)}"
     annotations, reviews = len(args.annotations or ()), len(args.reviews or ())
-    answers, only_reviews = args.model or args.predictions, reviews and not args.judge_model
+    answers = args.model or args.predictions
+    only_reviews = reviews and not (args.judge_model or answers)
     if task == "scienceqa" and not (answers or args.compare):
         return "--scienceqa needs --model, --predictions or --compare"
     if args.task and not only_reviews and not (args.questions and answers):

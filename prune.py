@@ -22,7 +22,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -49,7 +48,7 @@ from llava import (IGNORE, TEMPLATE_OF, Llava, Processor, UserError, add_model_f
 # ---------------------------------------------------------------------------------------------
 # 1. Choose k of the problems. Each method returns {index: reason} in order of choice.
 
-IMAGE_SHARE = 0.85       # choose_guided: at least this share has an image, while there are images
+IMAGE_SHARE = 0.85       # choose_guided: no skill's first question without an image may prevent this share
 IMAGE_WORDS = re.compile(r"\b(picture|image|photo|map|diagram|graph|table|figure)s?\b|"
                          r"\b(shown|below|highlighted|marked|labeled|colored|these)\b", re.IGNORECASE)
 
@@ -93,10 +92,10 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
     """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every subject,
     prefer difficult questions) as rules. The authors chose by hand.
 
-    One question at a time, by the first of these criteria that decides: the first of a subject, of a topic,
-    of a skill (one without an image only while IMAGE_SHARE can still be reached); any with an image; the
-    topic with the highest sqrt(size) / (1 + chosen so far); a text that refers to the image; the question
-    text chosen least often so far; the difficulty, a mean percentile of several signs.
+    One question at a time, by the first of these criteria that decides: the first of a subject; of a topic;
+    of a skill, without an image only if IMAGE_SHARE can still be reached; any with an image; the topic with
+    the highest sqrt(size) / (1 + chosen so far); a text that refers to the image; the question text chosen
+    least often so far; the difficulty, a mean percentile of several signs.
     """
     signs = difficulty_signs(problems, args)
     difficulty = sum(percentiles(values) for values in signs.values()) / len(signs)       # [N]
@@ -112,7 +111,7 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
         text_allowed = has_image[list(kept)].sum() + k - len(kept) - 1 >= IMAGE_SHARE * k
         first_of = {"subject": chosen_of["subject"] == 0, "topic": chosen_of["topic"] == 0,
                     "skill": (chosen_of["skill"] == 0) & (has_image | text_allowed)}
-        level = np.select([*first_of.values(), has_image], [4, 3, 2, 1])  # 0 for the others
+        level = np.select([*first_of.values()], [3, 2, 1])    # 0 for the others
         candidates = np.flatnonzero(free)
         for key in (level, has_image, np.sqrt(topic_size) / (1 + chosen_of["topic"]), need,
                     -chosen_of["question"], difficulty):
@@ -405,7 +404,7 @@ def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) 
     """Rows from --cache: the smallest distance between the hidden states of each choice, and how much the
     images lower the loss of the answers."""
     rows, has_gain = {}, (args.cache / "gain.npy").exists()
-    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # without both, measure states now
+    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # if there is neither, measure states
         states = measure(problems, args, args.pooling)
         rows["smallest distance"] = [        # not of the whole, which has too many pairs
             Cell("-" if name == "whole" else f"{F.pdist(states[indices]).min():.4g}")
@@ -421,8 +420,8 @@ def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) 
 # ---------------------------------------------------------------------------------------------
 # 4. The study: train on each choice with several seeds, evaluate, compare
 
-# Variant: (method, additional flags of train.py). "all, one epoch" takes as many steps as 12 epochs of a
-# twelfth, which the toy study uses. The template "plain" drops the question, as Miao et al. do.
+# Variant: (method, additional flags of train.py). "all, one epoch": as many steps as the toy study takes on a
+# twelfth, in 12 epochs. The template "plain" drops the question, as Miao et al. do.
 VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "random": ("random", ()),
             "stratified": ("stratified", ()), "maxmin": ("maxmin", ()), "guided": ("guided", ()),
             "guided, plain": ("guided", ("--template", "plain")), "gain": ("gain", ())}
@@ -458,8 +457,8 @@ def run_folder(args, llm: str, variant: str, seed: int) -> Path:
 
 
 def make_choice(args, method: str | Path, seed: int, runs: Path, shared: list[str]) -> Path:
-    """Write the records of a method or a published list. Without --model, maxmin and gain measure with
-    trainings in `runs`, of the last of --language: with stage 1, and with random-0, trained before."""
+    """Write the records of a method or a published list. Without --model, maxmin measures with stage 1 of the
+    last of --language (in `runs`), and gain with its training random-0, which must be there by then."""
     name, flags = method, ["--method", method, "--keep", args.keep]
     if isinstance(method, Path):
         name, flags = method.stem, ["--from-list", method]
@@ -482,7 +481,6 @@ def train_and_evaluate(args, folder: Path, records: Path, seed: int, recipe, sha
     for answers, flags in (("test.jsonl", ()), ("blank.jsonl", ("--pictures", "only", "--blank"))):
         run_command("eval.py", "--scienceqa", args.scienceqa, "--model", folder, "--template", template,
                     *flags, *shared, *shlex.split(args.eval), "--out", folder / answers)
-    shutil.rmtree(folder / "trainer", ignore_errors=True)     # 60 GB at 7B; the weights are kept
 
 
 def run_command(program: str, *flags) -> None:
@@ -569,8 +567,8 @@ def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, f
     """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent.
 
     Each draw takes S trainings and N questions with replacement and averages over both. For a paired
-    difference, values[s, n] is the difference between two trainings with seed s on question n. The share of
-    the trainings in the interval is too narrow by the factor sqrt((S - 1) / S): with S = 1 there is none.
+    difference, values[s, n] is the difference between two trainings with seed s on question n. What the
+    trainings add to the width is too small by the factor sqrt((S - 1) / S): for S = 1 they add nothing.
     """
     S, N = values.shape
     columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: fewer to draw from
@@ -793,7 +791,8 @@ def generate(args) -> None:
     else:
         if requests and not args.replies:
             ask_teacher(judge_url(args), requests, args.workers, file)
-        write_generated(args, images, left_out, read_replies(file))
+            replies = read_replies(file)
+        write_generated(args, images, left_out, replies)
 
 
 def write_lines(file: Path, entries: list[dict]) -> None:
@@ -932,7 +931,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.generate in ("detail", "reasoning"):
         needed += ("boxes",)
     if args.report and args.cache:
-        needed += ("scienceqa",)             # measured were its questions
+        needed += ("scienceqa",)             # the cache has a row for each of its questions
     for flag in needed:
         if not getattr(args, flag):
             parser.error(f"--{args.task} needs --{flag}".replace("_", "-"))

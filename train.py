@@ -104,10 +104,10 @@ def run_stage(args: Args) -> None:
         return print_plan(sketch, need, samples, len(batches), args)
     newest = checkpoints.to_resume()
     print_summary(args, samples, len(batches), newest, sketch)
-    first_step = peak_memory(args.device) + estimate_memory(sketch, max(loads), args)["peak"]
+    estimate = peak_memory(args.device) + estimate_memory(sketch, max(loads), args)["peak"]
     try:
         model, optimizer = build(args, config, newest)
-        log = TrainingLog(args, optimizer.steps, len(batches), first_step)
+        log = TrainingLog(args, optimizer.steps, len(batches), estimate)
         train(model, optimizer, samples, val, batches, checkpoints, log, args)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{args.device} is out of memory ({first_line(error)}): use a smaller --micro-batch-"
@@ -503,9 +503,9 @@ def wrap_layers(model: Llava, args: Args) -> None:
 
 
 def connect_parameters(model: Llava, _, inputs: tuple) -> tuple:
-    """Add 0 × all other trainable parameters to the language model's input: in a batch without images their
-    gradient is then 0 instead of None, for which the other processes would wait. So also in one process:
-    Adam's steps are the same for any number of them."""
+    """Add 0 × all other trainable parameters to the language model's input: so they have a gradient, 0, also
+    in a batch without images. Other processes would wait for it; and a single process updates them as
+    several processes do."""
     others = [p.sum() for name, p in model.named_parameters()
               if p.requires_grad and not name.startswith("language_model.")]
     return inputs[0] + 0 * sum(others), *inputs[1:]
@@ -637,14 +637,13 @@ Load = namedtuple("Load", "tokens supervised tiles")         # of a micro-batch;
 
 
 def largest_load(samples: Samples, batches: list[list[int]], micro_batch_size: int) -> Load:
-    """The maximum of each field over all `batches` and processes, of the longest micro-batch that a process
-    makes of its part of a batch."""
+    """An upper bound of each field over the micro-batches of all `batches` and processes: as if the longest
+    records, those with most supervised tokens and those with most tiles came together."""
     loads = []
     for part in [batch[rank::PROCESSES] or batch[:1] for batch in batches for rank in range(PROCESSES)]:
-        longest = sorted(part, key=lambda i: -samples.lengths[i])[:micro_batch_size]
-        loads.append(Load(tokens=len(longest) * samples.lengths[longest[0]],
-                          supervised=sum(samples.supervised[i] for i in longest),
-                          tiles=sum(samples.tiles[i] for i in longest)))
+        lengths, supervised, tiles = (sorted((column[i] for i in part), reverse=True)[:micro_batch_size]
+                                      for column in (samples.lengths, samples.supervised, samples.tiles))
+        loads.append(Load(tokens=len(lengths) * lengths[0], supervised=sum(supervised), tiles=sum(tiles)))
     return Load(*(max(column) for column in zip(*loads)))
 
 
@@ -668,11 +667,11 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
     at_update = need["activations"] if args.in_backward else 0.0          # lm_head's update is the first
     in_mlp = load.tokens * size * (C + (2 if args.stage == 2 else 3) * text.intermediate_size)
     in_layer = load.tokens * (attention + mlp) + in_mlp      # backward of a layer: also what autograd kept
-    if on_cpu:                               # backward of its first norm, when its attention's part is freed
+    if on_cpu:                               # the last layer: backward of its first norm, its attention freed
         last = load.tokens * ((24 + size) * C - attention)   # six float32 tensors
-    else:                                    # forward of its attention
+    else:                                    # the last layer: forward of its attention
         last = load.tokens * 4 * size * C
-        in_layer -= load.tokens * size * C   # the fused norm keeps no copy of x
+        in_layer -= load.tokens * size * C   # the fused norm keeps x itself, the layer's input
     inputs = load.tokens * size * C * args.checkpoint_blocks
     update = 24 * min(max(trainable), CHUNK["cpu" if on_cpu else "gpu"])  # six float32 tensors
     phases = (need["activations"] + need["logits"] + earlier,             # the loss
@@ -747,7 +746,7 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list, args: Args
     if not args.micro_batch_size and not args.in_backward:
         sizes = [share >> i for i in range(share.bit_length())]           # halves
     if args.checkpoint_blocks is None and args.stage == 2:
-        checkpointed = range(0, layers + 1, max(1, layers // 8))
+        checkpointed = [layers * i // 8 for i in range(9)]
     for size in sizes:
         load = largest_load(samples, batches, size)
         for blocks in checkpointed:
@@ -975,7 +974,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--language", metavar="ID", help="a Mistral, LLaMA or Vicuna: folder or hub id")
     add("--init", metavar="ID", help="a LLaVA or a run to start from, instead of the two")
     add("--base", action="append", default=[], metavar="ID",
-        help="new place of a model that the run --init starts from; once for each, as in its config.json")
+        help="new place of a base of the run --init; once for each, in the order of its config.json")
     add("--tokenizer", metavar="ID", help="where the tokenizer.json is, if not with the language model")
     add("--data", type=Path, required=True, metavar="FILE", help="records, in LLaVA's format")
     add("--images", type=Path, default=Path("."), metavar="DIR", help="folder of their images")
@@ -1051,7 +1050,7 @@ def parse(argv: list[str] | None = None) -> Args:
     if args.plan and args.card is None:
         args.card = "a100"
     for_gpu = args.plan and args.card != "cpu"
-    bf16 = for_gpu or default_dtype(args.device, args.quantize or "none") == "bfloat16"
+    bf16 = for_gpu or default_dtype(args.card or args.device, args.quantize or "none") == "bfloat16"
     defaults = recipe | {
         "clip": None if args.in_backward else 1.0, "lora_alpha": 2 * (args.lora_rank or 0),
         "template": "plain" if args.stage == 1 else None, "val_every": 100,

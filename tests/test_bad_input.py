@@ -620,6 +620,7 @@ IMPOSSIBLE = [                               # program, flags, words of argparse
     ("prune", "--study s --scienceqa d --pretrain p --vision v --language l --prune pool", "--stage1"),
     ("prune", "--method maxmin --scienceqa d --out o --model m --batch-size 0", "--batch-size"),
     ("prune", "--method random --scienceqa d --out o --keep x", "--keep"),
+    ("eval", "--task llavabench --model m --images d --reviews r", "--questions"),
     ("prune", "--report r.json --draw chart.docx", "--draw"), ("prune", "--report r.json --cache c", "--scienceqa")]
 
 

@@ -583,3 +583,9 @@ def test_the_samples_get_the_official_figures(monkeypatch, tmp_path, task):
     if task == "vqav2":
         expected = json.loads((folder / task / "upload_expected.json").read_text())
         assert json.loads((tmp_path / "u").read_text()) == expected
+
+
+def test_a_file_without_reviews_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "reviews.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="has no review"):
+        run(monkeypatch, "--task", "llavabench", "--reviews", tmp_path / "reviews.jsonl")

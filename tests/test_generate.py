@@ -391,3 +391,12 @@ def test_flags_that_do_not_fit_are_misuse(capsys, words, complaint):
     with pytest.raises(SystemExit) as stop:
         prune.parse_args(words.split())
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_results_without_any_reply_leave_every_image_out(monkeypatch, coco, tmp_path):
+    failed = {"custom_id": "x", "response": None, "error": {"message": "expired"}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(failed) + "\n")
+    out = tmp_path / "a.json"
+    go(monkeypatch, prune, *flags_of(coco, out, "reasoning", "--replies", tmp_path / "results.jsonl"))
+    assert json.loads(out.read_text()) == []
+    assert {r["reason"] for r in read_lines(tmp_path / "a.rejected.jsonl")} == {"no reply"}

@@ -739,6 +739,8 @@ def test_tiles_and_processes_count_in_the_estimate(toy_folder, tmp_path, monkeyp
     assert samples.tiles == [0 if i % 2 == 0 else samples.tiles[i] for i in range(22)]
     assert all(samples.tiles[i] in (3, 4, 5) for i in range(1, 22, 2))
     assert train.largest_load(samples, [[1]], 1).tiles == samples.tiles[1]
+    samples.lengths, samples.supervised = [9, 30, 20, 40] + [1] * 18, [8, 7, 9, 3] + [1] * 18
+    assert train.largest_load(samples, [[0, 1, 2, 3]], 2)[:2] == (2 * 40, 9 + 8), "of any two records"
     samples.lengths = [10, 30, 20, 40] + [1] * 18
     alone = train.largest_load(samples, [[0, 3, 1, 2]], 4).tokens
     args = train.parse(flags(toy_folder, tmp_path, "--micro-batch-size 4 --checkpoint-blocks 0"))
