@@ -1,6 +1,6 @@
 """LLaVA on Mistral-7B in one file: images become tokens of a language model, which answers in text.
 
-    image [1, 3, 336, 336] --vision tower--> [1, 577, 1024] --projector--> [576, 4096]
+    image [1, 3, 336, 336] --vision tower--> [1, 577, 1024] --projector--> [576, 4096]     (without CLS)
                                                                               | in place of <image>
     "[INST] <image>\\nWhat is it? [/INST]" --embed--> [1, T, 4096] --splice--> [1, T + 575, 4096]
                                                                               |
@@ -1686,7 +1686,8 @@ def number(kind: type, least: float, most: float = math.inf):
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every program that opens a model."""
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--tokenizer", metavar="ID", help="folder or hub id with the tokenizer.json, if the model has none")
     add("--base", action="append", default=[], metavar="ID",
         help="new place of a base that a run folder names; once for each, in the order of its config.json")

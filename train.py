@@ -403,7 +403,7 @@ def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: i
 
 
 def make_micro_batches(size: int, samples: list[dict | OSError]) -> list[dict] | OSError:
-    """The samples of one step as right-padded batches of at most `size` rows, longest first."""
+    """The samples of one step as right-padded batches of at most `size` rows, those with most ids first."""
     if errors := [sample for sample in samples if isinstance(sample, OSError)]:
         return errors[0]
     samples = sorted(samples, key=lambda s: -s["input_ids"].shape[1])
@@ -943,7 +943,8 @@ def link(source: Path, target: Path) -> None:
 
 
 def save_adapter(folder: Path, model: Llava, args: Args) -> None:
-    """Write the trained weights as PEFT saves the adapter of a llava-hf model, and config.json."""
+    """Write the trained weights as PEFT saves the adapter of a llava-hf model, and config.json. A name is
+    base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight."""
     write_json(folder / "config.json", hf_config(model.config, whole=False) | {"bases": model.bases})
     tensors = ((f"base_model.model.model.{name.replace('language_model.model.', 'language_model.')}", tensor)
                for name, tensor in model.hf_tensors(whole=False))
