@@ -40,8 +40,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava import (Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, add_model_flags,
-                   atomic_write, command_line, count_image_tokens, count_tiles, load_model, number,
-                   open_checkpoint, open_image, read_json, require, write_json)
+                   atomic_write, command_line, config_overrides, count_image_tokens, count_tiles, load_model,
+                   number, open_checkpoint, open_image, read_json, require, write_json)
 
 Args = argparse.Namespace
 LETTERS = "ABCDE"
@@ -134,8 +134,8 @@ def to_record(problem: dict) -> dict:
 
 def parse_choice(text: str, choices: int) -> int | None:
     """The index of the option that an answer names, as in LLaVA's eval_science_qa.py: a letter alone or before
-    ". ", else X of the only "The answer is X" that is followed by one more character of the line (a dot in
-    the published pattern). None if there is none, -1 for a letter that is not an option."""
+    ". ", else X if "The answer is X" and one more character of the line (the unescaped dot of its pattern)
+    occur once. None if there is none, -1 for a letter that is not an option."""
     found = re.findall(r"The answer is ([A-Z]).", text)
     if re.fullmatch(r"[A-E](\. .*)?", text, re.DOTALL):
         found = [text[0]]
@@ -240,6 +240,7 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
             strings = [entry.get(name, "") for name in ("text", "prompt", "image", "category")]
             if any(name not in entry for name in needed) or not all(isinstance(x, str) for x in strings):
                 raise ValueError
+            "".join(strings).encode()        # ValueError: half of a surrogate pair
         except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{file}, line {n}: not a JSON object with {', '.join(needed)}, and text, prompt, "
                             "image and category as strings") from None
@@ -382,9 +383,13 @@ def resume(file: Path, questions: list[dict], settings: dict) -> list[dict]:
 def answer_all(args: Args, questions: list[dict]) -> list[dict]:
     """The answers to all questions in their order, then those in args.out to other questions. A question that
     args.out does not answer is asked, and its answer appended there; at the end the file gets this order."""
+    if args.out and not args.out.parent.is_dir():
+        raise OSError(f"{args.out} cannot be written: there is no such folder")
     for p in questions:
         if p["file"] and not p["file"].exists():
             raise OSError(f"question {by_id(p)}: there is no image {p['file']}")
+        if p["message"].count("<image>") != (1 if p["image"] else 0):
+            raise UserError(f"question {by_id(p)}: its text has another number of <image> than it has images")
     model, processor = load_model(args)      # sets args.dtype
     flags = ("wording", "dtype", "quantize", "answer", "max_new_tokens", "blank")
     settings = {name: getattr(args, name) for name in flags}
@@ -456,8 +461,8 @@ def vqa_accuracy(text: str, humans: list[dict]) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. The benchmarks. Scores are computed from questions with the correct answer or annotation in "truth", the
-#    answers in "texts", in the order of their file, and the last of them, or None, in "text"
+# 5. The benchmarks. A question to score has the correct answer or annotation in "truth", its answers in
+#    "texts", in the order of their file, and the last of them, or None, in "text"
 
 
 @contextmanager
@@ -655,7 +660,7 @@ def read_mmbench(files: list) -> list[dict]:
 def mmbench_question(row: dict[str, str]) -> dict:
     """A row as a question, as in LLaVA's script: hint, question, and the options before the first empty one."""
     row = {name: None if cell in EMPTY_CELLS else cell for name, cell in row.items()}
-    given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}   # as there
+    given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}   # as LLaVA
     options = {letter: row[letter] for letter in takewhile(lambda letter: letter in given, "ABCD")}
     lines = [row["hint"]] if "hint" in given else []
     prompt = "\n".join([*lines, row["question"], *(f"{letter}. {text}" for letter, text in options.items())])
@@ -685,8 +690,8 @@ def parse_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def score_mmbench(questions: list[dict]) -> dict:
-    """Percent correct: "circular" of the questions (in every rotation), in all and by l2-category; "one_pass"
-    of the rows."""
+    """Percent correct: "circular" of the questions (in every rotation that is in the file), in all and by
+    l2-category; "one_pass" of the rows."""
     groups, categories = defaultdict(list), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["question_id"]):           # the unrotated row first
         q["correct"] = q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"]
@@ -723,9 +728,10 @@ def write_mmbench_upload(file: Path, questions: list[dict]) -> None:
     rows = [names]
     for q in questions:
         row = q["row"] | {"index": q["question_id"], "prediction": q["text"]}
-        rows.append([row[name] for name in names])
+        rows.append([row.get(name) for name in names])
     cells = "".join(f"<row>{''.join(map(xlsx_cell, row))}</row>" for row in rows)
     sheet = f'<worksheet xmlns="{SHEETS}"><sheetData>{cells}</sheetData></worksheet>'
+    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in (XLSX | {"sheet.xml": sheet}).items():
             archive.writestr(name, content)
@@ -783,7 +789,7 @@ def judge_messages(q: dict, text: str) -> list[dict]:
 
 
 def parse_verdict(content: str) -> list[float]:
-    """The two numbers that are a reply's first line, the reference's first; else, and for "8, 7", [-1, -1]."""
+    """The ratings of reference and model from a reply's first line; [-1, -1] for anything else, also "8, 7"."""
     try:
         first, second = map(float, content.split("\n")[0].replace(",", " ").split(" "))
         return [first, second]
@@ -930,8 +936,11 @@ def run_task(args: Args) -> dict:
     """Ask the model or read its answers, write the upload file, print and return the figures."""
     benchmark, entries = BENCHMARKS[args.task], []
     questions = read_task(args, benchmark) if args.questions else []
+    if args.judge_model:
+        judge_url(args)                      # a mistake in it shows before the model is asked
     if args.model:
-        entries = answer_all(args, questions[:args.limit])
+        asked = questions[:args.limit]
+        entries = answer_all(args, asked)[:len(asked)]       # without those to other question files
     elif args.predictions:
         key = by_id if args.task == "llavabench" else None   # its judge refuses several answers to a question
         entries = read_lines(args.predictions, "question_id", "text", key=key)
@@ -958,7 +967,10 @@ def read_task(args: Args, benchmark: Benchmark) -> list[dict]:
     truth = benchmark.read_truth(args, questions) if args.annotations and benchmark.read_truth else None
     for q in questions:
         q.setdefault("message", f"<image>\n{q['prompt']}")
-        q.setdefault("file", args.images and args.images / q["image"])
+        if "file" not in q:
+            if os.path.isabs(q["image"]) or ".." in Path(q["image"]).parts:
+                raise UserError(f"question {by_id(q)}: image {q['image']} is outside of {args.images}")
+            q["file"] = args.images and args.images / q["image"]
         if truth is not None:
             if benchmark.key(q) not in truth:
                 raise UserError(f"{' '.join(args.annotations)} lacks question {by_id(q)}: is it another set?")
@@ -1080,7 +1092,7 @@ TABLE_II = {                                 # TFLOPs of 700 tokens, of 70, of b
 def print_table_ii() -> None:
     """Print PruMerge's Table II beside the formula; its prompts have 700 tokens, with PruMerge 70."""
     print("\nPruMerge's Table II: TFLOPs of the language model, published (by formula), for 700 tokens, 70,"
-          "\n700 in INT4, 70 in INT4. INT4 there is FP16 / 4 (0.28 is not), though only bytes are a quarter.")
+          "\n700 in INT4, 70 in INT4. Its INT4 is FP16 / 4 (except 0.28), but only the bytes are a quarter.")
     for name, published in TABLE_II.items():
         full, pruned = (language_flops(PUBLISHED[name].text, n, causal=False) / 1e12 for n in (700, 70))
         formula = (full, pruned, full / 4, pruned / 4)
@@ -1091,10 +1103,12 @@ def run_cost(args: Args) -> dict[str, dict]:
     """Print and return the costs of --model, or of the published models."""
     configs = PUBLISHED
     if args.model:
-        configs = {args.model: LlavaConfig(**open_checkpoint(args.model, weights=False)[0])}
-    changes = {name: getattr(args, name) for name in ("image_mode", "prune", "keep_tokens")
-               if getattr(args, name) is not None}
-    models = {name: costs(replace(config, **changes), args.cost) for name, config in configs.items()}
+        fields = open_checkpoint(args.model, weights=False, moved=args.base)[0]
+        if missing := {"vision", "text"} - fields.keys():
+            raise UserError(f"{args.model} has no {' or '.join(missing)} model, so it is not a LLaVA")
+        configs = {args.model: LlavaConfig(**fields)}
+    models = {name: costs(replace(config, **config_overrides(args)), args.cost)
+              for name, config in configs.items()}
     first, *_ = models.values()
     print_columns(models, {row: [model[row] for model in models.values()] for row in first}, ".5g")
     if not args.model:

@@ -164,16 +164,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    cuda_flash_fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
+    cuda_flash_fits = (q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
+                       and (device != "cuda" or torch.cuda.get_device_capability(q.device) >= (8, 0)))
     if device == "cpu" or (device in ("cuda", "meta") and cuda_flash_fits):     # meta: traced like CUDA
         return SlidingWindow.apply(q, k, v, window)
     return masked_attention(q, k, v, window)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Like causal_attention, with an explicit mask [T, T], where no flash kernel fits: MPS, and CUDA in
-    float32 or with D that is no multiple of 8. Keys and values are repeated, because no fused kernel takes
-    both a mask and K < H heads."""
+    """Like causal_attention, with an explicit mask [T, T], where no flash kernel fits: MPS, and CUDA before
+    Ampere, in float32 or with D that is no multiple of 8. Keys and values are repeated, because no fused
+    kernel takes both a mask and K < H heads."""
     T, group = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)   # [B, H, T, D]
@@ -619,8 +620,8 @@ def place_tensor(model, state: dict, name: str, tensor: Tensor, quantize: str, d
 
 def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
     """The (width, height) of `grids` that keeps the most pixels of a (height, width) image; of equals the
-    smallest, then the first. transformers reads the pairs as (height, width) and read_hf_config swaps them,
-    so the grid that wins a tie can differ from LLaVA's."""
+    smallest, then the first. transformers reads the pairs as (height, width); read_hf_config swaps each of
+    them, but not their order, so a tie can end otherwise than in LLaVA."""
     height, width = size
 
     def merit(grid):
@@ -672,9 +673,9 @@ BUDGETED = ("prumerge", "prumerge+", "random", "pool", "divprune")        # thos
 def check_token_budget(config: LlavaConfig) -> None:
     """Raise UserError where `prune` and `keep_tokens` do not fit together."""
     name, keep, side = config.prune, config.keep_tokens, config.vision.side
-    least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name not in ("none", *PRUNING):
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
+    least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name in PRUMERGE and config.vision_feature_layer != -2:
         raise UserError(f"--prune {name} uses attention in the tower's last layer, so the features must be its "
                         f"input (-2), but vision_feature_layer is {config.vision_feature_layer}")
@@ -830,7 +831,7 @@ class Llava(nn.Module):
         width); prune: a name in PRUNING or "none", None: the config's."""
         prune = self.config.prune if prune is None else prune
         like = self.vision_tower.class_embedding                          # its device and dtype
-        pixels = torch.cat(list(images)).to(like.device, non_blocking=True)              # [N, 3, size, size]
+        pixels = torch.cat(list(images)).to(like.device)                  # [N, 3, size, size]
         if pixels.dtype == torch.uint8:
             pixels = normalize(pixels)
         states = self.vision_tower(pixels.to(like.dtype), self.config.vision_feature_layer)
@@ -1129,7 +1130,7 @@ def fetch(source: str, weights: bool = True) -> Path:
         if weights and not list(folder.glob("model*.safetensors")):
             download(allow_patterns=["pytorch_model*.bin"])
         return folder
-    except (OSError, ValueError) as error:
+    except Exception as error:               # OSError, and what httpx and hf_xet raise
         raise OSError(f"{source} is not a local folder and could not be downloaded: "
                       f"{first_line(error)}") from None
 
@@ -1245,7 +1246,8 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
     check_types(raw, config_file)
     if list(folder.glob("adapter_*")):
         adapter = require(read_json(adapter_file), adapter_file, "r", "lora_alpha", "base_model_name_or_path",
-                          use_rslora=(False,), use_dora=(False,))
+                          use_rslora=(False,), use_dora=(False,), lora_bias=(False,),
+                          rank_pattern=({}, None), alpha_pattern=({}, None))
         if not all(isinstance(adapter[x], int | float) and adapter[x] > 0 for x in ("r", "lora_alpha")):
             raise UserError(f"{adapter_file}: r and lora_alpha must be positive numbers")
     for file in weight_files(folder) if weights else []:
@@ -1298,7 +1300,7 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
                     if any(key.startswith(f"{part}.layers") and "lora_" not in key for key in own)]
         bases[raw["mm_vision_tower"]] = weights and "vision_tower" not in complete
         if weights and "language_model" not in complete:
-            if not adapter:
+            if not adapter.get("base_model_name_or_path"):
                 require(raw, folder / "config.json", "_name_or_path")
             bases[adapter.get("base_model_name_or_path") or raw["_name_or_path"]] = True
     return bases
@@ -1497,6 +1499,10 @@ def open_image(file: Path) -> Image.Image:
         raise OSError(f"{file} is not a readable image: {first_line(error)}") from None
 
 
+def is_writable_image(file) -> bool:
+    return Image.registered_extensions().get(Path(file).suffix.lower()) in Image.SAVE
+
+
 def to_rgb(image: Image.Image, config: LlavaConfig) -> Image.Image:
     """transformers shows a transparent image on white; LLaVA's code drops the transparency."""
     if config.hf_preprocessing and ("A" in image.getbands() or "transparency" in image.info):
@@ -1600,7 +1606,10 @@ class Processor:
         """Token ids of a text, with a space in front, as SentencePiece has it."""
         if prefix_space and text:
             text = "\u2581" + text
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise UserError(f"{text!r} has half of a surrogate pair, which is no character") from None
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -1644,7 +1653,8 @@ class Processor:
         size, mode = self.config.vision.image_size, self.config.image_mode
         kind = "LlavaNext" if mode == "anyres" else "Llava"
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
-        tokenizer.add_special_tokens(["<image>", "<pad>"])
+        gap = range(tokenizer.get_vocab_size(), self.config.image_token_id)          # ids without a token
+        tokenizer.add_special_tokens([*(f"<unused{i}>" for i in gap), "<image>", "<pad>"])
         write_json(Path(folder) / "tokenizer.json", json.loads(tokenizer.to_str()))
         write_json(Path(folder) / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>",
@@ -1663,10 +1673,14 @@ class Processor:
 
 def command_line(main) -> None:
     """Run a program; a mistake of its user ends with one sentence and exit code 1."""
+    program = Path(sys.argv[0]).name
     try:
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (UserError, OSError, SafetensorError) as error:
+        sys.exit(f"{program}: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{program}: the device is out of memory ({first_line(error)}): use --quantize int4, "
+                 "--image-mode pad or a smaller --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -1700,7 +1714,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="store the linear layers of the language model in 8 or 4 bits (default: %(default)s)")
     add("--device", default=device, choices=devices(), help="default: %(default)s")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16 on a GPU that supports it or with --quantize, float32 on a CPU, else float16")
+        help="default: bfloat16 with --quantize or on a GPU that has it, float16 on others, float32 on a CPU")
 
 
 def devices() -> list[str]:
@@ -1721,12 +1735,17 @@ def default_dtype(device: str, quantize: str = "none") -> str:
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
     """The model and the processor that the flags of add_model_flags name; sets args.dtype."""
-    overrides = {name: getattr(args, name) for name in ("image_mode", "prune", "template", "keep_tokens")
-                 if getattr(args, name) is not None}
     args.dtype = args.dtype or default_dtype(args.device, args.quantize)
     model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device,
-                                  quantize=args.quantize, base=args.base, **overrides)
+                                  quantize=args.quantize, base=args.base, **config_overrides(args))
     return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
+
+
+def config_overrides(args: argparse.Namespace) -> dict:
+    """The fields of LlavaConfig that flags replace; a --prune without a budget drops the model's budget."""
+    names = ("projector", "image_mode", "template", "prune", "keep_tokens")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    return given if given.get("prune") in (None, *BUDGETED) else {"keep_tokens": None} | given
 
 
 def stream_answer(model: Llava, processor: Processor, messages, images, **sampling) -> str:
@@ -1757,8 +1776,8 @@ def record_calls(model: Llava, inputs: dict, modules, counter: FlopCounterMode) 
     passes = []
 
     def record(module: nn.Module | None, _=None, y: Tensor | None = None) -> None:
-        if y is not None and y.is_cuda:
-            torch.cuda.synchronize()
+        if y is not None and y.device.type != "cpu":
+            torch.accelerator.synchronize(y.device)
         passes[-1].append((module, y, counter.get_total_flops(), time.perf_counter()))
 
     handles = [module.register_forward_hook(record) for module in modules]
@@ -1853,7 +1872,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="0, the default, is greedy: always the most probable token")
     add("--top-p", type=number(float, 1e-9, 1), default=1.0, metavar="P",
         help="sample from the most probable tokens that together have probability P (default: 1)")
-    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the sampling (default: %(default)s)")
     add("--trace", action="store_true", help="first print shape, FLOPs and time of every layer")
     add("--show-kept", metavar="FILE", help="save an image of what --prune keeps of the first image")
     add("--save", type=Path, metavar="DIR",
@@ -1867,8 +1886,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.prompt = args.image.pop()
     if args.save and (args.prompt or args.image):
         parser.error("--save writes the model and asks nothing: leave out the question and --image")
-    if args.show_kept and not (
-            args.image and Path(args.show_kept).suffix.lower() in Image.registered_extensions()):
+    if args.show_kept and not (args.image and is_writable_image(args.show_kept)):
         parser.error("--show-kept needs an --image, and as its own value an image file such as kept.png")
     return args
 
@@ -1879,8 +1897,9 @@ def save_whole(args: argparse.Namespace) -> None:
         raise UserError(f"{args.save} is not empty: name a new folder for --save")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model = Llava.from_pretrained(args.model, dtype=dtype, base=args.base)
+    processor = Processor.from_pretrained(args.tokenizer or args.model, model.config)
     model.save_pretrained(args.save)
-    Processor.from_pretrained(args.tokenizer or args.model, model.config).save_pretrained(args.save)
+    processor.save_pretrained(args.save)
     print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers")
 
 

@@ -41,14 +41,14 @@ from tqdm import tqdm
 from eval import (append, are_correct, chat, collate, fingerprint, judge_url, read_answers, read_scienceqa,
                   target_text, to_record)
 from llava import (IGNORE, TEMPLATE_OF, Llava, Processor, UserError, add_model_flags, atomic_write,
-                   command_line, farthest_points, load_model, number, open_image, read_json, require,
-                   write_json)
+                   command_line, farthest_points, is_writable_image, load_model, number, open_image, read_json,
+                   require, write_json)
 
 
 # ---------------------------------------------------------------------------------------------
 # 1. Choose k of the problems. Each method returns {index: reason} in order of choice.
 
-IMAGE_SHARE = 0.85       # choose_guided: no skill's first question without an image may prevent this share
+IMAGE_SHARE = 0.85       # choose_guided: new skills without an image leave room for this share
 IMAGE_WORDS = re.compile(r"\b(picture|image|photo|map|diagram|graph|table|figure)s?\b|"
                          r"\b(shown|below|highlighted|marked|labeled|colored|these)\b", re.IGNORECASE)
 
@@ -331,6 +331,8 @@ def read_records_by_id(file: Path) -> dict[str, dict]:
     entries = read_json(file)
     if not isinstance(entries, list) or any(isinstance(e, dict) and "id" not in e for e in entries):
         raise UserError(f"{file} is neither a list of records with ids nor one of ids")
+    if not entries:
+        raise UserError(f"{file} is an empty list")
     records = [e if isinstance(e, dict) else {"id": e} for e in entries]
     return {str(record["id"]): record for record in records}
 
@@ -348,6 +350,8 @@ def read_problems(args) -> list[dict]:
     """The problems of --scienceqa. Without it id, question and "has image" from the records of --report."""
     if args.scienceqa:
         problems = read_scienceqa(args.scienceqa, args.split, args.pictures)
+        if not problems:
+            raise UserError(f"{args.scienceqa}: there are 0 questions of split {args.split!r} to choose from")
         for p in problems:
             require(p, f"{args.scienceqa}/problems.json, question {p['id']}", "topic", "category", "skill")
         return [p | {"has image": "yes" if p["image"] else "no"} for p in problems]
@@ -358,9 +362,12 @@ def read_problems(args) -> list[dict]:
                 raise UserError(f"{file} lists ids alone: name the --scienceqa that they belong to")
             if records.setdefault(key, record)["conversations"] != record["conversations"]:
                 raise UserError(f"{file} has another question {key} than the files before it")
-    return [{"id": key, "has image": "yes" if "image" in record else "no",
-             "question": record["conversations"][0]["value"].split("\nContext: ")[0]}
-            for key, record in records.items()]
+    try:
+        return [{"id": key, "has image": "yes" if "image" in record else "no",
+                 "question": record["conversations"][0]["value"].split("\nContext: ")[0]}
+                for key, record in records.items()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--report: the conversations are not LLaVA's ({error!r})") from None
 
 
 def choose(args) -> None:
@@ -407,7 +414,7 @@ def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) 
     if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # if there is neither, measure states
         states = measure(problems, args, args.pooling)
         rows["smallest distance"] = [        # not of the whole, which has too many pairs
-            Cell("-" if name == "whole" else f"{F.pdist(states[indices]).min():.4g}")
+            Cell("-" if name == "whole" or len(indices) < 2 else f"{F.pdist(states[indices]).min():.4g}")
             for name, indices in indices_of.items()]
     if has_gain:
         gains = measure(problems, args, "gain")[:, 0]
@@ -420,8 +427,8 @@ def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) 
 # ---------------------------------------------------------------------------------------------
 # 4. The study: train on each choice with several seeds, evaluate, compare
 
-# Variant: (method, additional flags of train.py). "all, one epoch": as many steps as the toy study takes on a
-# twelfth, in 12 epochs. The template "plain" drops the question, as Miao et al. do.
+# Variant: (method, additional flags of train.py). "all, one epoch" takes as many steps as the toy study's 12
+# epochs on a twelfth. The template "plain" drops the question, as Miao et al. do.
 VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "random": ("random", ()),
             "stratified": ("stratified", ()), "maxmin": ("maxmin", ()), "guided": ("guided", ()),
             "guided, plain": ("guided", ("--template", "plain")), "gain": ("gain", ())}
@@ -432,7 +439,11 @@ def study(args) -> None:
     white images. Every step is a printed command; a finished one is not repeated, so a study can be
     interrupted, split with --variants, and extended. The table shows every finished training."""
     llms = [Path(language.partition("@")[0]).name for language in args.language]
-    variants = VARIANTS | {file.stem: (file, ()) for file in args.from_list or []}
+    variants = dict(VARIANTS)
+    for file in args.from_list or []:
+        if file.stem in variants:
+            raise UserError(f"--from-list {file}: there is a variant {file.stem!r} already: rename the file")
+        variants[file.stem] = file, ()
     if unknown := [name for name in args.variants or [] if name not in variants]:
         raise UserError(f"--variants {unknown[0]!r} is none of {', '.join(map(repr, variants))}")
     shared = []
@@ -668,6 +679,8 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
         if isinstance(content, list):
             images = {str(Path(e["image"]).with_suffix("")): (e["image"], []) for e in content}
             captions = [(str(Path(e["image"]).with_suffix("")), e["caption"]) for e in content]
+            if len(images) < len({e["image"] for e in content}):
+                raise ValueError("two images differ in their suffix only")
         else:
             images = {str(e["id"]): (e["file_name"], []) for e in content["images"]}
             captions = [(str(e["image_id"]), e["caption"]) for e in content["annotations"]]
@@ -935,11 +948,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for flag in needed:
         if not getattr(args, flag):
             parser.error(f"--{args.task} needs --{flag}".replace("_", "-"))
-    if args.task == "study" and (args.prune or args.keep_tokens or args.template or args.base
-                                 or args.quantize != "none"):
-        parser.error("in a study give --prune, --keep-tokens, --template, --base and --quantize within "
-                     "--stage1, --stage2 and --eval")
-    if args.draw and args.draw.suffix.lower() not in Image.registered_extensions():
+    if args.task == "study":
+        for name in ("prune", "keep_tokens", "template", "base", "quantize", "split", "pictures", "seed",
+                     "image_text", "layer", "pooling", "batch_size"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"a study does not take --{name.replace('_', '-')}: give flags of its trainings "
+                             "within --stage1, --stage2 and --eval, and choices of your own with --from-list")
+    if args.draw and not is_writable_image(args.draw):
         parser.error("--draw needs the name of an image file, such as report.png")
 
 

@@ -8,8 +8,8 @@
         --data scienceqa_train.json --images ScienceQA/images/train --out runs/stage2
 
 Records are in LLaVA's format: [{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}].
-Ctrl-C saves the run and stops it; --resume continues it. On several GPUs:
-torchrun --nproc-per-node N train.py ..., with the same losses.
+Ctrl-C saves the run and stops it; --resume continues it. On several GPUs, with the same losses:
+torchrun --shutdown-timeout 3600 --nproc-per-node N train.py ..., where the timeout is the time to save.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -47,9 +48,9 @@ from tqdm import tqdm
 
 from eval import collate, language_flops, projector_flops, vision_flops
 from llava import (FROM_PUBLISHED, IGNORE, PRUNING, TEMPLATE_OF, Llava, LlavaConfig, Processor, TextConfig,
-                   UserError, atomic_write, command_line, count_image_tokens, count_tiles, default_dtype,
-                   devices, first_line, hf_config, number, open_checkpoint, open_file, open_image,
-                   read_json, rename_key, save_sharded, write_json)
+                   UserError, atomic_write, command_line, config_overrides, count_image_tokens, count_tiles,
+                   default_dtype, devices, first_line, hf_config, number, open_checkpoint, open_file,
+                   open_image, read_json, rename_key, save_sharded, write_json)
 
 Args = argparse.Namespace
 RECIPE = {                                   # Miao et al. 2024: 558k captions, then ScienceQA
@@ -151,7 +152,7 @@ def make_loader(samples: Samples, batches: list[list[int]], args: Args) -> DataL
     """This process's part of each batch as micro-batches; a process without any takes the first record."""
     return DataLoader(samples, batch_sampler=[batch[RANK::PROCESSES] or batch[:1] for batch in batches],
                       collate_fn=partial(make_micro_batches, args.micro_batch_size), num_workers=args.workers,
-                      worker_init_fn=ignore_interrupts, pin_memory=args.device.startswith("cuda"))
+                      worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
 
 
 def weigh_micro_batches(micro_batches: list[dict] | OSError, batch_size: int
@@ -230,8 +231,12 @@ def deferred_signals():
             signal.signal(name, handler)
 
 
-def ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C also reaches the workers
+def ignore_signals(worker: int) -> None:
+    """A worker leaves the process group, to which Ctrl-C and `kill` of torchrun are sent: it must outlive the
+    step in which its parent handles the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 class TrainingLog:
@@ -425,10 +430,7 @@ def open_config(args: Args) -> LlavaConfig:
         fields |= open_checkpoint(source, weights=False, moved=args.base)[0]
     if args.stage == 2 and fields.get("template") == "plain":             # --init is a run of stage 1
         fields["template"] = TEMPLATE_OF[fields["text"].model_type]
-    for name in ("projector", "image_mode", "template", "prune", "keep_tokens"):
-        if getattr(args, name) is not None:
-            fields[name] = getattr(args, name)
-    return LlavaConfig(**fields)
+    return LlavaConfig(**fields | config_overrides(args))
 
 
 def build(args: Args, config: LlavaConfig, newest: Path | None) -> tuple[Llava, Adam]:
@@ -498,8 +500,9 @@ def wrap_layers(model: Llava, args: Args) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if PROCESSES > 1:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        mesh = init_device_mesh(args.device, (PROCESSES,))   # else it would take a GPU where there is one
         for module in [*model.language_model.layers, model]:
-            fully_shard(module, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def connect_parameters(model: Llava, _, inputs: tuple) -> tuple:
@@ -569,10 +572,11 @@ class Adam:
         self.v_correction = torch.tensor(1 - self.betas[1]**self.steps)
 
     def clip(self, max_norm: float | None) -> float:
-        """Return the norm of the whole gradient and, without in_backward, scale it down to max_norm."""
+        """Return the norm of the whole gradient and, without in_backward, scale it down to max_norm; None and
+        0 mean no limit."""
         if self.in_backward:
             return math.sqrt(all_reduce(float(self.square_sum)))
-        return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)).item()
+        return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm or math.inf)).item()
 
     def step(self) -> None:
         """Update all weights that have a gradient."""
@@ -895,6 +899,7 @@ class Checkpoints:
                    for name, value in self.settings().items() if self.saved.get(name) != value]
         if changed:
             raise UserError(f"{self.out} cannot be continued with other settings: {'; '.join(changed)}")
+        self.publish(self.newest)            # a kill may have come before
         return self.newest
 
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
@@ -919,7 +924,6 @@ class Checkpoints:
             else:
                 model.save_pretrained(unfinished, whole=False, shard_bytes=SHARD_BYTES)
             processor.save_pretrained(unfinished)
-            exported = [file.name for file in unfinished.iterdir()]
             if step < self.total_steps:
                 save_sharded(unfinished / "optimizer.safetensors", tensors, SHARD_BYTES)
             write_json(unfinished / "run.json", self.settings())
@@ -928,11 +932,16 @@ class Checkpoints:
             raise OSError(f"step {step} could not be saved to {self.folder} ({error}): what was saved "
                           "before is untouched; free some space and use --resume") from None
         newest = unfinished.rename(self.folder / f"step-{step:06}")
-        for name in exported:
-            with atomic_write(self.out / name) as target:
-                link(newest / name, target)
+        self.publish(newest)
         for folder in older:
             shutil.rmtree(folder)
+
+    def publish(self, checkpoint: Path) -> None:
+        """Link the model's files of a checkpoint into the run folder."""
+        for file in checkpoint.iterdir() if RANK == 0 else ():
+            if not file.name.startswith(("optimizer", "run.json")):
+                with atomic_write(self.out / file.name) as target:
+                    link(file, target)
 
 
 def link(source: Path, target: Path) -> None:
@@ -998,7 +1007,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--epochs", type=positive, help="default: 1, 15")
     recipe("--batch-size", type=positive, metavar="N", help="records in a step (default: 64, 32)")
     recipe("--lr", type=rate, help="peak learning rate (default: 1e-3, 2e-5; with LoRA 2e-4)")
-    recipe("--clip", type=rate, metavar="NORM", help="largest norm of the gradient (default: 1)")
+    recipe("--clip", type=rate, metavar="NORM", help="largest norm of the gradient, 0: none (default: 1)")
     recipe("--max-length", type=positive, metavar="T", help="tokens a record (default: 2048, anyres 4096)")
     recipe("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain, the model's")
     recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
@@ -1006,10 +1015,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--prune", choices=("none", *PRUNING), help="reduce each tile's tokens (default: the model's)")
     recipe("--keep-tokens", type=positive, metavar="N", help="tokens of a tile after --prune")
     recipe("--lora-rank", type=positive, metavar="R", help="train LoRA of this rank instead of all weights")
-    recipe("--lora-alpha", type=rate, metavar="A", help="scale LoRA by A / R (default: 2 R)")
+    recipe("--lora-alpha", type=number(float, 1e-9), metavar="A", help="scale LoRA by A / R (default: 2 R)")
     recipe("--lora-vision", action="store_true", help="LoRA in the vision tower, too")
     recipe("--quantize", choices=("int8", "int4"), help="keep the frozen language model in few bits (QLoRA)")
-    recipe("--seed", type=int, default=0, help="default: %(default)s")
+    recipe("--seed", type=number(int, 0, 2**62), default=0, help="default: %(default)s")
 
     fitting = parser.add_argument_group("memory and speed").add_argument
     fitting("--micro-batch-size", type=positive, metavar="N", help="records at once (default: what fits)")

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,3 +231,14 @@ def test_a_planted_mask_score_matrix_or_repeated_head_is_found(monkeypatch, plan
     monkeypatch.setattr(llava, "causal_attention", planted)
     with pytest.raises(AssertionError, match=message):
         check_kernels(11, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("capability, masked", [((7, 5), True), ((8, 0), False)])
+def test_gpus_before_ampere_take_the_mask_past_the_window(capability, masked, monkeypatch):
+    """They have no flash kernel; a stand-in for a tensor on CUDA."""
+    calls, q = [], SimpleNamespace(shape=(1, 2, 9, 8), dtype=torch.float16, device=SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(llava, "masked_attention", lambda *_: calls.append("mask"))
+    monkeypatch.setattr(llava.SlidingWindow, "apply", lambda *_: calls.append("flash"))
+    llava.causal_attention(q, q, q, 4)
+    assert calls == ["mask" if masked else "flash"]

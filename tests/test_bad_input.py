@@ -187,6 +187,15 @@ def tokenizer(change):
 
 
 HEAD = "language_model.lm_head.weight"
+def liuhaotian_adapter(folder: Path) -> None:
+    """LLaVA's own layout of LoRA, whose configs name no base."""
+    adapter(r=1, lora_alpha=1, base_model_name_or_path=None)(folder)
+    (folder / "model.safetensors").unlink()
+    content = json.loads((folder / "config.json").read_text())
+    text = content["text_config"] | {"model_type": "llava_mistral", "mm_vision_tower": "nobody/clip"}
+    llava.write_json(folder / "config.json", text)
+
+
 CHECKPOINTS = {                              # name -> (damage, words of the sentence)
     "no config": (text("config.json", None), "config.json is missing"),
     "empty config": (text("config.json", ""), "config.json is not valid JSON"),
@@ -226,6 +235,7 @@ CHECKPOINTS = {                              # name -> (damage, words of the sen
     "unknown image mode": (config("llava.py", image_mode="blur"), "blur"),
     "unknown projector": (config("llava.py", projector="mlp9x"), "mlp9x"),
     "unknown reduction": (config("llava.py", prune="half"), "half"),
+    "reduction is a list": (config("llava.py", prune=[]), "--prune []"),
     "budget is a text": (config("llava.py", prune="random", keep_tokens="4"), "keep"),
     "base is gone": (config(bases=["/no/such/base"]), "/no/such/base"),
     "base is a text": (config(bases="/no/such/base"), "bases"),
@@ -256,6 +266,9 @@ CHECKPOINTS = {                              # name -> (damage, words of the sen
     "adapter of rank 0": (adapter(r=0, lora_alpha=1, base_model_name_or_path="b"), "adapter_config.json"),
     "adapter of rank x": (adapter(r="x", lora_alpha=1, base_model_name_or_path="b"), "adapter_config.json"),
     "adapter in pairs without partner": (adapter(r=1, lora_alpha=1, base_model_name_or_path="b"), "lora_A"),
+    "adapter with ranks of its own": (adapter(r=1, lora_alpha=1, base_model_name_or_path="b",
+                                              rank_pattern={"q_proj": 2}), "rank_pattern"),
+    "adapter without a base": (liuhaotian_adapter, "_name_or_path"),
     "adapter with DoRA": (adapter(r=1, lora_alpha=1, base_model_name_or_path="b", use_dora=True), "use_dora"),
     "pickle of an object": (pickled(pickle.dumps(SimpleNamespace())), "pytorch_model.bin"),
     "pickle of a list": (pickled(pickle.dumps([1, 2])), "pytorch_model.bin"),
@@ -516,12 +529,18 @@ def test_a_bad_answer_file_is_refused(task, name, world, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("content, message", [
     ("{}", "neither a list"), ("[{}]", "neither a list"), ('["x"]', "lists 1 questions"), ("[", "not valid JSON"),
-    ("[[]]", "list"), ("[null]", "list")])
+    ("[[]]", "list"), ("[null]", "list"), ("[]", "is an empty list")])
 @pytest.mark.parametrize("task", ["--from-list", "--report"])
 def test_a_bad_list_of_ids_is_refused(task, content, message, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "list.json").write_text(content)
     words = ["--scienceqa", world / "scienceqa", task, tmp_path / "list.json", "--out", tmp_path / "set.json"]
     refused("prune", words, message, (world, tmp_path), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("conversations", ['"text"', '[{"role": "user", "content": "x"}]', "[5]"])
+def test_a_report_on_records_of_another_format_is_refused(conversations, tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.json").write_text(f'[{{"id": "1", "conversations": {conversations}}}]')
+    refused("prune", ["--report", tmp_path / "r.json"], "not LLaVA's", (tmp_path,), monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("content", ["[", "[]", "7", '{"1": 5}', '{"captions": 3}'])
@@ -539,7 +558,8 @@ CAPTIONS = {                                 # files of captions, for --expand a
         '[{"image": 5, "caption": "x"}]', "neither"), "caption is a list": (
         '[{"image": "a.png", "caption": []}]', "neither"), "COCO without images": ('{"annotations": []}', "neither"),
     "COCO of an unknown image": ('{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "neither"),
-    "COCO images are numbers": ('{"images": [1], "annotations": []}', "neither")}
+    "COCO images are numbers": ('{"images": [1], "annotations": []}', "neither"), "equal but for the suffix": (
+        '[{"image": "a.png", "caption": "x"}, {"image": "a.jpg", "caption": "y"}]', "differ in their suffix only")}
 COCO = '{"images": [{"id": 1, "width": 10, "height": %s}], "categories": [{"id": 1, "name": "cat"}], "annotations": [%s]}'
 BOXES = {
     "missing": (None, "is missing"), "cut": ("{", "not valid JSON"), "list": ("[]", "not a COCO instances file"),
@@ -583,6 +603,13 @@ IMPOSSIBLE = [                               # program, flags, words of argparse
     ("llava", "--model m --temperature warm", "--temperature"), ("llava", "--model m --temperature nan", "--temp"),
     ("llava", "--model m --temperature -1", "--temperature"), ("llava", "--model m --top-p 0", "--top-p"),
     ("llava", "--model m --max-new-tokens 0", "--max-new-tokens"), ("llava", "--model m --seed x", "--seed"),
+    ("llava", "--model m --seed 99999999999999999999", "--seed"),
+    ("llava", "--model m --image i --show-kept k.psd", "--show-kept"),
+    ("prune", "--report r.json --draw chart.psd", "--draw"),
+    *[("prune", f"--study s --scienceqa d --pretrain p --vision v --language l {flags}", flags.split()[0])
+      for flags in ("--seed 3", "--pooling mean", "--layer 2", "--batch-size 4", "--split val", "--pictures only",
+                    "--image-text t", "--base b", "--quantize int8")],
+    ("train", "--stage 2 --data d --out o --init i --lora-rank 4 --lora-alpha 0", "--lora-alpha"),
     ("llava", "--model m --max-new-tokens 1.5", "--max-new-tokens"), ("llava", "--model m --dtype int8", "--dtype"),
     ("llava", "--model m --prune most", "--prune"), ("llava", "--model m --image-mode big", "--image-mode"),
     ("llava", "--model m --template x", "--template"), ("llava", "--model m --keep-tokens -3", "--keep-tokens"),
@@ -661,6 +688,7 @@ def mistakes(world: Path, out: Path) -> dict[str, tuple[str, list, str]]:
         "no room for an answer": ("train", [*train_, "--max-length", 5], "within --max-length 5"),
         "a record too many": ("train", [*train_, "--show", 99], "--show 99"),
         "a record below 0": ("train", [*train_, "--show", -1], "--show -1"),
+        "cost of a part": ("eval", ["--cost", "--model", out / "clip"], "is not a LLaVA"),
         "another split": ("eval", [*eval_, "--split", "holdout"], "has no split 'holdout'"),
         "answers in no folder": ("eval", [*eval_, "--out", out / "none/answers.jsonl"], "none/answers.jsonl"),
         "answers of another kind": ("eval", [*eval_, "--out", world / "answers.jsonl"], "was made with another"),
@@ -679,6 +707,7 @@ def mistakes(world: Path, out: Path) -> dict[str, tuple[str, list, str]]:
 @pytest.mark.parametrize("name", mistakes(Path("."), Path(".")))
 def test_flags_that_contradict_the_data_are_refused(name, world, tmp_path, monkeypatch, capsys):
     program, words, message = mistakes(world, tmp_path)[name]
+    llava.write_json(tmp_path / "clip/config.json", llava.hf_config(LlavaConfig(), True)["vision_config"])
     refused(program, words, message.split("|")[-1], (world, tmp_path), monkeypatch, capsys)
 
 
@@ -728,6 +757,7 @@ PYTHON = {                                   # name -> (call of (model, processo
     "a budget of too many": (lambda m, p, w: LlavaConfig(prune="random", keep_tokens=9999), "9999"),
     "an image too few": (lambda m, p, w: p([{"role": "user", "content": "<image>"}]), "1 <image>"),
     "an image too many": (lambda m, p, w: p([{"role": "user", "content": "x"}], [Image.new("RGB", (9, 9))]), "0 <image>"),
+    "half of a surrogate pair": (lambda m, p, w: p([{"role": "user", "content": "\ud83d"}]), "surrogate"),
     "two users": (lambda m, p, w: p([{"role": "user", "content": "x"}] * 2), "alternate"),
     "assistant first": (lambda m, p, w: p([{"role": "assistant", "content": "x"}]), "alternate"),
     "a system message": (lambda m, p, w: p([{"role": "system", "content": "x"}]), "role system"),
@@ -757,3 +787,23 @@ def test_the_python_interface_raises_one_sentence(name, sound, world, monkeypatc
         call(*sound, world)
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
     assert snapshot(world) == before
+
+
+@pytest.mark.parametrize("error, message", [(torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+                                            (llava.SafetensorError("No space left"), "No space left")])
+def test_a_full_device_ends_in_one_sentence(error, message, monkeypatch):
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    with pytest.raises(SystemExit, match=f"eval.py: .*{message}"):
+        llava.command_line(main)
+
+
+def test_a_download_that_breaks_off_ends_in_one_sentence(monkeypatch):
+    def download(*_, **__):
+        raise RuntimeError("connection reset\nby peer")
+
+    monkeypatch.setattr(llava, "snapshot_download", download)
+    with pytest.raises(OSError, match="nobody/model is not a local folder .* connection reset$"):
+        llava.fetch("nobody/model")

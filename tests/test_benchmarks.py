@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import eval
 from eval import (chat, normalize_m4c, normalize_vqa, parse_letter, parse_mme, parse_pope, parse_verdict,
@@ -589,3 +590,39 @@ def test_a_file_without_reviews_is_refused(monkeypatch, tmp_path):
     (tmp_path / "reviews.jsonl").write_text("\n")
     with pytest.raises(UserError, match="has no review"):
         run(monkeypatch, "--task", "llavabench", "--reviews", tmp_path / "reviews.jsonl")
+
+
+def test_images_outside_of_their_folder_are_refused(monkeypatch, toy, tmp_path):
+    for name in ("../a.jpg", str(tmp_path / "a.jpg")):
+        write_lines(tmp_path / "q.jsonl", [{"question_id": 1, "image": name, "text": "Is it?", "category": "random"}])
+        with pytest.raises(UserError, match="is outside of"):
+            run(monkeypatch, "--task", "pope", "--questions", tmp_path / "q.jsonl", "--model", "none", "--images",
+                tmp_path)
+
+
+def test_mistakes_show_before_the_model_opens(monkeypatch, toy, tmp_path):
+    words = flags(toy / "data", "pope")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr(eval, "load_model", lambda args: pytest.fail("the model opens"))
+    ask = ["--model", "none", "--images", tmp_path]
+    with pytest.raises(UserError, match="name an endpoint"):
+        run(monkeypatch, *flags(toy / "data", "llavabench"), *ask, "--judge-model", "m", "--reviews", tmp_path / "r")
+    write_lines(tmp_path / "q", [{"question_id": 7, "image": "a.png", "text": "Is <image> one?", "category": "random"}])
+    with pytest.raises(UserError, match="question 7: its text has another number of <image>"):
+        run(monkeypatch, "--task", "pope", "--questions", tmp_path / "q", *ask)
+    with pytest.raises(OSError, match="there is no such folder"):
+        run(monkeypatch, *words[:4], *ask, "--out", tmp_path / "none/a.jsonl")
+
+
+def test_half_of_a_surrogate_pair_in_a_line_is_refused(tmp_path):
+    (tmp_path / "p").write_text('{"question_id": 1, "text": "\\ud83d"}\n')
+    with pytest.raises(UserError, match="line 1"):
+        eval.read_lines(tmp_path / "p", "question_id", "text")
+
+
+def test_an_upload_gets_a_folder_and_cells_that_a_file_lacks_stay_empty(tmp_path):
+    row = {"index": "1", "question": "Which?", "A": "one", "B": "two", "answer": "A", "image": "x"}
+    questions = [eval.mmbench_question(r) | {"text": "A"} for r in (row, {k: v for k, v in row.items() if k != "answer"})]
+    eval.write_mmbench_upload(tmp_path / "new/u.xlsx", questions)
+    assert (tmp_path / "new/u.xlsx").exists()

@@ -395,6 +395,14 @@ def test_a_report_measures_the_smallest_distance_in_a_cache(monkeypatch, folder,
     assert cells(capsys.readouterr().out, "smallest distance ") == ["-", f"{smallest(states[:4]):.4g}"]
 
 
+def test_a_report_on_one_question_has_no_smallest_distance(monkeypatch, folder, models, tmp_path, capsys):
+    list_ = tmp_path / "one.json"
+    list_.write_text('["4"]')
+    go(monkeypatch, "--scienceqa", folder, "--report", list_, "--cache", tmp_path / "cache", "--model", models[0])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("smallest distance"))
+    assert line.split()[-2:] == ["-", "-"]
+
+
 def test_a_report_shows_how_much_the_images_help(monkeypatch, folder, models, tmp_path, capsys):
     kept_by(monkeypatch, folder, tmp_path / "a.json", "--method", "gain", "--keep", 3, "--model", models[0])
     gains = np.load(tmp_path / "a.cache" / "gain.npy")[:, 0]

@@ -50,6 +50,7 @@ TOY = {                                      # what a name in the README stands 
     "captions_train2014.json": "data/toy/coco/captions_train2014.json",
     "instances_train2014.json": "data/toy/coco/instances_train2014.json",
     "llava_vqav2_mscoco_test-dev2015.jsonl": f"{BENCHMARKS}/vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
+    "llava_vqav2_mscoco_test2015.jsonl": f"{BENCHMARKS}/vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
     "llava_textvqa_val_v051_ocr.jsonl": f"{BENCHMARKS}/textvqa/llava_textvqa_val_v051_ocr.jsonl",
     "TextVQA_0.5.1_val.json": f"{BENCHMARKS}/textvqa/TextVQA_0.5.1_val.json",
     "llava_pope_test.jsonl": f"{BENCHMARKS}/pope/llava_pope_test.jsonl",

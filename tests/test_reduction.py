@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import llava
-from llava import Llava, LlavaConfig, TextConfig, UserError, VisionConfig, replace
+from llava import Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, replace
+from tests.toy import write_random
 
 TEXT = TextConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
                   num_attention_heads=3, num_key_value_heads=1, head_dim=8)
@@ -114,6 +115,21 @@ def test_an_impossible_budget_is_refused(name, keep, message):
 def test_prumerge_refuses_features_of_the_last_layer_whose_attention_no_layer_computes():
     with pytest.raises(UserError, match="vision_feature_layer is -1"):
         model_with("prumerge", vision_feature_layer=-1)
+
+
+def test_another_method_drops_the_budget_that_a_model_was_saved_with(tmp_path):
+    write_random(tmp_path / "model")
+    model = Llava.from_pretrained(tmp_path / "model", dtype=torch.float32, prune="random", keep_tokens=3)
+    model.save_pretrained(tmp_path / "reduced")
+    Processor.from_pretrained(tmp_path / "model", model.config).save_pretrained(tmp_path / "reduced")
+    for flags, wanted in (("", ("random", 3)), ("--prune none", ("none", None)), ("--prune pool", ("pool", 3)),
+                          ("--prune prumerge-fixed", ("prumerge-fixed", None)), ("--keep-tokens 2", ("random", 2))):
+        args = llava.parse_args(["--model", str(tmp_path / "reduced"), "What?", *flags.split()])
+        opened, _ = llava.load_model(args)
+        assert (opened.config.prune, opened.config.keep_tokens) == wanted
+    with pytest.raises(UserError, match="--keep-tokens works with"):
+        llava.load_model(llava.parse_args(["--model", str(tmp_path / "reduced"), "--prune", "none",
+                                           "--keep-tokens", "3", "What?"]))
 
 
 @pytest.mark.parametrize("name", llava.PRUMERGE)

@@ -57,6 +57,27 @@ def test_one_file_replaces_shards_and_shards_replace_one_file(random_model, tmp_
     assert names == {"model.safetensors" if second > first else "model.safetensors.index.json"}
 
 
+def test_image_has_the_models_id_where_the_embedding_is_longer_than_the_tokenizer(random_model, tmp_path):
+    model = Llava.from_pretrained(random_model, dtype=torch.float32)
+    processor = Processor.from_pretrained(random_model, model.config)
+    plain = llava.Tokenizer.from_str(toy.make_tokenizer().to_str())
+    config = llava.replace(model.config, image_token_id=plain.get_vocab_size() + 5)
+    Processor(plain.to_str(), config).save_pretrained(tmp_path)
+    saved = llava.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert saved.token_to_id("<image>") == config.image_token_id
+    assert saved.encode("What color is it?").ids == plain.encode("What color is it?").ids
+    assert processor.tokenizer.token_to_id("<unused0>") is None
+
+
+def test_save_without_a_tokenizer_writes_nothing(random_model, tmp_path, monkeypatch):
+    model = Llava.from_pretrained(random_model, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "bare")
+    monkeypatch.setattr("sys.argv", ["llava.py", "--model", str(tmp_path / "bare"), "--save", str(tmp_path / "whole")])
+    with pytest.raises(OSError, match="--tokenizer"):
+        llava.main()
+    assert not (tmp_path / "whole").exists()
+
+
 def test_transformers_opens_shards(random_model, tmp_path):
     hf = pytest.importorskip("transformers", minversion="5")
     Llava.from_pretrained(random_model, dtype=torch.float32).save_pretrained(tmp_path, shard_bytes=400_000)

@@ -281,6 +281,37 @@ def test_a_killed_run_resumes_to_equal_weights(toy_folder, whole, tmp_path, monk
     assert [line["loss"] for line in log(tmp_path)] == [line["loss"] for line in log(whole)]
 
 
+def test_a_run_killed_before_its_last_links_publishes_them_when_resumed(toy_folder, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "link", lambda *_: signal.default_int_handler(signal.SIGINT, None))
+        go(toy_folder, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    go(toy_folder, tmp_path, "--resume")
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_a_signal_to_the_process_group_waits_for_the_step_with_workers_too(toy_folder, tmp_path, monkeypatch):
+    def alone(more: str) -> None:
+        os.setsid()                          # a process group of its own
+        go(toy_folder, tmp_path / "run", more)
+
+    step = train.Adam.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Adam, "step", lambda adam: (time.sleep(0.3), step(adam)))
+        child = multiprocessing.get_context("fork").Process(target=alone, args=("--workers 1",))
+        child.start()
+        while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 2:
+            assert child.is_alive()
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGTERM)
+        child.join()
+    (saved,) = (tmp_path / "run/trainer").iterdir()
+    assert 2 <= int(saved.name.removeprefix("step-")) == len(log(tmp_path / "run")) < 10
+    start(toy_folder, tmp_path / "run", "--workers 1 --resume").join()
+    start(toy_folder, tmp_path / "whole", "--workers 1").join()
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("kill", range(int(os.environ.get("LLAVA_TEST_KILLS", 2))))
 def test_a_run_killed_at_a_random_moment_resumes_to_equal_weights(toy_folder, tmp_path, kill):
     more = "--save-every 1 " + ("--dtype bfloat16", "--dtype bfloat16 --in-backward", "")[kill % 3]
@@ -833,10 +864,20 @@ def test_only_bf16_weights_draw_rounding_noise(monkeypatch):
 def test_gradients_are_reduced_in_float32(toy_folder, tmp_path, monkeypatch):
     policies = []
     monkeypatch.setattr(train, "PROCESSES", 2)
-    monkeypatch.setattr(train, "fully_shard", lambda module, mp_policy: policies.append(mp_policy))
+    monkeypatch.setattr(train, "init_device_mesh", lambda device, shape: (device, shape))
+    monkeypatch.setattr(train, "fully_shard", lambda module, mesh, mp_policy: policies.append((mesh, mp_policy)))
     args = train.parse(flags(toy_folder, tmp_path, "--checkpoint-blocks 0"))
     train.wrap_layers(Llava.from_pretrained(toy_folder / "base", dtype=torch.bfloat16), args)
-    assert [policy.reduce_dtype for policy in policies] == [torch.float32] * 4
+    assert [(mesh, policy.reduce_dtype) for mesh, policy in policies] == [(("cpu", (2,)), torch.float32)] * 4
+
+
+def test_a_largest_norm_of_0_is_no_limit():
+    weight = torch.nn.Parameter(torch.ones(4))
+    adam, gradient = train.Adam([("weight", weight)]), torch.tensor([3.0, 0, 4, 0])
+    for limit, wanted in ((0, gradient), (None, gradient), (1, gradient / 5)):
+        weight.grad = gradient.clone()
+        assert adam.clip(limit) == pytest.approx(5)
+        torch.testing.assert_close(weight.grad, wanted)
 
 
 def test_every_process_waits_after_a_save_and_before_it_leaves(toy_folder, tmp_path, monkeypatch):
