@@ -1241,15 +1241,9 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
         name = f"{source.partition('@')[0]}@{folder.name}"
     if name in dependents:
         raise UserError(f"{name} is named as a base of itself in its config.json")
-    config_file, adapter_file = folder / "config.json", folder / "adapter_config.json"
-    raw, adapter, tensors = require(read_json(config_file), config_file), {}, {}
+    config_file, adapter, tensors = folder / "config.json", read_adapter(folder), {}
+    raw = require(read_json(config_file), config_file)
     check_types(raw, config_file)
-    if list(folder.glob("adapter_*")):
-        adapter = require(read_json(adapter_file), adapter_file, "r", "lora_alpha", "base_model_name_or_path",
-                          use_rslora=(False,), use_dora=(False,), lora_bias=(False,),
-                          rank_pattern=({}, None), alpha_pattern=({}, None))
-        if not all(isinstance(adapter[x], int | float) and adapter[x] > 0 for x in ("r", "lora_alpha")):
-            raise UserError(f"{adapter_file}: r and lora_alpha must be positive numbers")
     for file in weight_files(folder) if weights else []:
         for key, tensor in open_file(file).items():
             if ours := rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED):
@@ -1273,6 +1267,18 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
     if found.get("projector") == "linear":   # the second layer that hf_tensors adds is the identity
         stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return found, stored, name
+
+
+def read_adapter(folder: Path) -> dict:
+    """The adapter_config.json of a folder with LoRA, as PEFT writes it; {} without LoRA."""
+    if not list(folder.glob("adapter_*")):
+        return {}
+    file = folder / "adapter_config.json"
+    adapter = require(read_json(file), file, "r", "lora_alpha", "base_model_name_or_path", use_rslora=(False,),
+                      use_dora=(False,), lora_bias=(False,), rank_pattern=({}, None), alpha_pattern=({}, None))
+    if not all(isinstance(adapter[x], int | float) and adapter[x] > 0 for x in ("r", "lora_alpha")):
+        raise UserError(f"{file}: r and lora_alpha must be positive numbers")
+    return adapter
 
 
 def add_lora(stored: dict[str, StoredTensor], own: dict[str, Tensor], adapter: dict, folder: Path) -> None:
