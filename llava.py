@@ -399,6 +399,20 @@ class ReplayedStep:
         return self.output
 
 
+def without_onednn(function):
+    """`function` for a single bf16 row on a CPU: torch's own kernel then reads the weights nearly twice as
+    fast as oneDNN's, which is made for many rows."""
+    def call(*args, **kwargs):
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.backends.mkldnn.enabled = before
+
+    return call
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. The vision tower
 
@@ -945,10 +959,13 @@ class Llava(nn.Module):
         last = torch.arange(len(x), device=x.device), lengths - 1
         hidden = self.language_model.prefill(x, caches, select=last)      # [B, C]
         decode_step = partial(self.language_model.decode_step, caches=caches)
+        lm_head = self.language_model.lm_head
         if x.is_cuda:
             decode_step = ReplayedStep(decode_step)
+        elif x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) == 1:
+            decode_step, lm_head = without_onednn(decode_step), without_onednn(lm_head)
         for i in range(max_new_tokens):
-            token = sample(self.language_model.lm_head(hidden), temperature, top_p)
+            token = sample(lm_head(hidden), temperature, top_p)
             yield token
             if i + 1 < max_new_tokens:
                 x = self.language_model.embed_tokens(token)[:, None]                     # [B, 1, C]

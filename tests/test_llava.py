@@ -135,6 +135,35 @@ def test_rows_generated_together_are_the_rows_generated_alone(name, opened):
     assert together == alone and {len(row) for row in together} == {30}
 
 
+@pytest.mark.parametrize("rows, dtype, onednn", [(1, torch.bfloat16, False), (2, torch.bfloat16, True),
+                                                 (1, torch.float32, True)])
+def test_a_single_bf16_row_on_a_cpu_is_decoded_without_onednn(rows, dtype, onednn, monkeypatch):
+    text = TextConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                      num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    torch.manual_seed(0)
+    model = Llava(LlavaConfig(VisionConfig(32, 48, 2, 2, 28), text, image_token_id=64)).to(dtype).eval()
+    ids, lm, seen = torch.randint(3, 60, (rows, 9)), model.language_model, []
+    before, decode_step = torch.backends.mkldnn.enabled, lm.decode_step
+    wanted = torch.stack(list(model.generate_tokens(ids, max_new_tokens=5)))
+
+    def spy(*args, **kwargs):
+        seen.append(torch.backends.mkldnn.enabled)
+        if len(seen) == 11:                  # in the second answer
+            raise RuntimeError("interrupted")
+        return decode_step(*args, **kwargs)
+
+    monkeypatch.setattr(lm, "decode_step", spy)
+    head = lm.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+    tokens = [token for token in model.generate_tokens(ids, max_new_tokens=5)
+              if torch.backends.mkldnn.enabled == before or pytest.fail("the caller sees it switched off")]
+    assert torch.equal(torch.stack(tokens), wanted) and len(seen) == 9
+    assert set(seen) == {onednn and before}
+    with pytest.raises(RuntimeError):
+        list(model.generate_tokens(ids, max_new_tokens=5))
+    assert torch.backends.mkldnn.enabled == before
+    head.remove()
+
+
 def test_a_row_ends_at_its_own_end_of_text(opened):
     _, model = opened["sliding"]
     inputs = prompts(model, [3, 40, 11], [[], [5, 6], [0]])
