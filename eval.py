@@ -968,7 +968,7 @@ def read_task(args: Args, benchmark: Benchmark) -> list[dict]:
     for q in questions:
         q.setdefault("message", f"<image>\n{q['prompt']}")
         if "file" not in q:
-            if os.path.isabs(q["image"]) or ".." in Path(q["image"]).parts:
+            if args.images and (os.path.isabs(q["image"]) or ".." in Path(q["image"]).parts):
                 raise UserError(f"question {by_id(q)}: image {q['image']} is outside of {args.images}")
             q["file"] = args.images and args.images / q["image"]
         if truth is not None:

@@ -597,11 +597,11 @@ class QuantizedLinear(nn.Module):
             return y.unflatten(0, x.shape[:-1])
         # A CPU without AVX-512 multiplies bf16 matrices 8 times slower than float32 ones.
         slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-        y, starts = x.float() if slow else x, range(0, self.out_features, self.block_rows)
+        inputs, starts = x.float() if slow else x, range(0, self.out_features, self.block_rows)
         if needs_grad:                       # backward dequantizes each block again
-            parts = [checkpoint(self.multiply_block, y, start, use_reentrant=False) for start in starts]
+            parts = [checkpoint(self.multiply_block, inputs, start, use_reentrant=False) for start in starts]
         else:
-            parts = [self.multiply_block(y, start) for start in starts]
+            parts = [self.multiply_block(inputs, start) for start in starts]
         return torch.cat(parts, -1).to(x.dtype)
 
 
@@ -1016,8 +1016,8 @@ class Llava(nn.Module):
             more, tensors, exact_name = open_checkpoint(str(source), moved=base)
             found, stored, bases = found | more, stored | tensors, [*bases, exact_name]
         if missing := {"vision", "text"} - found.keys():
-            raise UserError(f"{' and '.join(bases)} have no {' or '.join(missing)} model: name both, a vision "
-                            "tower and a language model")
+            raise UserError(f"there is no {' or '.join(missing)} model in {' and '.join(bases)}: name both, a "
+                            "vision tower and a language model")
         config, state = LlavaConfig(**found | overrides), {}
         with torch.device("meta"):
             model = cls(config)

@@ -846,7 +846,7 @@ def check_record(raw, i: int, folder: Path) -> tuple[dict | ValueError, list[str
 
 
 def show(samples: Samples, index: int) -> None:
-    """Print a record as the model gets it: which tokens are image, prompt, answer and end, and learned."""
+    """Print a record as the model gets it: which tokens are image, prompt, answer, end, and which are learned."""
     if not 0 <= index < len(samples):
         raise UserError(f"--show {index}: the records are 0 to {len(samples) - 1}")
     processor, files = samples.processor, list(samples.records[index]["images"])
