@@ -89,7 +89,7 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
 
 
 def check_problem(i: str, problem, where: str) -> None:
-    """Raise UserError unless a problem has the fields of ScienceQA; id, split and image must be mere names."""
+    """Raise UserError unless a problem has the fields of ScienceQA; id, split and image must be names."""
     types = {"choices": list, "answer": int, "image": str | None} | dict.fromkeys(
         ("question", "hint", "split", "grade", "subject", "lecture", "solution"), str)
     for name, type_ in types.items():
@@ -133,9 +133,9 @@ def to_record(problem: dict) -> dict:
 
 
 def parse_choice(text: str, choices: int) -> int | None:
-    """The index of the option that an answer names, as in LLaVA's eval_science_qa.py: a letter alone or before
-    ". ", else X if "The answer is X" and one more character of the line (the unescaped dot of its pattern)
-    occur once. None if there is none, -1 for a letter that is not an option."""
+    """The index of the option that an answer names, as in LLaVA's eval_science_qa.py: a letter alone or
+    before ". ", else X if "The answer is X" and one more character of the line (the unescaped dot of its
+    pattern) occur once. None if there is none, -1 for a letter that is not an option."""
     found = re.findall(r"The answer is ([A-Z]).", text)
     if re.fullmatch(r"[A-E](\. .*)?", text, re.DOTALL):
         found = [text[0]]
@@ -242,8 +242,8 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
                 raise ValueError
             "".join(strings).encode()        # ValueError: half of a surrogate pair
         except (ValueError, AttributeError, RecursionError):
-            raise UserError(f"{file}, line {n}: not a JSON object with {', '.join(needed)}, and text, prompt, "
-                            "image and category as strings") from None
+            raise UserError(f"{file}, line {n}: not a JSON object with {', '.join(needed)}, and text, "
+                            "prompt, image and category as strings") from None
         if key:
             if key(entry) in seen:
                 raise UserError(f"{file}, line {n}: question {by_id(entry)} was answered before")
@@ -254,7 +254,7 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
 
 def continue_lines(file: Path, *needed: str, key) -> list[dict]:
     """The objects of a file to which more will be appended; none if it is missing. A last line that an
-    interrupt cut short is removed from the file. UserError if that line is not the beginning of one of ours."""
+    interrupt cut short is removed from the file; UserError if it is not the beginning of one of ours."""
     content = file.read_bytes() if file.exists() else b""
     lines, newline, last = content.rpartition(b"\n")
     complete, start = lines + newline, b'{"question_id"'     # how each line of answers and reviews starts
@@ -354,7 +354,8 @@ def score_options(model: Llava, processor: Processor, questions: list[dict], inp
         logits = hidden.float() @ head.weight[letter_ids].float().T                          # [B, 5]
     else:                                    # quantized
         logits = head(hidden.float())[:, letter_ids]
-    return [f"The answer is {LETTERS[row[:len(p['choices'])].argmax()]}." for p, row in zip(questions, logits)]
+    best = [row[:len(p["choices"])].argmax() for p, row in zip(questions, logits)]
+    return [f"The answer is {LETTERS[option]}." for option in best]
 
 
 def fingerprint(model: Llava, processor: Processor) -> str:
@@ -431,9 +432,9 @@ NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".
 
 @lru_cache(2**17)
 def normalize_vqa(text: str) -> str:
-    """A short answer as VQAv2's evaluator (vqaEval.py) compares it. A mark that is somewhere beside a space is
-    removed everywhere, as are all marks if a comma stands between digits; other marks become spaces. At most
-    32 periods are removed, because the evaluator passes re.UNICODE, 32, as the count."""
+    """A short answer as VQAv2's evaluator (vqaEval.py) compares it. A mark that is somewhere beside a space
+    is removed everywhere, as are all marks if a comma stands between digits; other marks become spaces. At
+    most 32 periods are removed, because the evaluator passes re.UNICODE, 32, as the count."""
     remove_all, result = re.search(r"\d,\d", text) is not None, text
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
         removed = remove_all or f"{mark} " in text or f" {mark}" in text
@@ -506,7 +507,7 @@ def read_humans(args: Args, questions: list[dict]) -> dict:
             key, records = str(a["question_id"]), a["answers"]
             if textvqa:
                 key = a["image_id"], a["question"].lower()
-                records = [{"answer": text, "id": i} for i, text in enumerate(records)]      # see vqa_accuracy
+                records = [{"answer": text, "id": i} for i, text in enumerate(records)]  # see vqa_accuracy
             if len(records) != 10:
                 raise UserError(f"{file}: question {key} has {len(records)} human answers, not ten")
             humans = [record | {"answer": strip_lines(record["answer"])} for record in records]
@@ -533,7 +534,7 @@ def write_vqav2_upload(file: Path, questions: list[dict]) -> None:
 
 
 def textvqa_key(entry: dict) -> tuple[str, str]:
-    """Image id (LLaVA's question_id) and question in lower case, from a prompt in one of LLaVA's four forms."""
+    """Image id (LLaVA's question_id) and question in lower case, from LLaVA's four forms of a prompt."""
     prompt, lines = entry["prompt"], entry["prompt"].split("\n")
     old_form = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
     if prompt.startswith("OCR tokens: ") and old_form:
@@ -602,7 +603,7 @@ def mme_key(entry: dict) -> tuple[str, str, str]:
 
 
 def read_mme(args: Args, questions: list[dict]) -> dict:
-    """MME's key -> yes or no, from the templates (one file per task) or the release folder (one per image)."""
+    """MME's key -> yes or no, from the templates (a file per task) or the release folder (one per image)."""
     folder, truth = Path(args.annotations[0]), {}
     for task in {mme_key(q)[0] for q in questions}:
         template = folder / f"{task}.txt"
@@ -658,9 +659,9 @@ def read_mmbench(files: list) -> list[dict]:
 
 
 def mmbench_question(row: dict[str, str]) -> dict:
-    """A row as a question, as in LLaVA's script: hint, question, and the options before the first empty one."""
+    """A row as a question, as in LLaVA's script: hint, question, options up to the first empty one."""
     row = {name: None if cell in EMPTY_CELLS else cell for name, cell in row.items()}
-    given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}   # as LLaVA
+    given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}
     options = {letter: row[letter] for letter in takewhile(lambda letter: letter in given, "ABCD")}
     lines = [row["hint"]] if "hint" in given else []
     prompt = "\n".join([*lines, row["question"], *(f"{letter}. {text}" for letter, text in options.items())])
@@ -789,7 +790,7 @@ def judge_messages(q: dict, text: str) -> list[dict]:
 
 
 def parse_verdict(content: str) -> list[float]:
-    """The ratings of reference and model from a reply's first line; [-1, -1] for anything else, also "8, 7"."""
+    """The ratings of reference and model from a reply's first line; [-1, -1] for anything else and "8, 7"."""
     try:
         first, second = map(float, content.split("\n")[0].replace(",", " ").split(" "))
         return [first, second]
@@ -1030,8 +1031,8 @@ def int4_bytes(config: LlavaConfig) -> float:
 
 
 def language_flops(text: TextConfig, tokens: int, logits: int = 1, causal: bool = True) -> int:
-    """FLOPs of one row of `tokens` through the decoder, with logits at `logits` positions. Attention counts the
-    pairs of query and key inside mask and window or, if not causal, all pairs, as papers and torch do."""
+    """FLOPs of one row of `tokens` through the decoder, with logits at `logits` positions. Attention counts
+    the pairs of query and key inside mask and window or, if not causal, all pairs, as papers and torch do."""
     C, D, H, K = text.hidden_size, text.head_dim, text.num_attention_heads, text.num_key_value_heads
     window = min(tokens, text.sliding_window or tokens)
     pairs = window * (window + 1) // 2 + (tokens - window) * window if causal else tokens**2
@@ -1134,7 +1135,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ScienceQA: answers to compare")
     add("--out", type=Path, metavar="FILE", help="append the answers, one JSON line each; continues the file")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--blank", action="store_true", help="replace every image by white: what is then right needs no image")
+    add("--blank", action="store_true", help="replace every image by white: what is then right needs none")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
     add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 512; --task 128 or 1024")

@@ -545,7 +545,7 @@ class QuantizedLinear(nn.Module):
             self.kernel_tokens = 32 if bits == 4 else 16
         self.block_rows = self.out_features
         if device.type == "cpu":
-            self.block_rows = max(1, 2**17 // self.in_features) * 64      # 16 MB in bf16: near the cache's size
+            self.block_rows = max(1, 2**17 // self.in_features) * 64      # 16 MB in bf16: about a cache
         pieces = weight.split(128 if device.type == "cpu" else 1024)      # small temporary tensors
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in pieces])
         self.register_buffer("q", torch.cat(q), persistent=False)         # int4 scale: [I / GROUP, O, 2]
@@ -691,8 +691,8 @@ def check_token_budget(config: LlavaConfig) -> None:
         raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
     least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name in PRUMERGE and config.vision_feature_layer != -2:
-        raise UserError(f"--prune {name} uses attention in the tower's last layer, so the features must be its "
-                        f"input (-2), but vision_feature_layer is {config.vision_feature_layer}")
+        raise UserError(f"--prune {name} uses attention in the tower's last layer, so the features must be "
+                        f"its input (-2), but vision_feature_layer is {config.vision_feature_layer}")
     if keep is None and name in ("random", "pool", "divprune"):
         raise UserError(f"--prune {name} needs --keep-tokens N, the number of tokens to keep of each tile")
     if keep is not None and name not in BUDGETED:
@@ -997,7 +997,7 @@ class Llava(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
-        """Open a LLaVA of any publisher or a run folder (see save_pretrained); or a CLIP and a language model,
+        """Open a LLaVA of any publisher or a run folder (see save_pretrained), or a CLIP and a language model
         with a newly initialized projector. Each is a folder, a hub id or id@revision. dtype None keeps the
         dtype of the files. quantize "int8" or "int4" stores the linear layers of the language model in few
         bits. `base`: new places of the bases that a run folder names, in its order. `overrides` replace
@@ -1016,8 +1016,8 @@ class Llava(nn.Module):
             more, tensors, exact_name = open_checkpoint(str(source), moved=base)
             found, stored, bases = found | more, stored | tensors, [*bases, exact_name]
         if missing := {"vision", "text"} - found.keys():
-            raise UserError(f"there is no {' or '.join(missing)} model in {' and '.join(bases)}: name both, a "
-                            "vision tower and a language model")
+            raise UserError(f"there is no {' or '.join(missing)} model in {' and '.join(bases)}: name both, "
+                            "a vision tower and a language model")
         config, state = LlavaConfig(**found | overrides), {}
         with torch.device("meta"):
             model = cls(config)
@@ -1271,8 +1271,8 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
             base_fields, base_stored, _ = open_checkpoint(base, needed, dependents=(*dependents, name))
         except OSError as error:
             remedy = "give the new place of every base with --base" if "bases" in raw else "correct the name"
-            raise OSError(f"{folder} needs its base {base}, which is named in its config and cannot be opened "
-                          f"({first_line(error)}): {remedy}") from None
+            raise OSError(f"{folder} needs its base {base}, which is named in its config and cannot be "
+                          f"opened ({first_line(error)}): {remedy}") from None
         found, stored = found | base_fields, stored | base_stored
     found |= read_config(raw, config_file)
     stored |= {key: StoredTensor(tensor) for key, tensor in tensors.items() if "lora_" not in key}
@@ -1291,8 +1291,9 @@ def read_adapter(folder: Path) -> dict:
     if not list(folder.glob("adapter_*")):
         return {}
     file = folder / "adapter_config.json"
-    adapter = require(read_json(file), file, "r", "lora_alpha", "base_model_name_or_path", use_rslora=(False,),
-                      use_dora=(False,), lora_bias=(False,), rank_pattern=({}, None), alpha_pattern=({}, None))
+    adapter = require(read_json(file), file, "r", "lora_alpha", "base_model_name_or_path",
+                      use_rslora=(False,), use_dora=(False,), lora_bias=(False,),
+                      rank_pattern=({}, None), alpha_pattern=({}, None))
     if not all(isinstance(adapter[x], int | float) and adapter[x] > 0 for x in ("r", "lora_alpha")):
         raise UserError(f"{file}: r and lora_alpha must be positive numbers")
     return adapter
@@ -1372,9 +1373,9 @@ def read_grids(grids, file: Path) -> list[tuple[int, int]]:
 def check_types(raw: dict, file: Path) -> None:
     """Raise UserError for a key whose value has the wrong JSON type."""
     for type_, keys in ((str, ("model_type", "mm_vision_tower")), (list, ("bases",)),
-                       (int, ("image_token_index", "image_token_id")),
-                       (dict, ("text_config", "vision_config", "llava.py")),
-                       (dict | None, ("rope_parameters", "rope_scaling"))):
+                        (int, ("image_token_index", "image_token_id")),
+                        (dict, ("text_config", "vision_config", "llava.py")),
+                        (dict | None, ("rope_parameters", "rope_scaling"))):
         if wrong := [key for key in keys if key in raw and not isinstance(raw[key], type_)]:
             raise UserError(f"{file}: {wrong[0]} is {raw[wrong[0]]!r}, which is of the wrong type")
 
@@ -1443,7 +1444,7 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
 
 
 def hf_config(config: LlavaConfig, whole: bool) -> dict:
-    """llava-hf's config.json, for transformers 4 and 5, with EXTRA_FIELDS; if `whole` with rows for <image>."""
+    """llava-hf's config.json for transformers 4 and 5, with EXTRA_FIELDS; if `whole`, rows for <image>."""
     anyres, text = config.image_mode == "anyres", asdict(config.text)
     if whole and config.image_token_id >= config.text.vocab_size:         # + <image>, <pad>, rounded up
         text["vocab_size"] = math.ceil((config.image_token_id + 2) / 64) * 64

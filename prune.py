@@ -41,8 +41,8 @@ from tqdm import tqdm
 from eval import (append, are_correct, chat, collate, fingerprint, judge_url, read_answers, read_scienceqa,
                   target_text, to_record)
 from llava import (IGNORE, TEMPLATE_OF, Llava, Processor, UserError, add_model_flags, atomic_write,
-                   command_line, farthest_points, is_writable_image, load_model, number, open_image, read_json,
-                   require, write_json)
+                   command_line, farthest_points, is_writable_image, load_model, number, open_image,
+                   read_json, require, write_json)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,7 +232,8 @@ def measure_batch(model: Llava, processor: Processor, problems: list[dict], what
         return with_white - measure_batch(model, processor, problems, "loss")
     inputs = []
     for p in problems:
-        messages = [{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": target_text(p)}]
+        messages = [{"role": "user", "content": p["prompt"]},
+                    {"role": "assistant", "content": target_text(p)}]
         images = [open_image(p["file"])] if p["image"] else []
         if white:
             images = [Image.new("RGB", image.size, "white") for image in images]
@@ -411,7 +412,7 @@ def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) 
     """Rows from --cache: the smallest distance between the hidden states of each choice, and how much the
     images lower the loss of the answers."""
     rows, has_gain = {}, (args.cache / "gain.npy").exists()
-    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # if there is neither, measure states
+    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # if neither is, measure states
         states = measure(problems, args, args.pooling)
         rows["smallest distance"] = [        # not of the whole, which has too many pairs
             Cell("-" if name == "whole" or len(indices) < 2 else f"{F.pdist(states[indices]).min():.4g}")
@@ -702,7 +703,7 @@ def read_boxes(file: Path) -> dict[str, list[str]]:
         names, boxes = {e["id"]: e["name"] for e in content["categories"]}, {str(i): [] for i in sizes}
         for e in content["annotations"]:
             (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
-            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # rounded by up to 1 pixel
+            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # they are rounded
                 raise ValueError(f"box {e['bbox']} is not inside image {e['image_id']}, {width} x {height}")
             corners = (x / width, y / height, (x + w) / width, (y + h) / height)
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
@@ -909,7 +910,7 @@ def add_task_flags(add) -> None:
     add("--vision", metavar="ID", help="study: the CLIP")
     add("--language", nargs="+", metavar="ID", help="study: the language models")
     add("--seeds", type=number(int, 1), default=2, metavar="N", help="study: how many seeds (%(default)s)")
-    add("--variants", nargs="+", metavar="NAME", help=f"study: only these of {', '.join(map(repr, VARIANTS))}")
+    add("--variants", nargs="+", metavar="NAME", help=f"study: some of {', '.join(map(repr, VARIANTS))}")
     for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
         add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
     add("--style", default="brief", choices=INSTRUCTIONS, help="expand: instructions (default: %(default)s)")

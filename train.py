@@ -100,7 +100,7 @@ def run_stage(args: Args) -> None:
     choose_trainable(sketch, args)
     need = choose_micro_batch(sketch, samples, batches, args)             # sets the flags that were left open
     loads = [largest_load(samples, [batch], args.micro_batch_size) for batch in batches]
-    batches.insert(0, batches.pop(loads.index(max(loads))))  # most tokens first: if it does not fit, fail early
+    batches.insert(0, batches.pop(loads.index(max(loads))))  # the largest first: it shows whether all fit
     if args.plan:
         return print_plan(sketch, need, samples, len(batches), args)
     newest = checkpoints.to_resume()
@@ -207,8 +207,9 @@ def check_finite(what: str, value: float, samples: Samples, batches: list[list[i
     if math.isfinite(value):
         return
     names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
-    raise UserError(f"step {step}: the {what} is {value}, so the run stops; its last checkpoint is kept. Use a "
-                    f"lower --lr or remove the record that causes it; the step contained the records {names}")
+    raise UserError(f"step {step}: the {what} is {value}, so the run stops; its last checkpoint is kept. Use "
+                    "a lower --lr or remove the record that causes it; the step contained the records "
+                    f"{names}")
 
 
 @contextmanager
@@ -846,7 +847,7 @@ def check_record(raw, i: int, folder: Path) -> tuple[dict | ValueError, list[str
 
 
 def show(samples: Samples, index: int) -> None:
-    """Print a record as the model gets it: which tokens are image, prompt, answer, end, and which are learned."""
+    """Print a record as the model reads it: which tokens are image, prompt, answer, end, or learned."""
     if not 0 <= index < len(samples):
         raise UserError(f"--show {index}: the records are 0 to {len(samples) - 1}")
     processor, files = samples.processor, list(samples.records[index]["images"])
@@ -1074,7 +1075,7 @@ def parse(argv: list[str] | None = None) -> Args:
 def main() -> None:
     if not sys.argv[1:]:
         from tests import toy
-        return toy.play(run_stage, parse)
+        return toy.run_and_check(run_stage, parse)
     args = parse()
     if PROCESSES == 1:
         return run_stage(args)

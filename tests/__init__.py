@@ -1,2 +1,3 @@
-# Tests: test_*.py, each named after what it claims.
-# Helpers: toy.py (toy data), bench.py (speed), layouts.py and golden.py (checkpoints), reduction.py (a study).
+# Tests: test_*.py, each named after what it tests.
+# Helpers: toy.py (toy data), bench.py (speed), layouts.py and golden.py (checkpoints), reduction.py (token
+# reduction, trained and compared).

@@ -1,5 +1,5 @@
-"""What the publishers' code says: transformers, asked live by the tests where it is installed and
-recorded for those who do not have it; and LLaVA's AnyRes, told again in plain steps.
+"""Reference results for the tests: transformers, computed where it is installed or else read from recorded
+files, and LLaVA's AnyRes rules in plain steps.
 
     python tests/golden.py --record          # writes tests/golden.safetensors and tests/golden.json
 """
@@ -21,19 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tests.layouts import GRIDS, IMAGE_ID, LAYOUTS, VISION, Case, named, write_tokenizer
+from tests.layouts import GRIDS, IMAGE_ID, LAYOUTS, VISION, Case, rename_to_layout, write_tokenizer
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("llava-hf llava, old names", "llava-hf llava_next, old names", "liuhaotian v1", "liuhaotian v1.6")
-SIZES = [(50, 20), (28, 61), (90, 31), (56, 55)]                          # (height, width) of pictures
-TILES = [3, 4, 4, 5]                         # of each with AnyRes, the squashed whole included
+SIZES = [(50, 20), (28, 61), (90, 31), (56, 55)]                          # (height, width) of images
+TILES = [3, 4, 4, 5]                         # per image with AnyRes, including the whole resized image
 TEXTS = ("[INST] What is it? [/INST] A cat. </s>[INST] Is it? [/INST] Né! </s>",
          "USER: What is it? ASSISTANT: A cat.</s>USER: Is  it? ASSISTANT:")
 IGNORE = -100
 
 
-def batch(image_id: int, anyres: bool) -> dict:
-    """Four right-padded rows with none, one, two pictures and one at the end; some words unlabelled."""
+def make_batch(image_id: int, anyres: bool) -> dict:
+    """Four right-padded rows with no image, one, two, and one at the end; some tokens are not supervised."""
     noise = np.random.RandomState(0)
     ids = torch.from_numpy(noise.randint(3, 80, (4, 12)))
     ids[1, 3] = ids[2, 0] = ids[2, 5] = ids[3, 9] = image_id
@@ -44,13 +44,14 @@ def batch(image_id: int, anyres: bool) -> dict:
             "images": [torch.from_numpy(image).float() for image in images], "image_sizes": SIZES}
 
 
-def expanded(inputs: dict, counts: list[int], image_id: int, anyres: bool) -> dict:
-    """The same batch as transformers wants it: an id per patch, tiles padded to the most."""
-    left, ids, labels = iter(counts), [], []
-    for row, learned, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]):
-        repeats = torch.tensor([next(left) if token == image_id else 1 for token in row[mask].tolist()])
+def to_hf_batch(inputs: dict, counts: list[int], image_id: int, anyres: bool) -> dict:
+    """The same batch in the format of transformers: image i has counts[i] image ids, and all images have
+    equally many tiles, by padding."""
+    remaining, ids, labels = iter(counts), [], []
+    for row, row_labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]):
+        repeats = torch.tensor([next(remaining) if token == image_id else 1 for token in row[mask].tolist()])
         ids.append(row[mask].repeat_interleave(repeats))
-        labels.append(learned[mask].repeat_interleave(repeats))
+        labels.append(row_labels[mask].repeat_interleave(repeats))
     lengths = torch.tensor([len(row) for row in ids])
     ids, labels = pad_sequence(ids, True), pad_sequence(labels, True, IGNORE)
     result = {"input_ids": ids.masked_fill(ids == image_id, IMAGE_ID), "labels": labels,
@@ -62,29 +63,31 @@ def expanded(inputs: dict, counts: list[int], image_id: int, anyres: bool) -> di
 
 
 # ---------------------------------------------------------------------------------------------
-# LLaVA's own AnyRes, step by step
+# LLaVA's AnyRes rules, step by step
 
 
 def llava_grid(width: int, height: int, grids) -> tuple[int, int]:
-    """LLaVA's rule: most of the picture kept, then least wasted; a later grid must be strictly better."""
-    best, kept, wasted = None, 0, math.inf
+    """The (width, height) of `grids` that LLaVA chooses: the one that keeps the most pixels of the image, of
+    equals the one with the fewest unused pixels, of these the first."""
+    best, most_kept, least_unused = None, 0, math.inf
     for w, h in grids:
         scale = min(w / width, h / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        if effective > kept or effective == kept and w * h - effective < wasted:
-            best, kept, wasted = (w, h), effective, w * h - effective
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        unused = w * h - kept
+        if kept > most_kept or kept == most_kept and unused < least_unused:
+            best, most_kept, least_unused = (w, h), kept, unused
     return best
 
 
 def llava_window(width: int, height: int, grid, patch: int) -> tuple[int, int, int, int]:
-    """First and last row, first and last column of a map that LLaVA's unpadding leaves."""
+    """The patches that remain after LLaVA's unpadding: first row, end row, first column, end column."""
     columns, rows = grid[0] // patch, grid[1] // patch
     if width / height > columns / rows:
-        scale_factor = columns / width
-        cut = (rows - int(height * scale_factor)) // 2
+        scale = columns / width
+        cut = (rows - int(height * scale)) // 2
         return cut, rows - cut, 0, columns
-    scale_factor = rows / height
-    cut = (columns - int(width * scale_factor)) // 2
+    scale = rows / height
+    cut = (columns - int(width * scale)) // 2
     return 0, rows, cut, columns - cut
 
 
@@ -92,8 +95,8 @@ def llava_window(width: int, height: int, grid, patch: int) -> tuple[int, int, i
 # transformers
 
 
-def reference(case: Case):
-    """The case's weights in transformers' own model, by its names in memory."""
+def build_hf_model(case: Case):
+    """The model of transformers with the weights of the case."""
     import transformers as hf
     text = {k: v for k, v in case.text.items() if k not in ("model_type", "rope_theta", "sliding_window")}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": case.text["rope_theta"]}
@@ -102,20 +105,21 @@ def reference(case: Case):
     else:
         text = hf.LlamaConfig(**text)
     tensors, linear = dict(case.tensors), "projector.2.weight" not in case.tensors
-    if linear:                               # transformers always has two layers
+    if linear:                               # the projector of transformers always has two layers
         size = case.text["hidden_size"]
         tensors |= {"projector.2.weight": torch.eye(size), "projector.2.bias": torch.zeros(size)}
     family = "LlavaNext" if case.anyres else "Llava"
-    model = getattr(hf, f"{family}ForConditionalGeneration")(getattr(hf, f"{family}Config")(
+    grids = {"image_grid_pinpoints": GRIDS} if case.anyres else {}
+    config = getattr(hf, f"{family}Config")(
         text_config=text, vision_config=hf.CLIPVisionConfig(**VISION), image_token_index=IMAGE_ID,
-        projector_hidden_act="linear" if linear else "gelu",
-        **({"image_grid_pinpoints": GRIDS} if case.anyres else {})))
-    model.load_state_dict(named(tensors, "new"), strict=True)
+        projector_hidden_act="linear" if linear else "gelu", **grids)
+    model = getattr(hf, f"{family}ForConditionalGeneration")(config)
+    model.load_state_dict(rename_to_layout(tensors, "new"), strict=True)
     return model.eval()
 
 
 def token_counts(anyres: bool) -> list[int]:
-    """How many patches and newlines stand for each of SIZES, as transformers counts."""
+    """How many tokens, patches and newlines, replace an image of each of SIZES in transformers."""
     from transformers.image_processing_utils import select_best_resolution
     from transformers.models.llava_next.modeling_llava_next import unpad_image
     counts = [16] * len(SIZES)
@@ -126,50 +130,55 @@ def token_counts(anyres: bool) -> list[int]:
     return counts
 
 
-def some(logits: Tensor, real: Tensor) -> Tensor:
-    """Few numbers, from everywhere: every fifth real position, every ninth word."""
+def sample_logits(logits: Tensor, real: Tensor) -> Tensor:
+    """A sample of the logits [B, T, V]: every fifth position that is not padding, every ninth token id."""
     return logits[real.bool()][::5, ::9].contiguous()
 
 
-def picture(width: int, height: int) -> Image.Image:
+def make_image(width: int, height: int) -> Image.Image:
+    """An image whose colors vary with the position."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
-    return Image.fromarray(np.stack(((7 * x + 3 * y) % 256, (x * x // 16 + y) % 256, (x + 5 * y) % 256), -1)
-                           .astype(np.uint8))
+    channels = (7 * x + 3 * y) % 256, (x * x // 16 + y) % 256, (x + 5 * y) % 256
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
 
 
-def pixels(mode: str, image: Image.Image, side: int, grids=GRIDS) -> Tensor:
-    """uint8 [tiles, 3, side, side] as transformers' PIL processors cut them."""
+def hf_tiles(mode: str, image: Image.Image, side: int, grids=GRIDS) -> Tensor:
+    """The tiles of an image, uint8 [tiles, 3, side, side], from the PIL processors of transformers."""
     from transformers import models
-    kind, more = {
+    processor_class, options = {
         "crop": (models.clip.image_processing_pil_clip.CLIPImageProcessorPil, {}),
         "pad": (models.llava.image_processing_pil_llava.LlavaImageProcessorPil, {"do_pad": True}),
         "anyres": (models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil,
                    {"image_grid_pinpoints": grids})}[mode]
-    processor = kind(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **more)
-    whole = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-    return torch.from_numpy(np.asarray(whole[0] if mode == "anyres" else whole).astype(np.uint8))
+    processor = processor_class(size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+                                **options)
+    tiles = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    return torch.from_numpy(np.asarray(tiles[0] if mode == "anyres" else tiles).astype(np.uint8))
 
 
-def ids(text: str, folder: Path) -> list[int]:
+def hf_token_ids(text: str, folder: Path) -> list[int]:
+    """The token ids of a text from the tokenizer of transformers."""
     from transformers import LlamaTokenizer
     return LlamaTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
 
 
 def record(scratch: Path) -> None:
+    """Write golden.safetensors and golden.json; the checkpoints are written to `scratch`."""
     tensors = {}
     for family in FAMILIES:
         case = LAYOUTS[family](scratch / family)
-        inputs = expanded(batch(IMAGE_ID, case.anyres), token_counts(case.anyres), IMAGE_ID, case.anyres)
+        inputs = make_batch(IMAGE_ID, case.anyres)
+        inputs = to_hf_batch(inputs, token_counts(case.anyres), IMAGE_ID, case.anyres)
         with torch.no_grad():
-            out = reference(case)(**inputs)
-        tensors[f"{family}: logits"] = some(out.logits, inputs["attention_mask"])
+            out = build_hf_model(case)(**inputs)
+        tensors[f"{family}: logits"] = sample_logits(out.logits, inputs["attention_mask"])
         tensors[f"{family}: loss"] = out.loss
-    tensors |= {f"{mode}: pixels": pixels(mode, picture(61, 23), 14, [[14, 28], [28, 14]])
+    tensors |= {f"{mode}: pixels": hf_tiles(mode, make_image(61, 23), 14, [[14, 28], [28, 14]])
                 for mode in ("crop", "pad", "anyres")}
     save_file(tensors, HERE / "golden.safetensors")
-    words = {f"{text} legacy={legacy}": ids(text, write_tokenizer(scratch / f"{legacy}", legacy))
-             for text in TEXTS for legacy in (True, False)}
-    (HERE / "golden.json").write_text(json.dumps(words, ensure_ascii=False) + "\n", encoding="utf-8")
+    token_ids = {f"{text} legacy={legacy}": hf_token_ids(text, write_tokenizer(scratch / f"{legacy}", legacy))
+                 for text in TEXTS for legacy in (True, False)}
+    (HERE / "golden.json").write_text(json.dumps(token_ids, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Tiny random checkpoints in every layout that LLaVA is published in.
+"""Write tiny random checkpoints in every layout that LLaVA is published in.
 
     with tempfile.TemporaryDirectory() as folder:
         case = LAYOUTS["liuhaotian v1.6"](Path(folder))
         model = Llava.from_pretrained(**case.source)
 
-Each layout is written from the same plain tensors, whose names begin with the name of their part
-(PARTS); nothing here knows how llava.py calls or reads them. Weights are loud: every part changes
-the logits visibly. Sizes differ pairwise where the architecture allows it, so that no transposed or
-swapped tensor fits by accident.
+Each layout is written from the same tensors, whose names begin with the name of their part (PARTS).
+This file does not use llava.py, so that it can test it. The weights are large enough for every part to
+change the logits clearly. Sizes differ pairwise where the architecture allows it, so that a transposed
+or swapped tensor has the wrong shape.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ MISTRAL = {"model_type": "mistral", "vocab_size": 90, "hidden_size": 40, "interm
            "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "max_position_embeddings": 512}
 LLAMA = {**MISTRAL, "model_type": "llama", "intermediate_size": 52, "num_key_value_heads": 4,
          "rope_theta": 1e4}
-IMAGE_ID = 89                                # of llava-hf's <image>; liuhaotian's files have none
+IMAGE_ID = 89                                # id of <image> in llava-hf's files; liuhaotian's have none
 GRIDS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+# Every tensor name here starts with one of PARTS. PREFIXES: what stands there in each published layout.
 PARTS = ("text.", "head.", "newline", "vision.", "projector.1.", "projector.2.")
-FROM_PUBLISHED = {
+PREFIXES = {
     "liuhaotian": ("model.", "lm_head.", "model.image_newline",
                    "model.vision_tower.vision_tower.vision_model.",
                    "model.mm_projector.0.", "model.mm_projector.2."),
@@ -52,10 +53,10 @@ FROM_PUBLISHED = {
 
 
 class Case(NamedTuple):
-    """A checkpoint on disk, and the model it should open as."""
+    """A checkpoint on disk, and the weights of the model that it contains."""
     source: dict[str, str]                   # arguments of Llava.from_pretrained
-    text: dict                               # the language model's sizes
-    tensors: dict[str, Tensor]               # by part; without a projector where it starts afresh
+    text: dict                               # config of the language model
+    tensors: dict[str, Tensor]               # no projector if Llava.from_pretrained initializes a new one
     anyres: bool = False
 
 
@@ -63,13 +64,15 @@ class Case(NamedTuple):
 # Weights
 
 
-def draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """RandomState's numbers are the same for ever: golden numbers may depend on them."""
-    noise, tensors = np.random.RandomState(seed), {}
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """Random tensors. The recorded results depend on them: RandomState is the same in all numpy versions."""
+    generator, tensors = np.random.RandomState(seed), {}
     for name, shape in shapes.items():
-        tensor = torch.from_numpy(noise.standard_normal(shape).astype(np.float32))
+        tensor = torch.from_numpy(generator.standard_normal(shape).astype(np.float32))
         if "norm" in name:
-            tensor = ("weight" in name) + 0.3 * tensor
+            tensor = 0.3 * tensor
+            if "weight" in name:
+                tensor = 1 + tensor
         elif len(shape) > 1 and "embed" not in name:
             tensor = tensor * 1.3 / np.prod(shape[1:]) ** 0.5
         tensors[name] = tensor
@@ -78,17 +81,17 @@ def draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
 
 def vision_tensors(seed: int = 1) -> dict[str, Tensor]:
     C, inner, p = VISION["hidden_size"], VISION["intermediate_size"], VISION["patch_size"]
-    norm, block = {"weight": (C,), "bias": (C,)}, {}
+    norm, modules = {"weight": (C,), "bias": (C,)}, {}
     layer = {f"self_attn.{x}_proj": {"weight": (C, C), "bias": (C,)} for x in ("q", "k", "v", "out")}
     layer |= {"layer_norm1": norm, "layer_norm2": norm, "mlp.fc1": {"weight": (inner, C), "bias": (inner,)},
               "mlp.fc2": {"weight": (C, inner), "bias": (C,)}}
     for i in range(VISION["num_hidden_layers"]):
-        block |= {f"encoder.layers.{i}.{name}": shapes for name, shapes in layer.items()}
-    block |= {"pre_layrnorm": norm, "post_layernorm": norm}
+        modules |= {f"encoder.layers.{i}.{name}": shapes for name, shapes in layer.items()}
+    modules |= {"pre_layrnorm": norm, "post_layernorm": norm}
     shapes = {"embeddings.class_embedding": (C,), "embeddings.patch_embedding.weight": (C, 3, p, p),
               "embeddings.position_embedding.weight": ((VISION["image_size"] // p) ** 2 + 1, C)}
-    shapes |= {f"{name}.{kind}": shape for name, kinds in block.items() for kind, shape in kinds.items()}
-    return draw({f"vision.{name}": shape for name, shape in shapes.items()}, seed)
+    shapes |= {f"{name}.{kind}": shape for name, kinds in modules.items() for kind, shape in kinds.items()}
+    return random_tensors({f"vision.{name}": shape for name, shape in shapes.items()}, seed)
 
 
 def text_tensors(text: dict, seed: int = 2) -> dict[str, Tensor]:
@@ -99,68 +102,77 @@ def text_tensors(text: dict, seed: int = 2) -> dict[str, Tensor]:
              "mlp.gate_proj": (inner, C), "mlp.up_proj": (inner, C), "mlp.down_proj": (C, inner)}
     shapes = {f"text.layers.{i}.{name}.weight": shape for i in range(text["num_hidden_layers"])
               for name, shape in layer.items()}
-    words = (text["vocab_size"], C)
-    shapes |= {"text.embed_tokens.weight": words, "text.norm.weight": (C,), "head.weight": words}
-    return draw(shapes, seed)
+    embedding = (text["vocab_size"], C)
+    shapes |= {"text.embed_tokens.weight": embedding, "text.norm.weight": (C,), "head.weight": embedding}
+    return random_tensors(shapes, seed)
 
 
 def projector_tensors(text: dict, linear=False, newline=False, seed: int = 3) -> dict[str, Tensor]:
     C = text["hidden_size"]
     shapes = {"projector.1.weight": (C, VISION["hidden_size"]), "projector.1.bias": (C,)}
-    shapes |= {} if linear else {"projector.2.weight": (C, C), "projector.2.bias": (C,)}
-    return draw(shapes | ({"newline": (C,)} if newline else {}), seed)
+    if not linear:
+        shapes |= {"projector.2.weight": (C, C), "projector.2.bias": (C,)}
+    if newline:
+        shapes |= {"newline": (C,)}
+    return random_tensors(shapes, seed)
 
 
 # ---------------------------------------------------------------------------------------------
 # Files
 
 
-def named(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+def rename_to_layout(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The tensors with the names of a layout in PREFIXES."""
     return {start + name.removeprefix(part): tensor for name, tensor in tensors.items()
-            for part, start in zip(PARTS, FROM_PUBLISHED[layout]) if name.startswith(part)}
+            for part, start in zip(PARTS, PREFIXES[layout]) if name.startswith(part)}
 
 
-def write(folder: Path, config: dict, tensors: dict[str, Tensor], form="model.safetensors", shards=1) -> Path:
-    """config.json and the weights: in one file, or in shards with their index."""
+def write_checkpoint(folder: Path, config: dict, tensors: dict, file="model.safetensors", shards=1) -> Path:
+    """Write config.json and the weights, in one file or in shards with an index; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    stem, _, end = form.rpartition(".")
-    files = [form] if shards == 1 else [f"{stem}-{i + 1:05}-of-{shards:05}.{end}" for i in range(shards)]
-    where = {key: files[i % shards] for i, key in enumerate(sorted(tensors))}
-    for file in files:
-        part = {key: tensors[key] for key in where if where[key] == file}
-        torch.save(part, folder / file) if end == "bin" else save_file(part, folder / file, {"format": "pt"})
+    names, (stem, _, suffix) = [file], file.rpartition(".")
     if shards > 1:
-        (folder / f"{form}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        names = [f"{stem}-{i + 1:05}-of-{shards:05}.{suffix}" for i in range(shards)]
+    weight_map = {key: names[i % shards] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        shard = {key: tensors[key] for key in weight_map if weight_map[key] == name}
+        if suffix == "bin":
+            torch.save(shard, folder / name)
+        else:
+            save_file(shard, folder / name, {"format": "pt"})
+    if shards > 1:
+        (folder / f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
-def write_clip(folder: Path, form: str = "pytorch_model.bin") -> Path:
-    """As openai publishes it: the text model's half and an old buffer are in the file, too."""
-    extra = draw({"text_model.embeddings.token_embedding.weight": (6, 4), "visual_projection.weight": (5, 24),
-                  "text_projection.weight": (5, 4), "text_model.final_layer_norm.bias": (4,)}, 9)
+def write_clip(folder: Path, file: str = "pytorch_model.bin") -> Path:
+    """Write a CLIP as openai publishes it: with its text encoder and an old buffer."""
+    shapes = {"text_model.embeddings.token_embedding.weight": (6, 4), "visual_projection.weight": (5, 24),
+              "text_projection.weight": (5, 4), "text_model.final_layer_norm.bias": (4,)}
+    extra = random_tensors(shapes, 9)
     extra["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     extra["logit_scale"] = torch.tensor(4.6)
     config = {"model_type": "clip", "projection_dim": 5, "text_config": {"model_type": "clip_text_model"},
               "vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", **VISION}}
-    return write(folder, config, named(vision_tensors(), "backbone") | extra, form)
+    return write_checkpoint(folder, config, rename_to_layout(vision_tensors(), "backbone") | extra, file)
 
 
-def write_language(folder: Path, text: dict, form="model.safetensors", shards=1, config=None) -> Path:
-    """As mistralai and lmsys publish theirs, with a buffer that old files have."""
-    tensors = named(text_tensors(text), "backbone")
+def write_language_model(folder: Path, text: dict, file="model.safetensors", shards=1, config=None) -> Path:
+    """Write a language model as mistralai and lmsys publish theirs, with a buffer that old files have."""
+    tensors = rename_to_layout(text_tensors(text), "backbone")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(text["head_dim"] // 2)
-    return write(folder, config or text | {"hidden_act": "silu"}, tensors, form, shards)
+    return write_checkpoint(folder, config or text | {"hidden_act": "silu"}, tensors, file, shards)
 
 
 def write_tokenizer(folder: Path, legacy: bool | None = None) -> Path:
-    """A BPE of LLaMA's kind: bytes, the letters of a few words, and merges that make "▁cat" of them."""
+    """Write a BPE tokenizer like LLaMA's: bytes, letters, and a few merges such as "▁c" + "at"."""
     letters = sorted(set("▁[]/.:?,!'<>\n" + string.ascii_letters + string.digits))
     merges = "▁ c, a t, ▁c at, ▁ A, ▁ [, ▁ U, S E, ▁U SE, U SE, USE R, I N, IN S, INS T, h at, i s, ▁ i"
     merges = [tuple(merge.split(" ")) for merge in merges.split(", ")]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters,
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters,
               *dict.fromkeys(a + b for a, b in merges)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
+    vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
@@ -168,134 +180,144 @@ def write_tokenizer(folder: Path, legacy: bool | None = None) -> Path:
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-    config |= {"unk_token": "<unk>"} | ({} if legacy is None else {"legacy": legacy})
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>"}
+    if legacy is not None:
+        config["legacy"] = legacy
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
 # ---------------------------------------------------------------------------------------------
-# Layouts: folder -> Case
+# Layouts: functions that write a checkpoint to a folder and return its Case
 
 
-def hub_config(text: dict, anyres: bool = False, generation: int = 4) -> dict:
-    """llava-hf's config.json as transformers 4 or 5 writes it."""
+def llava_hf_config(text: dict, anyres: bool = False, generation: int = 4) -> dict:
+    """llava-hf's config.json as transformers 4 or 5 (`generation`) writes it."""
     text = dict(text)
     if generation == 5:
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
     image_token = "image_token_index" if generation == 4 else "image_token_id"
-    return {"model_type": "llava_next" if anyres else "llava", image_token: IMAGE_ID,
-            "text_config": text, "vision_config": {"model_type": "clip_vision_model", **VISION},
-            "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-            "projector_hidden_act": "gelu", "tie_word_embeddings": False,
-            **({"image_grid_pinpoints": GRIDS} if anyres else {})}
+    config = {"model_type": "llava_next" if anyres else "llava", image_token: IMAGE_ID,
+              "text_config": text, "vision_config": {"model_type": "clip_vision_model", **VISION},
+              "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+              "projector_hidden_act": "gelu", "tie_word_embeddings": False}
+    return config | {"image_grid_pinpoints": GRIDS} if anyres else config
 
 
-def hub(names: str, anyres: bool, text: dict, **files) -> Callable[[Path], Case]:
+def llava_hf(names: str, anyres: bool, text: dict, **files) -> Callable[[Path], Case]:
+    """A checkpoint of llava-hf; `names`: a key of PREFIXES; `files`: for write_checkpoint."""
     def build(folder: Path) -> Case:
         tensors = vision_tensors() | text_tensors(text) | projector_tensors(text, newline=anyres)
-        config = hub_config(text, anyres, generation=4 if names == "old" else 5)
-        write(folder, config, named(tensors, names), **files)
+        config = llava_hf_config(text, anyres, generation=4 if names == "old" else 5)
+        write_checkpoint(folder, config, rename_to_layout(tensors, names), **files)
         return Case({"path_or_repo_id": str(folder)}, text, tensors, anyres)
     return build
 
 
-def flat_config(text: dict, tower: Path, **more) -> dict:
+def liuhaotian_config(text: dict, tower: Path, **changes) -> dict:
     """liuhaotian's config.json: the language model's, with mm_ keys added."""
     return {**text, "model_type": f"llava_{text['model_type']}", "mm_vision_tower": str(tower),
             "mm_hidden_size": VISION["hidden_size"], "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False, "use_mm_proj": True,
-            "mm_projector_type": "mlp2x_gelu", **more}
+            "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+            "use_mm_proj": True, "mm_projector_type": "mlp2x_gelu", **changes}
 
 
 def liuhaotian(linear=False, tower=False, anyres=False, text=LLAMA, missing=(), **files):
-    """v1: linear; v1.5: the tower named, not stored; v1.6: its own tower and a newline."""
+    """A checkpoint of liuhaotian. v1 has a linear projector; v1.5 names its vision tower without storing
+    its weights; v1.6 stores them and has a newline. `missing`: keys that config.json does not have."""
     def build(folder: Path) -> Case:
         projector = projector_tensors(text, linear, newline=anyres)
-        own = text_tensors(text) | projector | (vision_tensors(seed=7) if tower else {})
-        more = {"mm_projector_type": "linear"} if linear else {"image_aspect_ratio": "pad"}
+        stored = text_tensors(text) | projector
+        if tower:
+            stored |= vision_tensors(seed=7)
+        changes = {"mm_projector_type": "linear"} if linear else {"image_aspect_ratio": "pad"}
         if anyres:
-            more = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
-                    "image_grid_pinpoints": GRIDS, "unfreeze_mm_vision_tower": True}
-        config = flat_config(text, write_clip(folder / "clip"), **more)
+            changes = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
+                       "image_grid_pinpoints": GRIDS, "unfreeze_mm_vision_tower": True}
+        config = liuhaotian_config(text, write_clip(folder / "clip"), **changes)
         config = {key: value for key, value in config.items() if key not in missing}
-        config |= {"model_type": "llava"} if linear else {}
-        write(folder / "llava", config, named(own, "liuhaotian linear" if linear else "liuhaotian"), **files)
-        return Case({"path_or_repo_id": str(folder / "llava")}, text, vision_tensors() | own, anyres)
+        if linear:
+            config["model_type"] = "llava"
+        names = "liuhaotian linear" if linear else "liuhaotian"
+        write_checkpoint(folder / "llava", config, rename_to_layout(stored, names), **files)
+        return Case({"path_or_repo_id": str(folder / "llava")}, text, vision_tensors() | stored, anyres)
     return build
 
 
-def backbones(text: dict, form="model.safetensors", shards=1, missing=()) -> Callable[[Path], Case]:
-    """A language model and a CLIP as their publishers left them, not yet joined."""
+def backbones(text: dict, file="model.safetensors", shards=1, missing=()) -> Callable[[Path], Case]:
+    """A language model and a CLIP as two checkpoints, without a projector, as before stage 1."""
     def build(folder: Path) -> Case:
         config = {key: value for key, value in text.items() if key not in missing} | {"hidden_act": "silu"}
         source = {"vision": str(write_clip(folder / "clip", "model.safetensors")),
-                  "language": str(write_language(folder / "text", text, form, shards, config))}
+                  "language": str(write_language_model(folder / "text", text, file, shards, config))}
         return Case(source, text, vision_tensors() | text_tensors(text))
     return build
 
 
 def mm_projector(folder: Path) -> Case:
-    """Stage 1 of liuhaotian's code: the projector alone, over the bases that its config names."""
+    """A stage 1 checkpoint of liuhaotian: only the projector; its config names the bases."""
     projector = projector_tensors(LLAMA)
-    config = flat_config(LLAMA, write_clip(folder / "clip"),
-                         _name_or_path=str(write_language(folder / "vicuna", LLAMA)))
-    write(folder / "run", config, named(projector, "liuhaotian"), "mm_projector.bin")
+    config = liuhaotian_config(LLAMA, write_clip(folder / "clip"),
+                               _name_or_path=str(write_language_model(folder / "vicuna", LLAMA)))
+    write_checkpoint(folder / "run", config, rename_to_layout(projector, "liuhaotian"), "mm_projector.bin")
     tensors = vision_tensors() | text_tensors(LLAMA) | projector
     return Case({"path_or_repo_id": str(folder / "run")}, LLAMA, tensors)
 
 
-def lora(over: Callable[[Path], Case], form: str) -> Callable[[Path], Case]:
-    """A LoRA run of liuhaotian's code: adapter and non_lora_trainables.bin over a base."""
+def lora(build_base: Callable[[Path], Case], file: str) -> Callable[[Path], Case]:
+    """A LoRA run folder of liuhaotian: an adapter and non_lora_trainables.bin over a base."""
     def build(folder: Path) -> Case:
-        base = over(folder / "base")
+        base = build_base(folder / "base")
         base_folder = Path(base.source.get("language") or base.source["path_or_repo_id"])
-        inner = json.loads((base_folder / "config.json").read_text())
-        tower = base.source.get("vision") or inner["mm_vision_tower"]
+        base_config = json.loads((base_folder / "config.json").read_text())
+        tower = base.source.get("vision") or base_config["mm_vision_tower"]
         projector = projector_tensors(base.text, seed=5)
-        merged, adapter, noise, rank, alpha = dict(base.tensors), {}, np.random.RandomState(6), 3, 6
-        stored = base.tensors if "language" not in base.source else text_tensors(base.text)
-        targets = [name for name in stored if name.endswith("_proj.weight")]  # by suffix: the tower's, too
-        for name in targets:
-            a, b = (torch.from_numpy(noise.standard_normal(shape).astype(np.float32) / 4)
-                    for shape in ((rank, stored[name].shape[1]), (stored[name].shape[0], rank)))
-            b = b * name.startswith("text.")             # in the tower they never got a gradient
-            key = "base_model.model." + next(iter(named({name: a}, "liuhaotian"))).removesuffix("weight")
+        merged, adapter, generator, rank, alpha = dict(base.tensors), {}, np.random.RandomState(6), 3, 6
+        stored = text_tensors(base.text) if "language" in base.source else base.tensors
+        for name, weight in stored.items():
+            if not name.endswith("_proj.weight"):        # the vision tower's layers have this ending, too
+                continue
+            a = torch.from_numpy(generator.standard_normal((rank, weight.shape[1])).astype(np.float32) / 4)
+            b = torch.from_numpy(generator.standard_normal((weight.shape[0], rank)).astype(np.float32) / 4)
+            if not name.startswith("text."):             # LoRA of the frozen vision tower is not trained
+                b = 0 * b
+            (published_name,) = rename_to_layout({name: weight}, "liuhaotian")
+            key = "base_model.model." + published_name.removesuffix("weight")
             adapter |= {f"{key}lora_A.weight": a, f"{key}lora_B.weight": b}
-            merged[name] = stored[name] + alpha / rank * b @ a
-        config = flat_config(base.text, tower, _name_or_path=str(base_folder))
+            merged[name] = weight + alpha / rank * b @ a
+        config = liuhaotian_config(base.text, tower, _name_or_path=str(base_folder))
         if base.anyres:
             config |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
                        "image_grid_pinpoints": GRIDS}
-        write(folder / "run", config, adapter, form)
+        write_checkpoint(folder / "run", config, adapter, file)
         (folder / "run/adapter_config.json").write_text(json.dumps({
             "r": rank, "lora_alpha": alpha, "base_model_name_or_path": str(base_folder)}))
-        trained = named(projector, "liuhaotian")
-        torch.save({f"base_model.model.{name}": tensor for name, tensor in trained.items()},
-                   folder / "run/non_lora_trainables.bin")
+        published = rename_to_layout(projector, "liuhaotian")
+        projector_file = {f"base_model.model.{name}": tensor for name, tensor in published.items()}
+        torch.save(projector_file, folder / "run/non_lora_trainables.bin")
         return Case({"path_or_repo_id": str(folder / "run")}, base.text, merged | projector, base.anyres)
     return build
 
 
-V01 = {**MISTRAL, "rope_theta": 1e4, "sliding_window": 12}      # as Mistral-7B-v0.1: it slides
+MISTRAL_V01 = {**MISTRAL, "rope_theta": 1e4, "sliding_window": 12}      # Mistral-7B-v0.1 has a sliding window
 LAYOUTS: dict[str, Callable[[Path], Case]] = {
-    "llava-hf llava, old names": hub("old", False, LLAMA),
-    "llava-hf llava, fresh names": hub("fresh", False, MISTRAL),
-    "llava-hf llava, new names": hub("new", False, LLAMA),
-    "llava-hf llava, new names with vision_model": hub("newer", False, MISTRAL),
-    "llava-hf llava, .bin shards": hub("old", False, LLAMA, form="pytorch_model.bin", shards=3),
-    "llava-hf llava_next, old names": hub("old", True, MISTRAL, shards=2),
-    "llava-hf llava_next, fresh names": hub("fresh", True, LLAMA),
-    "llava-hf llava_next, new names": hub("new", True, MISTRAL),
-    "llava-hf llava_next, new names with vision_model": hub("newer", True, V01),
-    "liuhaotian v1": liuhaotian(linear=True, form="pytorch_model.bin",
+    "llava-hf llava, old names": llava_hf("old", False, LLAMA),
+    "llava-hf llava, fresh names": llava_hf("fresh", False, MISTRAL),
+    "llava-hf llava, new names": llava_hf("new", False, LLAMA),
+    "llava-hf llava, new names with vision_model": llava_hf("newer", False, MISTRAL),
+    "llava-hf llava, .bin shards": llava_hf("old", False, LLAMA, file="pytorch_model.bin", shards=3),
+    "llava-hf llava_next, old names": llava_hf("old", True, MISTRAL, shards=2),
+    "llava-hf llava_next, fresh names": llava_hf("fresh", True, LLAMA),
+    "llava-hf llava_next, new names": llava_hf("new", True, MISTRAL),
+    "llava-hf llava_next, new names with vision_model": llava_hf("newer", True, MISTRAL_V01),
+    "liuhaotian v1": liuhaotian(linear=True, file="pytorch_model.bin",
                                 missing=("mm_projector_type", "mm_vision_select_feature")),
-    "liuhaotian v1.5": liuhaotian(form="pytorch_model.bin", shards=2),
+    "liuhaotian v1.5": liuhaotian(file="pytorch_model.bin", shards=2),
     "liuhaotian v1.6": liuhaotian(tower=True, anyres=True, text=MISTRAL, shards=2),
-    "mistral + clip": backbones(V01, shards=2, missing=("head_dim",)),
+    "mistral + clip": backbones(MISTRAL_V01, shards=2, missing=("head_dim",)),
     "mistral with wide heads + clip": backbones(MISTRAL | {"head_dim": 14}),
-    "vicuna + clip": backbones(LLAMA, form="pytorch_model.bin", missing=("head_dim", "sliding_window")),
+    "vicuna + clip": backbones(LLAMA, file="pytorch_model.bin", missing=("head_dim", "sliding_window")),
     "mm_projector.bin": mm_projector,
     "LoRA over vicuna": lora(backbones(LLAMA), "adapter_model.safetensors"),
     "LoRA over v1.6": lora(liuhaotian(tower=True, anyres=True, text=MISTRAL), "adapter_model.bin"),

@@ -1,4 +1,5 @@
-"""Attention: equal to an explicit mask, and by which kernel: no mask, no score matrix, no repeated heads."""
+"""Tests that attention equals a softmax with an explicit mask, in output and gradients, and that the flash
+kernel computes it: without a mask, a matrix of scores or repeated key heads."""
 
 import random
 import sys
@@ -17,11 +18,11 @@ torch.set_num_threads(1)
 
 
 # ---------------------------------------------------------------------------------------------
-# Numbers
+# Values and gradients
 
 
 def explicit_attention(q, k, v, window):
-    """The definition in float64: a softmax over the keys j with 0 <= i - j < window."""
+    """Attention as it is defined: a softmax over the keys j with 0 <= i - j < window."""
     T, repeats = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     distance = torch.arange(T)[:, None] - torch.arange(T)
@@ -31,27 +32,28 @@ def explicit_attention(q, k, v, window):
 
 
 def relative_errors(q, k, v, window, attention=llava.causal_attention):
-    """Of the output and of the gradients of q, k and v, in the norm of all elements."""
+    """Relative errors of the output and of the gradients of q, k and v, each in the norm of all elements."""
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    y, wanted = attention(q, k, v, window), explicit_attention(*exact, window)
-    outer = torch.randn_like(y)
-    ours = y, *torch.autograd.grad(y, (q, k, v), outer)
-    theirs = wanted, *torch.autograd.grad(wanted, exact, outer.double())
-    # with a window of 1 the gradients of q and k are 0, and rounding errors have no relative size
+    y, expected = attention(q, k, v, window), explicit_attention(*exact, window)
+    output_gradient = torch.randn_like(y)
+    ours = y, *torch.autograd.grad(y, (q, k, v), output_gradient)
+    theirs = expected, *torch.autograd.grad(expected, exact, output_gradient.double())
+    # With a window of 1 the gradients of q and k are 0, so that their error has no relative size.
     return [((a - b).norm() / b.norm().clamp(min=1)).item() for a, b in zip(ours, theirs)]
 
 
 def random_shapes(count):
-    """(B, H, K, T, D, window); every kind of T beside W occurs, W = 1, and K = H as well as K < H."""
-    draw = random.Random(0)
-    for number in range(count):
-        W, K = draw.choice([1, 2, 3, 5, 8, 17, 32]), draw.choice([1, 2, 3])
-        T = [W, W + 1, 2 * W, 2 * W + 1, 3 * W - 1, draw.randint(1, 100)][number % 6]
-        yield draw.choice([1, 2, 3]), K * draw.choice([1, 2, 4]), K, T, draw.choice([8, 16, 40]), W
+    """Yield (B, H, K, T, D, W): T below, at and above multiples of W; also W = 1, K = H and K < H."""
+    generator = random.Random(0)
+    choice = generator.choice
+    for i in range(count):
+        W, K = choice([1, 2, 3, 5, 8, 17, 32]), choice([1, 2, 3])
+        T = [W, W + 1, 2 * W, 2 * W + 1, 3 * W - 1, generator.randint(1, 100)][i % 6]
+        yield choice([1, 2, 3]), K * choice([1, 2, 4]), K, T, choice([8, 16, 40]), W
 
 
 def make_qkv(B, H, K, T, D, dtype=torch.float32, requires_grad=True):
-    """As Attention makes them: the heads of a token are neighbors in memory."""
+    """Random q, k and v in the memory layout that Attention makes: the heads of a token are contiguous."""
     return [torch.randn(B, T, heads, D).to(dtype).transpose(1, 2).requires_grad_(requires_grad)
             for heads in (H, K, K)]
 
@@ -63,42 +65,43 @@ def test_output_and_gradients_equal_an_explicit_mask_on_60_random_shapes():
         assert max(errors) < 2e-5, (B, H, K, T, D, W, errors)
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
-def test_half_precision_is_as_exact_as_with_a_mask(dtype, most):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_half_precision_equals_an_explicit_mask_in_float64(dtype, tolerance):
     torch.manual_seed(0)
     for B, H, K, T, D, W in random_shapes(12):
-        assert max(relative_errors(*make_qkv(B, H, K, T, D, dtype), W)) < most, (B, H, K, T, D, W)
+        assert max(relative_errors(*make_qkv(B, H, K, T, D, dtype), W)) < tolerance, (B, H, K, T, D, W)
 
 
-def test_the_plain_masked_form_is_the_same_function():
+def test_masked_attention_and_gradients_equal_an_explicit_mask():
     torch.manual_seed(0)
     for B, H, K, T, D, W in random_shapes(12):
         assert max(relative_errors(*make_qkv(B, H, K, T, D), W, llava.masked_attention)) < 2e-5
 
 
-def test_a_gradient_that_repeats_one_number_in_memory_is_taken():
+def test_an_expanded_output_gradient_is_accepted():
     q, k, v = make_qkv(2, 4, 2, 23, 8)
     y = llava.causal_attention(q, k, v, 5)
-    expanded, whole = (torch.autograd.grad(y, (q, k, v), outer, retain_graph=True)
-                       for outer in (torch.ones(()).expand_as(y), torch.ones_like(y)))
-    torch.testing.assert_close(expanded, whole)
+    expanded = torch.ones(()).expand_as(y)   # all elements are one number in memory
+    gradients = torch.autograd.grad(y, (q, k, v), expanded, retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad(y, (q, k, v), torch.ones_like(y)))
 
 
-def test_inference_checkpointing_and_compile_give_the_same():
+def test_inference_mode_checkpointing_and_compile_give_equal_results():
     torch.manual_seed(0)
     q, k, v = make_qkv(2, 4, 2, 23, 8)
     y = llava.causal_attention(q, k, v, 5)
     gradients = torch.autograd.grad(y.square().sum(), (q, k, v))
     with torch.inference_mode():
         torch.testing.assert_close(llava.causal_attention(q, k, v, 5), y)
-    for again in (checkpoint(llava.causal_attention, q, k, v, 5, use_reentrant=False),
-                  torch.compile(llava.causal_attention, backend="aot_eager")(q, k, v, 5)):
-        torch.testing.assert_close(again, y)
-        torch.testing.assert_close(torch.autograd.grad(again.square().sum(), (q, k, v)), gradients)
+    compiled_attention = torch.compile(llava.causal_attention, backend="aot_eager")
+    checkpointed = checkpoint(llava.causal_attention, q, k, v, 5, use_reentrant=False)
+    for result in (checkpointed, compiled_attention(q, k, v, 5)):
+        torch.testing.assert_close(result, y)
+        torch.testing.assert_close(torch.autograd.grad(result.square().sum(), (q, k, v)), gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_meta_tensors_have_the_shapes_of_the_real_ones(dtype):
+def test_meta_tensors_get_the_shapes_of_real_tensors(dtype):
     q, k, v = (x.detach().to("meta", dtype).requires_grad_() for x in make_qkv(2, 4, 2, 23, 8))
     y = llava.causal_attention(q, k, v, 5)
     y.backward(torch.empty_like(y))
@@ -113,7 +116,7 @@ FLASH = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_atten
          "_scaled_dot_product_flash_attention_backward",
          "_scaled_dot_product_flash_attention_for_cpu_backward",
          "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward")
-MAY_USE_SOFTMAX = {"sample", "cls_attention", "cross_entropy"}            # functions, by name
+MAY_USE_SOFTMAX = {"sample", "cls_attention", "cross_entropy"}            # names of functions
 VISION = VisionConfig(32, 48, 2, 2, image_size=28, patch_size=14)         # 4 patches, 5 tokens
 TEXT = TextConfig(vocab_size=97, hidden_size=64, intermediate_size=80, num_hidden_layers=2,
                   num_attention_heads=8, num_key_value_heads=2, head_dim=8)
@@ -122,7 +125,7 @@ IMAGE_ID = 96
 
 class Recorder(TorchDispatchMode):
     """Records every operator as (name, arguments, shapes of its results). Without gradients SDPA is
-    one operator; it is replaced by the operators that it consists of, so that its kernel is seen."""
+    one operator; it is replaced by the operators that it calls, so that its kernel is recorded."""
 
     def __init__(self):
         super().__init__()
@@ -143,6 +146,7 @@ class Recorder(TorchDispatchMode):
 
 
 def callers() -> set[str]:
+    """The names of all functions that are running."""
     names, frame = set(), sys._getframe()
     while frame:
         names.add(frame.f_code.co_name)
@@ -153,9 +157,9 @@ def callers() -> set[str]:
 def check_calls(calls, lengths, masked=False) -> None:
     """Raise AssertionError if recorded attention is not the flash kernel alone.
 
-    lengths: the numbers of tokens that a row or block has, chosen so that no other dimension is equal;
-    masked: a decode step, which needs a mask."""
-    found, kernels = [], 0
+    lengths: the numbers of tokens that a row or block has, chosen so that no other dimension equals one of
+    them; masked: the calls are a decode step, which needs a mask."""
+    problems, kernels = [], 0
     for name, args, kwargs, shapes in calls:
         if "attention" in name:
             kernels += 1
@@ -163,17 +167,17 @@ def check_calls(calls, lengths, masked=False) -> None:
             has_mask = kwargs.get("attn_mask") is not None or any(
                 isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args)
             if has_mask and not masked:
-                found.append(f"{name} has a mask")
+                problems.append(f"{name} has a mask")
             if name not in FLASH and not masked:
-                found.append(f"{name} is not the flash kernel")
+                problems.append(f"{name} is not the flash kernel")
             if k.shape[1] != 2:
-                found.append(f"{name} has {k.shape[1]} key heads, not 2")
+                problems.append(f"{name} has {k.shape[1]} key heads, not 2")
         elif "softmax" in name and name != "_log_softmax_backward_data":  # the backward of the loss
-            found.append("a softmax")
+            problems.append("a softmax")
         elif any(len(s) >= 2 and s[-1] in lengths and s[-2] in lengths for s in shapes):
-            found.append(f"{name} makes a matrix of scores or a mask")
+            problems.append(f"{name} makes a matrix of scores or a mask")
     assert kernels > 0, "no attention was recorded"
-    assert not found, "; ".join(sorted(set(found)))
+    assert not problems, "; ".join(sorted(set(problems)))
 
 
 def make_model(window, device="cpu", dtype=torch.float32) -> Llava:
@@ -183,7 +187,7 @@ def make_model(window, device="cpu", dtype=torch.float32) -> Llava:
 
 
 def make_inputs(tokens, rows=2) -> dict:
-    """Rows of `tokens` embeddings: an image, which becomes 4, and words."""
+    """Inputs of rows that have `tokens` tokens after splicing: 4 of an image, the others of text."""
     ids = torch.randint(3, 90, (rows, tokens - 3), generator=torch.Generator().manual_seed(0))
     ids[:, 1] = IMAGE_ID
     images = [torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(i)) for i in range(rows)]
@@ -191,7 +195,7 @@ def make_inputs(tokens, rows=2) -> dict:
 
 
 def check_kernels(window, device, dtype) -> None:
-    """Record training, prefill and decoding, and raise for whatever should not be there."""
+    """Record training, prefill and a decode step; raise AssertionError for a forbidden operator."""
     T, W = 37, window or 37
     lengths = {T, T + 1, W, W - 1, 2 * W, -(-T // W) * W} - {0, 1, 2}
     model, inputs = make_model(window, device, dtype), make_inputs(T)
@@ -203,14 +207,14 @@ def check_kernels(window, device, dtype) -> None:
     with Recorder() as prefill:
         next(tokens)
     check_calls(prefill.calls, lengths)
-    with Recorder() as decoding:
+    with Recorder() as decode_step:
         next(tokens)
-    check_calls(decoding.calls, lengths, masked=True)
+    check_calls(decode_step.calls, lengths, masked=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 11, 1])
-def test_training_prefill_and_decoding_use_the_flash_kernel_alone(window, dtype):
+def test_kernels_of_training_prefill_and_decode_step(window, dtype):
     check_kernels(window, "cpu", dtype)
 
 
@@ -224,21 +228,22 @@ def score_matrix(q, k, v, window):
     return (q @ k.mT).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("planted, message", [
+@pytest.mark.parametrize("replacement, message", [
     (band_attention, "has a mask"), (repeated_heads, "8 key heads"), (score_matrix, "a softmax"),
     (score_matrix, "matrix of scores"), (llava.masked_attention, "has a mask")])
-def test_a_planted_mask_score_matrix_or_repeated_head_is_found(monkeypatch, planted, message):
-    monkeypatch.setattr(llava, "causal_attention", planted)
+def test_the_check_finds_a_mask_a_score_matrix_and_repeated_heads(monkeypatch, replacement, message):
+    monkeypatch.setattr(llava, "causal_attention", replacement)
     with pytest.raises(AssertionError, match=message):
         check_kernels(11, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("capability, masked", [((7, 5), True), ((8, 0), False)])
-def test_gpus_before_ampere_take_the_mask_past_the_window(capability, masked, monkeypatch):
-    """They have no flash kernel; a stand-in for a tensor on CUDA."""
-    calls, q = [], SimpleNamespace(shape=(1, 2, 9, 8), dtype=torch.float16, device=SimpleNamespace(type="cuda"))
+def test_gpus_before_ampere_use_masked_attention_past_the_window(capability, masked, monkeypatch):
+    """They have no flash kernel. `q` replaces a tensor on CUDA."""
+    calls, cuda = [], SimpleNamespace(type="cuda")
+    q = SimpleNamespace(shape=(1, 2, 9, 8), dtype=torch.float16, device=cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(llava, "masked_attention", lambda *_: calls.append("mask"))
     monkeypatch.setattr(llava.SlidingWindow, "apply", lambda *_: calls.append("flash"))
     llava.causal_attention(q, q, q, 4)
-    assert calls == ["mask" if masked else "flash"]
+    assert calls == (["mask"] if masked else ["flash"])

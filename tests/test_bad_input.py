@@ -1,9 +1,8 @@
-"""Bad input to all four programs and to the Python interface: one sentence that names what is wrong,
-exit code 1 (2 for an impossible flag), no traceback, and no existing file is changed.
+"""Invalid input to the four programs and the Python interface: the message is one sentence that names what
+is wrong, the exit code is 1 (2 for an invalid flag), and no existing file is changed.
 
-The corpus is generated: damages of a checkpoint, an image, a record, a ScienceQA folder and an answer
-file, each given to the programs that read such a file. Programs run in process through their main();
-one case of each runs as a command.
+Each case damages a checkpoint, image, record, ScienceQA folder or answer file and gives it to the programs
+that read such a file. Programs run in this process through main(); one case of each runs as a command.
 """
 
 import hashlib
@@ -14,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,9 +35,9 @@ TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": 
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A sound model, records, images, ScienceQA folder and answer file. No case may change them."""
-    folder = tmp_path_factory.mktemp("world")
+def inputs(tmp_path_factory):
+    """A folder with a valid model, records, images, ScienceQA data and answer file. No case may change it."""
+    folder = tmp_path_factory.mktemp("inputs")
     toy.write_random(folder / "model")
     toy.write_scienceqa(folder / "scienceqa", sizes=(("train", 12), ("test", 6)))
     (folder / "images").mkdir()
@@ -52,47 +52,54 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sound(world):
-    model = Llava.from_pretrained(world / "model", dtype=torch.float32).eval()
-    return model, Processor.from_pretrained(world / "model", model.config)
+def model_and_processor(inputs):
+    model = Llava.from_pretrained(inputs / "model", dtype=torch.float32).eval()
+    return model, Processor.from_pretrained(inputs / "model", model.config)
 
 
 def snapshot(*folders: Path) -> dict[str, str]:
-    """path -> kind, time and content of everything in the folders."""
-    found = {}
-    for path in (path for folder in folders for path in folder.rglob("*")):
-        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        found[str(path)] = f"{path.lstat().st_mode} {path.stat().st_mtime_ns if content else ''} {content}"
-    return found
+    """Return {path: mode, modification time and hash} of all files and folders inside the folders."""
+    states = {}
+    for folder in folders:
+        for path in folder.rglob("*"):
+            states[str(path)] = str(path.lstat().st_mode)
+            if path.is_file():
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                states[str(path)] += f" {path.stat().st_mtime_ns} {content}"
+    return states
 
 
-def refused(program: str, words, message: str, folders, monkeypatch, capsys, code: int = 1) -> None:
-    """Run the program; it must stop with `code` and one sentence that contains `message`."""
-    before = snapshot(*folders)
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, words)])
-    monkeypatch.setattr("builtins.input", lambda _: "")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        llava.command_line(PROGRAMS[program].main)
-    if code == 2:
-        assert end.value.code == 2
-        sentence = capsys.readouterr().err.splitlines()[-1]
-    else:
-        sentence = end.value.code
-        assert isinstance(sentence, str), "a text is what Python prints before it exits with 1"
-    assert sentence.startswith(f"{program}.py: ") and message in sentence
-    assert len(sentence.splitlines()) == 1 and "Traceback" not in sentence
-    after = snapshot(*folders)
-    assert {path: after.get(path) for path in before} == before, "an existing file was changed"
+@pytest.fixture
+def assert_refused(monkeypatch, capsys):
+    """A function that runs a program, which must exit with `code` and one sentence that contains `message`,
+    and must not change a file in the folders."""
+    def check(program: str, flags, message: str, *folders: Path, code: int = 1) -> None:
+        before = snapshot(*folders)
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, flags)])
+        monkeypatch.setattr("builtins.input", lambda _: "")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            llava.command_line(PROGRAMS[program].main)
+        if code == 2:
+            assert error.value.code == 2
+            sentence = capsys.readouterr().err.splitlines()[-1]
+        else:
+            sentence = error.value.code
+            assert isinstance(sentence, str), "Python prints a string and exits with 1"
+        assert sentence.startswith(f"{program}.py: ") and message in sentence
+        assert len(sentence.splitlines()) == 1 and "Traceback" not in sentence
+        after = snapshot(*folders)
+        assert {path: after.get(path) for path in before} == before, "an existing file was changed"
+    return check
 
 
-def asking(program: str, world: Path, out: Path, model=None, data=None, images=None, scienceqa=None) -> list:
-    """Flags with which the program opens the model, reads the data and decodes images."""
-    model, images = model or world / "model", images or world / "images"
-    scienceqa = scienceqa or world / "scienceqa"
+def valid_flags(program: str, inputs: Path, out: Path, model=None, data=None, images=None, scienceqa=None):
+    """Return flags with which the program opens the model, reads the data and decodes images."""
+    model, data = model or inputs / "model", data or inputs / "records.json"
+    images, scienceqa = images or inputs / "images", scienceqa or inputs / "scienceqa"
     return {"llava": ["--model", model, "--image", images / "good.png", "--max-new-tokens", 1, "What?"],
-            "train": ["--stage", 2, "--init", model, "--data", data or world / "records.json", "--images", images,
+            "train": ["--stage", 2, "--init", model, "--data", data, "--images", images,
                       "--out", out / "run", "--epochs", 1, "--batch-size", 2, "--workers", 0],
             "eval": ["--scienceqa", scienceqa, "--model", model, "--out", out / "answers.jsonl",
                      "--max-new-tokens", 1],
@@ -101,55 +108,60 @@ def asking(program: str, world: Path, out: Path, model=None, data=None, images=N
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_sound_input_is_accepted(program, world, tmp_path, monkeypatch):
-    """The flags of the cases below are wrong in one respect only."""
-    monkeypatch.setattr(sys, "argv", [program, *map(str, asking(program, world, tmp_path))])
+def test_valid_input_is_accepted(program, inputs, tmp_path, monkeypatch):
+    """The cases below therefore fail only because of the one change that each makes."""
+    monkeypatch.setattr(sys, "argv", [program, *map(str, valid_flags(program, inputs, tmp_path))])
     llava.command_line(PROGRAMS[program].main)
 
 
 # ---------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints. Most functions here return a function that damages the files of a folder
 
 
-def config(where: str = "", **changes):
-    """A damage: set fields of config.json, or of a part of it; a value of ... removes the field."""
+def edit_config(section: str = "", **changes):
+    """Set fields of config.json, or of a section of it; the value ... removes a field."""
     def damage(folder: Path) -> None:
         content = json.loads((folder / "config.json").read_text())
-        part = content[where] if where else content
-        part.update(changes)
+        fields = content[section] if section else content
+        fields.update(changes)
         for key, value in changes.items():
             if value is ...:
-                del part[key]
+                del fields[key]
         (folder / "config.json").write_text(json.dumps(content))
     return damage
 
 
-def text(name: str, content: str | bytes | None):
-    """A damage: replace a file, or remove it."""
+def replace(name: str, content: str | bytes):
+    """Write a file with another content."""
     def damage(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        if content is not None:
-            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return damage
 
 
-def cut(name: str, size: float):
-    """A damage: keep the first `size` bytes, or that share, of a file."""
+def remove(name: str):
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+    return damage
+
+
+def truncate(name: str, size: float):
+    """Keep only the first bytes of a file: `size` is their number, or below 1 their share."""
     def damage(folder: Path) -> None:
         content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:int(size if size >= 1 else size * len(content))])
+        count = size if size >= 1 else int(size * len(content))
+        (folder / name).write_bytes(content[:count])
     return damage
 
 
-def directory(name: str):
+def replace_by_folder(name: str):
     def damage(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).mkdir()
     return damage
 
 
-def tensors(change):
-    """A damage: change(tensors by their published names) before they are saved again."""
+def edit_weights(change):
+    """Call change({published name: tensor}) and save the result."""
     def damage(folder: Path) -> None:
         content = dict(load_file(folder / "model.safetensors"))
         change(content)
@@ -157,563 +169,610 @@ def tensors(change):
     return damage
 
 
-def index(content):
-    def damage(folder: Path) -> None:
-        (folder / "model.safetensors.index.json").write_text(
-            content if isinstance(content, str) else json.dumps(content))
-    return damage
-
-
-def adapter(**fields):
+def write_adapter(**fields):
     def damage(folder: Path) -> None:
         save_file({"x.lora_A.weight": torch.ones(1, 1)}, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps(fields))
     return damage
 
 
-def pickled(content):
+def replace_by_pickle(content: bytes):
     def damage(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
         (folder / "pytorch_model.bin").write_bytes(content)
     return damage
 
 
-def tokenizer(change):
-    def damage(folder: Path) -> None:
-        content = json.loads((folder / "tokenizer.json").read_text())
-        change(content)
-        (folder / "tokenizer.json").write_text(json.dumps(content))
-    return damage
+def remove_end_token(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["</s>"]
+    content["added_tokens"] = content["added_tokens"][:2]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def write_liuhaotian_adapter(folder: Path) -> None:
+    """LoRA in the layout of liuhaotian's models; neither config names the base model."""
+    write_adapter(r=1, lora_alpha=1, base_model_name_or_path=None)(folder)
+    (folder / "model.safetensors").unlink()
+    content = json.loads((folder / "config.json").read_text())
+    config = content["text_config"] | {"model_type": "llava_mistral", "mm_vision_tower": "nobody/clip"}
+    llava.write_json(folder / "config.json", config)
 
 
 HEAD = "language_model.lm_head.weight"
-def liuhaotian_adapter(folder: Path) -> None:
-    """LLaVA's own layout of LoRA, whose configs name no base."""
-    adapter(r=1, lora_alpha=1, base_model_name_or_path=None)(folder)
-    (folder / "model.safetensors").unlink()
-    content = json.loads((folder / "config.json").read_text())
-    text = content["text_config"] | {"model_type": "llava_mistral", "mm_vision_tower": "nobody/clip"}
-    llava.write_json(folder / "config.json", text)
-
-
-CHECKPOINTS = {                              # name -> (damage, words of the sentence)
-    "no config": (text("config.json", None), "config.json is missing"),
-    "empty config": (text("config.json", ""), "config.json is not valid JSON"),
-    "cut config": (cut("config.json", 0.5), "config.json is not valid JSON"),
-    "config in UTF-16": (text("config.json", b"\xff\xfe{\x00"), "config.json is not valid JSON"),
-    "deep config": (text("config.json", "[" * 100_000), "config.json is not valid JSON"),
-    "config is a list": (text("config.json", "[]"), "config.json is not a JSON object"),
-    "config is null": (text("config.json", "null"), "config.json is not a JSON object"),
-    "config is a folder": (directory("config.json"), "config.json"),
-    "type of another model": (config(model_type="gpt2"), "model_type 'gpt2'"),
-    "type is a list": (config(model_type=["llava"]), "model_type is ['llava']"),
-    "no type": (config(model_type=...), "model_type"),
-    "text is a list": (config(text_config=[]), "text_config"),
-    "text is null": (config(text_config=None), "text_config"),
-    "no text": (config(text_config=...), "model_type 'llava'"),
-    "vision is a text": (config(vision_config="clip"), "vision_config"),
-    "no vision": (config(vision_config=...), "vision_config"),
-    "language of another type": (config("text_config", model_type="qwen2"), "type 'qwen2'"),
-    "language's type is a number": (config("text_config", model_type=7), "model_type is 7"),
-    "another activation": (config("text_config", hidden_act="relu"), "hidden_act is 'relu'"),
-    "another activation in the tower": (config("vision_config", hidden_act="gelu"), "hidden_act is 'gelu'"),
-    "scaled rotation": (config("text_config", rope_parameters=..., rope_scaling={"type": "linear"}), "'linear'"),
-    "rotation is a number": (config("text_config", rope_parameters=7), "rope"),
-    "tower to its end": (config(vision_feature_layer=5), "vision_feature_layer is 5"),
-    "tower's layer is a list": (config(vision_feature_layer=[-2]), "vision_feature_layer is [-2]"),
-    "CLS token too": (config(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'full'"),
-    "image id is a text": (config(image_token_index="32000"), "image_token_i"),
-    "image id is null": (config(image_token_index=None), "image_token_i"),
-    "grids are a number": (config(image_grid_pinpoints=5), "grid"),
-    "grids of one side": (config(image_grid_pinpoints=[[336]]), "grid"),
-    "grids in ours of three": (config("llava.py", grids=[[1, 2, 3]]), "grid"),
-    "grids in ours of texts": (config("llava.py", grids=["ab"]), "grid"),
-    "anyres grids that no tile divides": (config("llava.py", image_mode="anyres", grids=[[33, 64]]), "grid"),
-    "an unknown field of ours": (config("llava.py", colour="red"), "colour"),
-    "ours is a number": (config(**{"llava.py": 3}), "llava.py"),
-    "unknown template": (config("llava.py", template="chatml"), "chatml"),
-    "unknown image mode": (config("llava.py", image_mode="blur"), "blur"),
-    "unknown projector": (config("llava.py", projector="mlp9x"), "mlp9x"),
-    "unknown reduction": (config("llava.py", prune="half"), "half"),
-    "reduction is a list": (config("llava.py", prune=[]), "--prune []"),
-    "budget is a text": (config("llava.py", prune="random", keep_tokens="4"), "keep"),
-    "base is gone": (config(bases=["/no/such/base"]), "/no/such/base"),
-    "base is a text": (config(bases="/no/such/base"), "bases"),
-    "base is a number": (config(bases=[7]), "base 7"),
-    "width of another model": (config("text_config", hidden_size=192), "does not contain the model"),
-    "layers of another model": (config("text_config", num_hidden_layers=3), "layers.2"),
-    "fewer layers": (config("vision_config", num_hidden_layers=2), "layers.2"),
-    "no weights": (text("model.safetensors", None), "is missing"),
-    "empty weights": (text("model.safetensors", b""), "model.safetensors is damaged"),
-    "weights of four bytes": (cut("model.safetensors", 4), "model.safetensors is damaged"),
-    "weights without their end": (cut("model.safetensors", 0.9), "model.safetensors is damaged"),
-    "weights cut in their header": (cut("model.safetensors", 200), "model.safetensors is damaged"),
-    "header of 2^62 bytes": (text("model.safetensors", struct.pack("<Q", 2**62) + b"{}"), "is damaged"),
-    "header is no JSON": (text("model.safetensors", struct.pack("<Q", 8) + b"{'a': 1}"), "is damaged"),
-    "weights are a text": (text("model.safetensors", "version https://git-lfs"), "is damaged"),
-    "weights are a folder": (directory("model.safetensors"), "model.safetensors"),
-    "a tensor is missing": (tensors(lambda t: t.pop(HEAD)), "language_model.lm_head.weight is missing"),
-    "a tensor too many": (tensors(lambda t: t.update(extra=torch.ones(1))), "extra is not part"),
-    "a tensor transposed": (tensors(lambda t: t.update({HEAD: t[HEAD].T.contiguous()})), "instead of"),
-    "index is cut": (index("{"), "index.json is not valid JSON"),
-    "index without a map": (index({}), "index.json has no weight_map"),
-    "index with a list": (index({"weight_map": ["model.safetensors"]}), "index.json"),
-    "index with numbers": (index({"weight_map": {"a": 5}}), "index.json"),
-    "index of an absent shard": (index({"weight_map": {"a": "gone.safetensors"}}), "gone.safetensors is missing"),
-    "index of another folder": (index({"weight_map": {"a": "../model.safetensors"}}), "same folder"),
-    "adapter without its config": (text("adapter_model.safetensors", b""), "adapter_config.json is missing"),
-    "adapter of unknown rank": (adapter(lora_alpha=1), "adapter_config.json has no r"),
-    "adapter of rank 0": (adapter(r=0, lora_alpha=1, base_model_name_or_path="b"), "adapter_config.json"),
-    "adapter of rank x": (adapter(r="x", lora_alpha=1, base_model_name_or_path="b"), "adapter_config.json"),
-    "adapter in pairs without partner": (adapter(r=1, lora_alpha=1, base_model_name_or_path="b"), "lora_A"),
-    "adapter with ranks of its own": (adapter(r=1, lora_alpha=1, base_model_name_or_path="b",
-                                              rank_pattern={"q_proj": 2}), "rank_pattern"),
-    "adapter without a base": (liuhaotian_adapter, "_name_or_path"),
-    "adapter with DoRA": (adapter(r=1, lora_alpha=1, base_model_name_or_path="b", use_dora=True), "use_dora"),
-    "pickle of an object": (pickled(pickle.dumps(SimpleNamespace())), "pytorch_model.bin"),
-    "pickle of a list": (pickled(pickle.dumps([1, 2])), "pytorch_model.bin"),
-    "empty pickle": (pickled(b""), "pytorch_model.bin is damaged"),
-    "no tokenizer": (text("tokenizer.json", None), "has no tokenizer.json"),
-    "empty tokenizer": (text("tokenizer.json", ""), "tokenizer.json: the tokenizer cannot be read"),
-    "tokenizer is an object": (text("tokenizer.json", "{}"), "tokenizer.json: the tokenizer cannot be read"),
-    "tokenizer in UTF-16": (text("tokenizer.json", b"\xff\xfe"), "tokenizer.json"),
-    "tokenizer without end": (tokenizer(lambda t: (t["model"]["vocab"].pop("</s>"),
-                                                   t.update(added_tokens=t["added_tokens"][:2]))), "</s>"),
-    "tokenizer's settings are a list": (text("tokenizer_config.json", "[]"), "tokenizer_config.json"),
-    "tokenizer's settings are cut": (text("tokenizer_config.json", "{"), "tokenizer_config.json"),
+INDEX = "model.safetensors.index.json"
+ADAPTER = {"r": 1, "lora_alpha": 1, "base_model_name_or_path": "b"}
+CHECKPOINTS = {                              # case -> (damage, part of the message)
+    "no config": (remove("config.json"), "config.json is missing"),
+    "empty config": (replace("config.json", ""), "config.json is not valid JSON"),
+    "truncated config": (truncate("config.json", 0.5), "config.json is not valid JSON"),
+    "config in UTF-16": (replace("config.json", b"\xff\xfe{\x00"), "config.json is not valid JSON"),
+    "deeply nested config": (replace("config.json", "[" * 100_000), "config.json is not valid JSON"),
+    "config is a list": (replace("config.json", "[]"), "config.json is not a JSON object"),
+    "config is null": (replace("config.json", "null"), "config.json is not a JSON object"),
+    "config is a folder": (replace_by_folder("config.json"), "config.json"),
+    "other model type": (edit_config(model_type="gpt2"), "model_type 'gpt2'"),
+    "model type is a list": (edit_config(model_type=["llava"]), "model_type is ['llava']"),
+    "no model type": (edit_config(model_type=...), "model_type"),
+    "text_config is a list": (edit_config(text_config=[]), "text_config"),
+    "text_config is null": (edit_config(text_config=None), "text_config"),
+    "no text_config": (edit_config(text_config=...), "model_type 'llava'"),
+    "vision_config is a string": (edit_config(vision_config="clip"), "vision_config"),
+    "no vision_config": (edit_config(vision_config=...), "vision_config"),
+    "other type of text_config": (edit_config("text_config", model_type="qwen2"), "type 'qwen2'"),
+    "type of text_config is a number": (edit_config("text_config", model_type=7), "model_type is 7"),
+    "other activation": (edit_config("text_config", hidden_act="relu"), "hidden_act is 'relu'"),
+    "other vision activation": (edit_config("vision_config", hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "scaled RoPE": (
+        edit_config("text_config", rope_parameters=..., rope_scaling={"type": "linear"}), "'linear'"),
+    "RoPE parameters are a number": (edit_config("text_config", rope_parameters=7), "rope"),
+    "vision layer out of range": (edit_config(vision_feature_layer=5), "vision_feature_layer is 5"),
+    "vision layer is a list": (edit_config(vision_feature_layer=[-2]), "vision_feature_layer is [-2]"),
+    "CLS token selected": (
+        edit_config(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'full'"),
+    "image token id is a string": (edit_config(image_token_index="32000"), "image_token_i"),
+    "image token id is null": (edit_config(image_token_index=None), "image_token_i"),
+    "grids are a number": (edit_config(image_grid_pinpoints=5), "grid"),
+    "grid with one side": (edit_config(image_grid_pinpoints=[[336]]), "grid"),
+    "llava.py: grid with three sides": (edit_config("llava.py", grids=[[1, 2, 3]]), "grid"),
+    "llava.py: grid is a string": (edit_config("llava.py", grids=["ab"]), "grid"),
+    "llava.py: grid of part of a tile": (
+        edit_config("llava.py", image_mode="anyres", grids=[[33, 64]]), "grid"),
+    "llava.py: unknown field": (edit_config("llava.py", colour="red"), "colour"),
+    "llava.py is a number": (edit_config(**{"llava.py": 3}), "llava.py"),
+    "unknown template": (edit_config("llava.py", template="chatml"), "chatml"),
+    "unknown image mode": (edit_config("llava.py", image_mode="blur"), "blur"),
+    "unknown projector": (edit_config("llava.py", projector="mlp9x"), "mlp9x"),
+    "unknown reduction": (edit_config("llava.py", prune="half"), "half"),
+    "reduction is a list": (edit_config("llava.py", prune=[]), "--prune []"),
+    "keep_tokens is a string": (edit_config("llava.py", prune="random", keep_tokens="4"), "keep"),
+    "base does not exist": (edit_config(bases=["/no/such/base"]), "/no/such/base"),
+    "bases are a string": (edit_config(bases="/no/such/base"), "bases"),
+    "base is a number": (edit_config(bases=[7]), "base 7"),
+    "other hidden size": (edit_config("text_config", hidden_size=192), "does not contain the model"),
+    "more layers": (edit_config("text_config", num_hidden_layers=3), "layers.2"),
+    "fewer layers": (edit_config("vision_config", num_hidden_layers=2), "layers.2"),
+    "no weights": (remove("model.safetensors"), "is missing"),
+    "empty weights": (replace("model.safetensors", b""), "model.safetensors is damaged"),
+    "weights with 4 bytes": (truncate("model.safetensors", 4), "model.safetensors is damaged"),
+    "truncated weights": (truncate("model.safetensors", 0.9), "model.safetensors is damaged"),
+    "weights truncated in the header": (truncate("model.safetensors", 200), "model.safetensors is damaged"),
+    "header of 2^62 bytes": (replace("model.safetensors", struct.pack("<Q", 2**62) + b"{}"), "is damaged"),
+    "header is not JSON": (replace("model.safetensors", struct.pack("<Q", 8) + b"{'a': 1}"), "is damaged"),
+    "weights are a Git LFS pointer": (replace("model.safetensors", "version https://git-lfs"), "is damaged"),
+    "weights are a folder": (replace_by_folder("model.safetensors"), "model.safetensors"),
+    "missing tensor": (edit_weights(lambda t: t.pop(HEAD)), "language_model.lm_head.weight is missing"),
+    "unknown tensor": (edit_weights(lambda t: t.update(extra=torch.ones(1))), "extra is not part"),
+    "transposed tensor": (edit_weights(lambda t: t.update({HEAD: t[HEAD].T.contiguous()})), "instead of"),
+    "truncated index": (replace(INDEX, "{"), "index.json is not valid JSON"),
+    "index without weight_map": (replace(INDEX, '{}'), "index.json has no weight_map"),
+    "weight_map is a list": (replace(INDEX, '{"weight_map": ["model.safetensors"]}'), "index.json"),
+    "weight_map with a number": (replace(INDEX, '{"weight_map": {"a": 5}}'), "index.json"),
+    "missing shard": (
+        replace(INDEX, '{"weight_map": {"a": "gone.safetensors"}}'), "gone.safetensors is missing"),
+    "shard in another folder": (
+        replace(INDEX, '{"weight_map": {"a": "../model.safetensors"}}'), "same folder"),
+    "adapter: no config": (replace("adapter_model.safetensors", b""), "adapter_config.json is missing"),
+    "adapter without rank": (write_adapter(lora_alpha=1), "adapter_config.json has no r"),
+    "adapter rank is 0": (write_adapter(**ADAPTER | {"r": 0}), "adapter_config.json"),
+    "adapter rank is a string": (write_adapter(**ADAPTER | {"r": "x"}), "adapter_config.json"),
+    "lora_A without lora_B": (write_adapter(**ADAPTER), "lora_A"),
+    "adapter with rank_pattern": (write_adapter(**ADAPTER, rank_pattern={"q_proj": 2}), "rank_pattern"),
+    "adapter without base": (write_liuhaotian_adapter, "_name_or_path"),
+    "adapter with DoRA": (write_adapter(**ADAPTER, use_dora=True), "use_dora"),
+    "pickle of an object": (replace_by_pickle(pickle.dumps(SimpleNamespace())), "pytorch_model.bin"),
+    "pickle of a list": (replace_by_pickle(pickle.dumps([1, 2])), "pytorch_model.bin"),
+    "empty pickle": (replace_by_pickle(b""), "pytorch_model.bin is damaged"),
+    "no tokenizer": (remove("tokenizer.json"), "has no tokenizer.json"),
+    "empty tokenizer": (replace("tokenizer.json", ""), "tokenizer.json: the tokenizer cannot be read"),
+    "tokenizer is {}": (replace("tokenizer.json", "{}"), "tokenizer.json: the tokenizer cannot be read"),
+    "tokenizer in UTF-16": (replace("tokenizer.json", b"\xff\xfe"), "tokenizer.json"),
+    "tokenizer without </s>": (remove_end_token, "</s>"),
+    "tokenizer config is a list": (replace("tokenizer_config.json", "[]"), "tokenizer_config.json"),
+    "truncated tokenizer config": (replace("tokenizer_config.json", "{"), "tokenizer_config.json"),
 }
 
 
 @pytest.mark.parametrize("number, name", [*enumerate(CHECKPOINTS)], ids=CHECKPOINTS)
-def test_a_damaged_checkpoint_is_refused(number, name, world, tmp_path, monkeypatch, capsys):
-    """The programs take turns, so that each meets every kind of damage."""
+def test_damaged_checkpoint_is_refused(number, name, inputs, tmp_path, assert_refused):
+    """The programs take turns, so that every program gets every kind of damage."""
     damage, message = CHECKPOINTS[name]
-    shutil.copytree(world / "model", tmp_path / "damaged")
+    shutil.copytree(inputs / "model", tmp_path / "damaged")
     damage(tmp_path / "damaged")
     program = list(PROGRAMS)[number % 4]
-    words = asking(program, world, tmp_path, model=tmp_path / "damaged")
-    refused(program, words, message, (world, tmp_path), monkeypatch, capsys)
-    assert {file.name for file in tmp_path.iterdir()} == {"damaged"}, "nothing is written before the model opens"
+    flags = valid_flags(program, inputs, tmp_path, model=tmp_path / "damaged")
+    assert_refused(program, flags, message, inputs, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"damaged"}, "no file is written before it"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("name", ["/no/such/model", "nobody/no-such-model", "a file"])
-def test_a_model_that_is_not_there_is_named(program, name, world, tmp_path, monkeypatch, capsys):
-    model = world / "records.json" if name == "a file" else name
-    refused(program, asking(program, world, tmp_path, model=model), f"{model} is not a local folder", (world,),
-            monkeypatch, capsys)
+def test_model_that_does_not_exist_is_named(program, name, inputs, tmp_path, assert_refused):
+    model = inputs / "records.json" if name == "a file" else name
+    flags = valid_flags(program, inputs, tmp_path, model=model)
+    assert_refused(program, flags, f"{model} is not a local folder", inputs)
 
 
-def test_a_run_that_names_itself_as_its_base_is_refused(world, tmp_path, monkeypatch, capsys):
-    shutil.copytree(world / "model", tmp_path / "loop")
-    config(bases=[str(tmp_path / "loop")])(tmp_path / "loop")
-    refused("llava", asking("llava", world, tmp_path, model=tmp_path / "loop"), "loop", (tmp_path,), monkeypatch,
-            capsys)
+def test_run_that_is_its_own_base_is_refused(inputs, tmp_path, assert_refused):
+    shutil.copytree(inputs / "model", tmp_path / "loop")
+    edit_config(bases=[str(tmp_path / "loop")])(tmp_path / "loop")
+    flags = valid_flags("llava", inputs, tmp_path, model=tmp_path / "loop")
+    assert_refused("llava", flags, "loop", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
 # Images
 
 
-def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size and that has no pixels."""
-    import zlib
+def make_png(width: int, height: int) -> bytes:
+    """Return a PNG whose header states a size and that has no pixel data."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = (header, b"IDAT" + zlib.compress(b""), b"IEND")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts)
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (header, b"IDAT" + zlib.compress(b""), b"IEND"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png
 
 
-IMAGES = {
+IMAGES = {                                   # case -> content, size of a valid image, or share to keep
     "missing": None, "empty": b"", "text": b"no image", "html": b"<html><body>404</body></html>",
-    "cut": 0.5, "bomb": png_of(60_000, 60_000), "long": (1, 40_000), "wide": (14_000, 100),
-    "no pixels": png_of(0, 0), "no data": png_of(50, 50),
-    "jpeg without an image": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "gif without a frame": b"GIF89a\x05\x00\x05\x00",
-    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "folder": "folder"}
+    "truncated": 0.5, "bomb": make_png(60_000, 60_000), "tall": (1, 40_000), "wide": (14_000, 100),
+    "no pixels": make_png(0, 0), "no data": make_png(50, 50),
+    "jpeg without an image": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00",
+    "gif without a frame": b"GIF89a\x05\x00\x05\x00", "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "folder": "folder"}
 
 
 def damage_image(file: Path, content) -> None:
-    sound = file.read_bytes()
+    valid = file.read_bytes()
     file.unlink()
     if content == "folder":
         file.mkdir()
     elif isinstance(content, tuple):
         Image.new("RGB", content).save(file)
     elif isinstance(content, float):
-        file.write_bytes(sound[:int(content * len(sound))])
+        file.write_bytes(valid[:int(content * len(valid))])
     elif content is not None:
         file.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("program", ["llava", "train", "check-data", "eval", "prune"])
-def test_a_damaged_image_is_refused(program, name, world, tmp_path, monkeypatch, capsys):
-    for part in ("images", "scienceqa"):
-        shutil.copytree(world / part, tmp_path / part)
+@pytest.mark.parametrize("program, more_flags", [
+    ("llava", []), ("train", []), ("train", ["--check-data"]), ("eval", []), ("prune", [])])
+def test_damaged_image_is_refused(program, more_flags, name, inputs, tmp_path, assert_refused):
+    images, scienceqa = tmp_path / "images", tmp_path / "scienceqa"
+    shutil.copytree(inputs / "images", images)
+    shutil.copytree(inputs / "scienceqa", scienceqa)
+    file = images / "good.png"
     if program in ("eval", "prune"):
-        file = sorted(tmp_path.glob(f"scienceqa/images/{'test' if program == 'eval' else 'train'}/*/*.png"))[0]
-    else:
-        file = tmp_path / "images/good.png"
+        split = "test" if program == "eval" else "train"
+        file = sorted(scienceqa.glob(f"images/{split}/*/*.png"))[0]
     damage_image(file, IMAGES[name])
-    more = ["--check-data"] if program == "check-data" else []
-    program = "train" if more else program
-    words = asking(program, world, tmp_path, images=tmp_path / "images", scienceqa=tmp_path / "scienceqa")
-    refused(program, words + more, str(file), (world, tmp_path), monkeypatch, capsys)
+    flags = valid_flags(program, inputs, tmp_path, images=images, scienceqa=scienceqa) + more_flags
+    assert_refused(program, flags, str(file), inputs, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bomb", "empty", "cut", "long"])
-def test_a_damaged_image_is_refused_where_its_size_alone_is_read(name, world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["bomb", "empty", "truncated", "tall"])
+def test_damaged_image_is_refused_when_only_its_size_is_read(name, inputs, tmp_path, assert_refused):
     """With AnyRes the number of tokens depends on the image's size."""
-    shutil.copytree(world / "images", tmp_path / "images")
+    shutil.copytree(inputs / "images", tmp_path / "images")
     damage_image(tmp_path / "images/good.png", IMAGES[name])
-    words = asking("train", world, tmp_path, images=tmp_path / "images")
-    refused("train", [*words, "--image-mode", "anyres"], "good.png", (world, tmp_path), monkeypatch, capsys)
+    flags = valid_flags("train", inputs, tmp_path, images=tmp_path / "images") + ["--image-mode", "anyres"]
+    assert_refused("train", flags, "good.png", inputs, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
 # Records, ScienceQA folders, answer files
 
 
-def record(**changes) -> str:
-    kept = {key: value for key, value in
-            ({"id": "bad", "image": "good.png", "conversations": TURNS} | changes).items() if value is not ...}
-    return json.dumps([{"id": "0", "image": "good.png", "conversations": TURNS}, kept])
+def records(**changes) -> str:
+    """Return JSON of a valid record and of one with changed fields; the value ... removes a field."""
+    fields = {"id": "bad", "image": "good.png", "conversations": TURNS} | changes
+    bad = {key: value for key, value in fields.items() if value is not ...}
+    return json.dumps([{"id": "0", "image": "good.png", "conversations": TURNS}, bad])
 
 
 HUMAN, GPT = TURNS
-RECORDS = {
-    "empty": ("", "not valid JSON"), "cut": ('[{"id": 1', "not valid JSON"), "object": ("{}", "is not a list"),
-    "empty list": ("[]", "is not a list"), "null": ("null", "is not a list"), "number": ("[3]", "record 0"),
-    "lists": ("[[]]", "record 0"), "JSON lines": ('{"id": 1}\n{"id": 2}', "not valid JSON"),
-    "no conversations": (record(conversations=...), "record bad"), "null conversations": (
-        record(conversations=None), "record bad"), "conversations are a text": (
-        record(conversations="Hello"), "record bad"), "conversations are an object": (
-        record(conversations={"from": "human"}), "record bad"), "no turns": (
-        record(conversations=[]), "record bad"), "no answer": (record(conversations=[HUMAN]), "it has no answer"),
-    "empty answer": (record(conversations=[HUMAN, {"from": "gpt", "value": ""}]), "an answer is empty"),
-    "null answer": (record(conversations=[HUMAN, {"from": "gpt", "value": None}]), "record bad"),
-    "answer is a number": (record(conversations=[HUMAN, {"from": "gpt", "value": 3}]), "record bad"),
-    "question is null": (record(conversations=[{"from": "human", "value": None}, GPT]), "record bad"),
-    "question is a list": (record(conversations=[{"from": "human", "value": ["<image>"]}, GPT]), "record bad"),
-    "two questions": (record(conversations=[HUMAN, HUMAN]), "turn 2 is from 'human'"),
-    "system turn": (record(conversations=[{"from": "system", "value": "x"}, *TURNS]), "turn 1 is from 'system'"),
-    "a first answer": (record(conversations=[TURNS[1], HUMAN, HUMAN]), "turn 3 is from 'human'"),
-    "no speaker": (record(conversations=[{"value": "x"}, GPT]), "record bad"),
-    "roles of another format": (record(conversations=[{"role": "user", "content": "x"}]), "record bad"),
-    "mark without an image": (record(image=...), "1 <image> in the text, but 0 images"),
-    "two images": (record(image=["good.png"] * 2), "but 2 images"),
-    "image is a number": (record(image=5), "record bad"), "image is a list of numbers": (
-        record(image=[5]), "record bad"), "image is an object": (record(image={"file": "good.png"}), "record bad"),
-    "absent image": (record(image="none.png"), "none.png"), "parent folder": (
-        record(image="../records.json"), "../records.json is outside"), "absolute path": (
-        record(image="/etc/passwd"), "/etc/passwd is outside"), "image with a zero byte": (
-        record(image="a\0b.png"), "record bad"),
-    "mark in the answer": (record(conversations=[HUMAN, {"from": "gpt", "value": "<image>"}]), "2 <image>"),
-    "lone surrogate": (record(conversations=[HUMAN, {"from": "gpt", "value": "\ud800"}]), "record bad"),
-    "ids of a list": (record(id=["a"], conversations=[]), "record ['a']")}
+RECORDS = {                                  # case -> (content of the file, part of the message)
+    "empty": ("", "not valid JSON"), "truncated": ('[{"id": 1', "not valid JSON"),
+    "object": ("{}", "is not a list"), "empty list": ("[]", "is not a list"),
+    "null": ("null", "is not a list"), "number": ("[3]", "record 0"), "list": ("[[]]", "record 0"),
+    "JSON lines": ('{"id": 1}\n{"id": 2}', "not valid JSON"),
+    "no conversations": (records(conversations=...), "record bad"),
+    "conversations are null": (records(conversations=None), "record bad"),
+    "conversations are a string": (records(conversations="Hello"), "record bad"),
+    "conversations are an object": (records(conversations={"from": "human"}), "record bad"),
+    "no turns": (records(conversations=[]), "record bad"),
+    "no answer": (records(conversations=[HUMAN]), "it has no answer"),
+    "empty answer": (records(conversations=[HUMAN, GPT | {"value": ""}]), "an answer is empty"),
+    "answer is null": (records(conversations=[HUMAN, GPT | {"value": None}]), "record bad"),
+    "answer is a number": (records(conversations=[HUMAN, GPT | {"value": 3}]), "record bad"),
+    "question is null": (records(conversations=[HUMAN | {"value": None}, GPT]), "record bad"),
+    "question is a list": (records(conversations=[HUMAN | {"value": ["<image>"]}, GPT]), "record bad"),
+    "two questions": (records(conversations=[HUMAN, HUMAN]), "turn 2 is from 'human'"),
+    "system turn": (
+        records(conversations=[{"from": "system", "value": "x"}, *TURNS]), "turn 1 is from 'system'"),
+    "answer first": (records(conversations=[GPT, HUMAN, HUMAN]), "turn 3 is from 'human'"),
+    "no role": (records(conversations=[{"value": "x"}, GPT]), "record bad"),
+    "roles of another format": (records(conversations=[{"role": "user", "content": "x"}]), "record bad"),
+    "<image> without an image": (records(image=...), "1 <image> in the text, but 0 images"),
+    "two images": (records(image=["good.png"] * 2), "but 2 images"),
+    "image is a number": (records(image=5), "record bad"),
+    "image is a list of numbers": (records(image=[5]), "record bad"),
+    "image is an object": (records(image={"file": "good.png"}), "record bad"),
+    "image does not exist": (records(image="none.png"), "none.png"),
+    "image in the parent folder": (records(image="../records.json"), "../records.json is outside"),
+    "absolute path": (records(image="/etc/passwd"), "/etc/passwd is outside"),
+    "image with a zero byte": (records(image="a\0b.png"), "record bad"),
+    "<image> in the answer": (records(conversations=[HUMAN, GPT | {"value": "<image>"}]), "2 <image>"),
+    "half a surrogate pair": (records(conversations=[HUMAN, GPT | {"value": "\ud800"}]), "record bad"),
+    "id is a list": (records(id=["a"], conversations=[]), "record ['a']")}
 
 
 @pytest.mark.parametrize("name", RECORDS)
-@pytest.mark.parametrize("more", [(), ("--check-data",)], ids=["train", "check-data"])
-def test_bad_records_are_refused(more, name, world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("more_flags", [[], ["--check-data"]], ids=["train", "check-data"])
+def test_bad_records_are_refused(more_flags, name, inputs, tmp_path, assert_refused):
     content, message = RECORDS[name]
     (tmp_path / "records.json").write_text(content)
-    words = asking("train", world, tmp_path, data=tmp_path / "records.json")
-    refused("train", [*words, *more], message, (world, tmp_path), monkeypatch, capsys)
+    flags = valid_flags("train", inputs, tmp_path, data=tmp_path / "records.json") + more_flags
+    assert_refused("train", flags, message, inputs, tmp_path)
 
 
-def problem(**changes):
-    """A damage: change the first problem of each split; a value of ... removes the field."""
+def edit_problem(**changes):
+    """Change fields of the first problem of each split; the value ... removes a field."""
     def damage(folder: Path) -> None:
-        problems, splits = (json.loads((folder / name).read_text()) for name in ("problems.json", "pid_splits.json"))
-        for names in splits.values():
-            chosen = problems[names[0]] | changes
-            problems[names[0]] = {key: value for key, value in chosen.items() if value is not ...}
+        problems = json.loads((folder / "problems.json").read_text())
+        splits = json.loads((folder / "pid_splits.json").read_text())
+        for ids in splits.values():
+            fields = problems[ids[0]] | changes
+            problems[ids[0]] = {key: value for key, value in fields.items() if value is not ...}
         (folder / "problems.json").write_text(json.dumps(problems))
     return damage
 
 
-def twice(folder: Path) -> None:
+def repeat_question(folder: Path) -> None:
     splits = json.loads((folder / "pid_splits.json").read_text())
-    (folder / "pid_splits.json").write_text(json.dumps({name: [*ids, ids[0]] for name, ids in splits.items()}))
+    repeated = {name: [*ids, ids[0]] for name, ids in splits.items()}
+    (folder / "pid_splits.json").write_text(json.dumps(repeated))
 
 
-def named(name: str):
-    """A damage: a question with this id in every split."""
+def use_id(question_id: str):
+    """Make a question with this id the only one of each split."""
     def damage(folder: Path) -> None:
         problems = json.loads((folder / "problems.json").read_text())
-        (folder / "problems.json").write_text(json.dumps(problems | {name: next(iter(problems.values()))}))
-        (folder / "pid_splits.json").write_text(json.dumps({"train": [name], "test": [name]}))
+        problems[question_id] = next(iter(problems.values()))
+        (folder / "problems.json").write_text(json.dumps(problems))
+        (folder / "pid_splits.json").write_text(json.dumps({"train": [question_id], "test": [question_id]}))
     return damage
 
 
-SCIENCEQA = {
+SCIENCEQA = {                                # case -> (damage, part of the message)
     "no folder": (shutil.rmtree, "problems.json is missing"),
-    "no problems": (text("problems.json", None), "problems.json is missing"),
-    "no splits": (text("pid_splits.json", None), "pid_splits.json is missing"),
-    "cut problems": (cut("problems.json", 0.5), "problems.json is not valid JSON"),
-    "problems are a list": (text("problems.json", "[]"), "problems.json"),
-    "problems are numbers": (text("problems.json", '{"1": 5, "13": 5}'), "problems.json"),
-    "splits are a list": (text("pid_splits.json", "[]"), "pid_splits.json"),
-    "split is a number": (text("pid_splits.json", '{"test": 5, "train": 5}'), "pid_splits.json"),
-    "split of numbers": (text("pid_splits.json", '{"test": [5], "train": [5]}'), "5"),
-    "no such split": (text("pid_splits.json", '{"val": []}'), "pid_splits.json has no split"),
-    "empty split": (text("pid_splits.json", '{"test": [], "train": []}'), "0 questions|no question"),
-    "question above the folder": (text("pid_splits.json", '{"test": [".."], "train": [".."]}'), "question .."),
-    "split above the folder": (problem(split=".."), "'..' is not the name"),
-    "no name of a split": (problem(split=""), "'' is not the name"),
-    "unknown question": (text("pid_splits.json", '{"test": ["x"], "train": ["x"]}'), "lacks question x"),
-    "question twice": (twice, " twice"),
-    "id above the folder": (named(".."), "'..' is not the name"),
-    **{f"no {field}": (problem(**{field: ...}), "problems.json")
+    "no problems": (remove("problems.json"), "problems.json is missing"),
+    "no splits": (remove("pid_splits.json"), "pid_splits.json is missing"),
+    "truncated problems": (truncate("problems.json", 0.5), "problems.json is not valid JSON"),
+    "problems are a list": (replace("problems.json", "[]"), "problems.json"),
+    "problems are numbers": (replace("problems.json", '{"1": 5, "13": 5}'), "problems.json"),
+    "splits are a list": (replace("pid_splits.json", "[]"), "pid_splits.json"),
+    "split is a number": (replace("pid_splits.json", '{"test": 5, "train": 5}'), "pid_splits.json"),
+    "id is a number": (replace("pid_splits.json", '{"test": [5], "train": [5]}'), "5"),
+    "missing split": (replace("pid_splits.json", '{"val": []}'), "pid_splits.json has no split"),
+    "empty split": (replace("pid_splits.json", '{"test": [], "train": []}'),
+                    {"prune": "0 questions", "eval": "no question"}),
+    "question in the parent folder": (
+        replace("pid_splits.json", '{"test": [".."], "train": [".."]}'), "question .."),
+    "split in the parent folder": (edit_problem(split=".."), "'..' is not the name"),
+    "empty name of a split": (edit_problem(split=""), "'' is not the name"),
+    "unknown question": (replace("pid_splits.json", '{"test": ["x"], "train": ["x"]}'), "lacks question x"),
+    "repeated question": (repeat_question, " twice"),
+    "id in the parent folder": (use_id(".."), "'..' is not the name"),
+    **{f"no {field}": (edit_problem(**{field: ...}), "problems.json")
        for field in ("question", "choices", "answer", "hint", "image", "split", "grade", "subject")},
-    **{f"{field} is a list": (problem(**{field: []}), "problems.json")
+    **{f"{field} is a list": (edit_problem(**{field: []}), "problems.json")
        for field in ("question", "answer", "grade", "choices")},
-    "answer out of range": (problem(answer=9), "problems.json"),
-    "answer is negative": (problem(answer=-1), "problems.json"),
-    "answer is a letter": (problem(answer="A"), "problems.json"),
-    "six choices": (problem(choices=list("abcdef"), answer=5), "problems.json"),
-    "grade of another kind": (problem(grade="high school"), "problems.json"),
-    "image outside": (problem(image="../../../../secret.png"), "secret.png"),
-    "split outside": (problem(split="../..", image="secret.png"), "problems.json"),
-    "image absolute": (problem(image="/etc/passwd"), "/etc/passwd")}
+    "answer out of range": (edit_problem(answer=9), "problems.json"),
+    "answer is negative": (edit_problem(answer=-1), "problems.json"),
+    "answer is a letter": (edit_problem(answer="A"), "problems.json"),
+    "six choices": (edit_problem(choices=list("abcdef"), answer=5), "problems.json"),
+    "unknown grade": (edit_problem(grade="high school"), "problems.json"),
+    "image outside the folder": (edit_problem(image="../../../../secret.png"), "secret.png"),
+    "split outside the folder": (edit_problem(split="../..", image="secret.png"), "problems.json"),
+    "image with an absolute path": (edit_problem(image="/etc/passwd"), "/etc/passwd")}
 
 
 @pytest.mark.parametrize("name", SCIENCEQA)
 @pytest.mark.parametrize("program", ["eval", "prune"])
-def test_a_damaged_scienceqa_folder_is_refused(program, name, world, tmp_path, monkeypatch, capsys):
+def test_damaged_scienceqa_folder_is_refused(program, name, inputs, tmp_path, assert_refused):
     damage, message = SCIENCEQA[name]
-    shutil.copytree(world / "scienceqa", tmp_path / "scienceqa")
+    shutil.copytree(inputs / "scienceqa", tmp_path / "scienceqa")
     damage(tmp_path / "scienceqa")
-    task = {"eval": ["--predictions", world / "answers.jsonl"],
-            "prune": ["--method", "guided", "--keep", 5, "--out", tmp_path / "set.json"]}[program]
-    message = message.split("|")[program == "eval"] if "|" in message else message
-    refused(program, ["--scienceqa", tmp_path / "scienceqa", *task], message, (world, tmp_path), monkeypatch, capsys)
+    flags = ["--scienceqa", tmp_path / "scienceqa"]
+    if program == "eval":
+        flags += ["--predictions", inputs / "answers.jsonl"]
+    else:
+        flags += ["--method", "guided", "--keep", 5, "--out", tmp_path / "set.json"]
+    if isinstance(message, dict):
+        message = message[program]
+    assert_refused(program, flags, message, inputs, tmp_path)
 
 
 @pytest.mark.parametrize("field", ["topic", "category", "skill"])
-def test_a_question_without_a_field_that_only_prune_reads_is_refused(field, world, tmp_path, monkeypatch, capsys):
-    shutil.copytree(world / "scienceqa", tmp_path / "scienceqa")
-    problem(**{field: ...})(tmp_path / "scienceqa")
-    refused("prune", ["--scienceqa", tmp_path / "scienceqa", "--method", "guided", "--keep", 5, "--out",
-                      tmp_path / "set.json"], f"has no {field}", (world, tmp_path), monkeypatch, capsys)
+def test_question_without_a_field_of_prune_is_refused(field, inputs, tmp_path, assert_refused):
+    """Only prune.py reads these fields."""
+    shutil.copytree(inputs / "scienceqa", tmp_path / "scienceqa")
+    edit_problem(**{field: ...})(tmp_path / "scienceqa")
+    flags = ["--scienceqa", tmp_path / "scienceqa", "--method", "guided", "--keep", 5,
+             "--out", tmp_path / "set.json"]
+    assert_refused("prune", flags, f"has no {field}", inputs, tmp_path)
 
 
 LINE = '{"question_id": "13", "text": "A"}'
-ANSWERS = {
-    "missing": (None, "cannot be read"), "no JSON": (b"A\n", "line 1"), "cut": (LINE[:-5].encode(), "line 1"),
+ANSWERS = {                                  # case -> (content of the file, part of the message)
+    "missing": (None, "cannot be read"), "folder": ("folder", "cannot be read"),
+    "truncated": (LINE[:-5].encode(), "line 1"), "no JSON": (b"A\n", "line 1"),
     "list": (b"[1]", "line 1"), "number": (b"7", "line 1"), "null": (b"null", "line 1"),
     "no id": (b'{"text": "A"}', "line 1"), "no text": (b'{"question_id": "13"}', "line 1"),
     "text is a number": (b'{"question_id": "13", "text": 4}', "line 1"),
     "text is null": (b'{"question_id": "13", "text": null}', "line 1"),
-    "second line": (f"{LINE}\n{{".encode(), "line 2"), "twice": (f"{LINE}\n{LINE}".encode(), "answered before"),
-    "binary": (b"\xff\xfe\x00", "line 1"), "deep": (b"[" * 100_000, "line 1"), "folder": ("folder", "cannot be read")}
+    "second line": (f"{LINE}\n{{".encode(), "line 2"),
+    "repeated": (f"{LINE}\n{LINE}".encode(), "answered before"),
+    "binary": (b"\xff\xfe\x00", "line 1"), "deeply nested": (b"[" * 100_000, "line 1")}
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-@pytest.mark.parametrize("task", ["--predictions", "--compare", "--out"])
-def test_a_bad_answer_file_is_refused(task, name, world, tmp_path, monkeypatch, capsys):
-    if (task, name) in (("--out", "missing"), ("--out", "cut")):
-        pytest.skip("a new file, and one that an interrupt cut short, are continued")
+@pytest.mark.parametrize("flag", ["--predictions", "--compare", "--out"])
+def test_bad_answer_file_is_refused(flag, name, inputs, tmp_path, assert_refused):
+    if flag == "--out" and name in ("missing", "truncated"):
+        pytest.skip("eval.py creates a missing file and continues one that an interrupt truncated")
     content, message = ANSWERS[name]
     file = tmp_path / "answers.jsonl"
     if content == "folder":
         file.mkdir()
     elif content is not None:
-        file.write_bytes(content if name == "cut" else content + b"\n")
-    more = {"--predictions": [file], "--compare": [world / "answers.jsonl", file],
-            "--out": [file, "--model", world / "model"]}[task]
-    refused("eval", ["--scienceqa", world / "scienceqa", task, *more],
-            message if task != "--out" else "answers.jsonl", (world, tmp_path), monkeypatch, capsys)
+        file.write_bytes(content if name == "truncated" else content + b"\n")
+    arguments = [file]
+    if flag == "--compare":
+        arguments = [inputs / "answers.jsonl", file]
+    elif flag == "--out":
+        arguments, message = [file, "--model", inputs / "model"], "answers.jsonl"
+    assert_refused("eval", ["--scienceqa", inputs / "scienceqa", flag, *arguments], message, inputs, tmp_path)
 
 
 @pytest.mark.parametrize("content, message", [
-    ("{}", "neither a list"), ("[{}]", "neither a list"), ('["x"]', "lists 1 questions"), ("[", "not valid JSON"),
-    ("[[]]", "list"), ("[null]", "list"), ("[]", "is an empty list")])
-@pytest.mark.parametrize("task", ["--from-list", "--report"])
-def test_a_bad_list_of_ids_is_refused(task, content, message, world, tmp_path, monkeypatch, capsys):
-    (tmp_path / "list.json").write_text(content)
-    words = ["--scienceqa", world / "scienceqa", task, tmp_path / "list.json", "--out", tmp_path / "set.json"]
-    refused("prune", words, message, (world, tmp_path), monkeypatch, capsys)
+    ("{}", "neither a list"), ("[{}]", "neither a list"), ('["x"]', "lists 1 questions"),
+    ("[", "not valid JSON"), ("[[]]", "list"), ("[null]", "list"), ("[]", "is an empty list")])
+@pytest.mark.parametrize("flag", ["--from-list", "--report"])
+def test_bad_list_of_ids_is_refused(flag, content, message, inputs, tmp_path, assert_refused):
+    file, out = tmp_path / "list.json", tmp_path / "set.json"
+    file.write_text(content)
+    flags = ["--scienceqa", inputs / "scienceqa", flag, file, "--out", out]
+    assert_refused("prune", flags, message, inputs, tmp_path)
 
 
 @pytest.mark.parametrize("conversations", ['"text"', '[{"role": "user", "content": "x"}]', "[5]"])
-def test_a_report_on_records_of_another_format_is_refused(conversations, tmp_path, monkeypatch, capsys):
+def test_report_on_records_of_another_format_is_refused(conversations, tmp_path, assert_refused):
     (tmp_path / "r.json").write_text(f'[{{"id": "1", "conversations": {conversations}}}]')
-    refused("prune", ["--report", tmp_path / "r.json"], "not LLaVA's", (tmp_path,), monkeypatch, capsys)
+    assert_refused("prune", ["--report", tmp_path / "r.json"], "not LLaVA's", tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[", "[]", "7", '{"1": 5}', '{"captions": 3}'])
-def test_bad_captions_are_refused(content, world, tmp_path, monkeypatch, capsys):
+def test_bad_image_text_is_refused(content, inputs, tmp_path, assert_refused):
     (tmp_path / "captions.json").write_text(content)
-    words = ["--scienceqa", world / "scienceqa", "--method", "guided", "--keep", 5, "--out", tmp_path / "set.json",
-             "--image-text", tmp_path / "captions.json"]
-    refused("prune", words, "captions.json", (world, tmp_path), monkeypatch, capsys)
+    flags = ["--scienceqa", inputs / "scienceqa", "--method", "guided", "--keep", 5,
+             "--out", tmp_path / "set.json", "--image-text", tmp_path / "captions.json"]
+    assert_refused("prune", flags, "captions.json", inputs, tmp_path)
 
 
-CAPTIONS = {                                 # files of captions, for --expand and --generate
-    "missing": (None, "is missing"), "cut": ("[", "not valid JSON"), "number": ("7", "neither a COCO captions file"),
-    "null": ("null", "neither"), "list of numbers": ("[3]", "neither"), "no caption": ('[{"image": "a.png"}]', "neither"),
-    "no name": ('[{"image": "", "caption": "x"}]', "neither"), "name is a number": (
-        '[{"image": 5, "caption": "x"}]', "neither"), "caption is a list": (
-        '[{"image": "a.png", "caption": []}]', "neither"), "COCO without images": ('{"annotations": []}', "neither"),
-    "COCO of an unknown image": ('{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "neither"),
-    "COCO images are numbers": ('{"images": [1], "annotations": []}', "neither"), "equal but for the suffix": (
-        '[{"image": "a.png", "caption": "x"}, {"image": "a.jpg", "caption": "y"}]', "differ in their suffix only")}
-COCO = '{"images": [{"id": 1, "width": 10, "height": %s}], "categories": [{"id": 1, "name": "cat"}], "annotations": [%s]}'
-BOXES = {
-    "missing": (None, "is missing"), "cut": ("{", "not valid JSON"), "list": ("[]", "not a COCO instances file"),
-    "box of two": (COCO % (10, '{"bbox": [1, 2], "image_id": 1, "category_id": 1}'), "not a COCO instances file"),
-    "box of texts": (COCO % (10, '{"bbox": "abcd", "image_id": 1, "category_id": 1}'), "not a COCO instances file"),
-    "box outside": (COCO % (10, '{"bbox": [5, 5, 9, 9], "image_id": 1, "category_id": 1}'), "is not inside image 1"),
-    "unknown category": (COCO % (10, '{"bbox": [1, 1, 1, 1], "image_id": 1, "category_id": 9}'), "not a COCO"),
-    "unknown image": (COCO % (10, '{"bbox": [1, 1, 1, 1], "image_id": 9, "category_id": 1}'), "not a COCO"),
-    "no height": (COCO % (0, '{"bbox": [0, 0, 0, 0], "image_id": 1, "category_id": 1}'), "not a COCO")}
+CAPTIONS = {                                 # case -> (content of the file, part of the message)
+    "missing": (None, "is missing"), "truncated": ("[", "not valid JSON"),
+    "number": ("7", "neither a COCO captions file"), "null": ("null", "neither"),
+    "list of numbers": ("[3]", "neither"), "no caption": ('[{"image": "a.png"}]', "neither"),
+    "no name": ('[{"image": "", "caption": "x"}]', "neither"),
+    "name is a number": ('[{"image": 5, "caption": "x"}]', "neither"),
+    "caption is a list": ('[{"image": "a.png", "caption": []}]', "neither"),
+    "COCO without images": ('{"annotations": []}', "neither"),
+    "COCO with an unknown image": (
+        '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "neither"),
+    "COCO images are numbers": ('{"images": [1], "annotations": []}', "neither"),
+    "names differ only in the suffix": (
+        '[{"image": "a.png", "caption": "x"}, {"image": "a.jpg", "caption": "y"}]',
+        "differ in their suffix only")}
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
-@pytest.mark.parametrize("task", ["--expand", "--generate"])
-def test_bad_caption_files_are_refused(task, name, world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flag", ["--expand", "--generate"])
+def test_bad_captions_are_refused(flag, name, inputs, tmp_path, assert_refused):
     content, message = CAPTIONS[name]
     file = tmp_path / "captions.json"
     if content is not None:
         file.write_text(content)
-    words = [task, file] if task == "--expand" else [task, "conversation", "--captions", file, "--judge-model", "m",
-                                                     "--dry-run"]
-    refused("prune", [*words, "--out", tmp_path / "out.json"], message, (world, tmp_path), monkeypatch, capsys)
+    flags = ["--expand", file]
+    if flag == "--generate":
+        flags = ["--generate", "conversation", "--captions", file, "--judge-model", "m", "--dry-run"]
+    assert_refused("prune", [*flags, "--out", tmp_path / "out.json"], message, inputs, tmp_path)
+
+
+def coco(height: int, **annotation) -> str:
+    """Return a COCO instances file with one image and one box."""
+    image, category = {"id": 1, "width": 10, "height": height}, {"id": 1, "name": "cat"}
+    return json.dumps({"images": [image], "categories": [category], "annotations": [annotation]})
+
+
+BOXES = {                                    # case -> (content of the file, part of the message)
+    "missing": (None, "is missing"), "truncated": ("{", "not valid JSON"),
+    "list": ("[]", "not a COCO instances file"),
+    "two numbers": (coco(10, bbox=[1, 2], image_id=1, category_id=1), "not a COCO instances file"),
+    "string": (coco(10, bbox="abcd", image_id=1, category_id=1), "not a COCO instances file"),
+    "outside": (coco(10, bbox=[5, 5, 9, 9], image_id=1, category_id=1), "is not inside image 1"),
+    "unknown category": (coco(10, bbox=[1, 1, 1, 1], image_id=1, category_id=9), "not a COCO"),
+    "unknown image": (coco(10, bbox=[1, 1, 1, 1], image_id=9, category_id=1), "not a COCO"),
+    "height is 0": (coco(0, bbox=[0, 0, 0, 0], image_id=1, category_id=1), "not a COCO")}
 
 
 @pytest.mark.parametrize("name", BOXES)
-def test_bad_box_files_are_refused(name, world, tmp_path, monkeypatch, capsys):
+def test_bad_boxes_are_refused(name, inputs, tmp_path, assert_refused):
     content, message = BOXES[name]
-    (tmp_path / "captions.json").write_text('[{"image": "1.png", "caption": "A cat."}]')
+    captions, boxes = tmp_path / "captions.json", tmp_path / "boxes.json"
+    captions.write_text('[{"image": "1.png", "caption": "A cat."}]')
     if content is not None:
-        (tmp_path / "boxes.json").write_text(content)
-    words = ["--generate", "detail", "--captions", tmp_path / "captions.json", "--boxes", tmp_path / "boxes.json",
-             "--judge-model", "m", "--dry-run", "--out", tmp_path / "out.json"]
-    refused("prune", words, message, (world, tmp_path), monkeypatch, capsys)
+        boxes.write_text(content)
+    flags = ["--generate", "detail", "--captions", captions, "--boxes", boxes, "--judge-model", "m",
+             "--dry-run", "--out", tmp_path / "out.json"]
+    assert_refused("prune", flags, message, inputs, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
 # Flags
 
+TRAIN = "--stage 2 --data d --out o --init i"
+STUDY = "--study s --scienceqa d --pretrain p --vision v --language l"
+INVALID_FLAGS = {                            # program -> [(flags, part of the message)]; the exit code is 2
+    "llava": [
+        ("", "--model"), ("--model m --nonsense", "--nonsense"),
+        ("--model m --temperature warm", "--temperature"), ("--model m --temperature nan", "--temp"),
+        ("--model m --temperature -1", "--temperature"), ("--model m --top-p 0", "--top-p"),
+        ("--model m --max-new-tokens 0", "--max-new-tokens"), ("--model m --seed x", "--seed"),
+        ("--model m --seed 99999999999999999999", "--seed"),
+        ("--model m --image i --show-kept k.psd", "--show-kept"),
+        ("--model m --max-new-tokens 1.5", "--max-new-tokens"), ("--model m --dtype int8", "--dtype"),
+        ("--model m --prune most", "--prune"), ("--model m --image-mode big", "--image-mode"),
+        ("--model m --template x", "--template"), ("--model m --keep-tokens -3", "--keep-tokens"),
+        ("--model m --save d What?", "--save"), ("--model m --show-kept f", "--show-kept"),
+        ("--model m --device gpu", "--device"), ("--model m --image i --show-kept k.docx", "--show-kept"),
+        ("--model m --quantize int3", "--quantize")],
+    "train": [
+        (f"{TRAIN} --lora-rank 4 --lora-alpha 0", "--lora-alpha"),
+        ("--data d --out o --init i", "--stage"), ("--stage 3 --data d --out o --init i", "--stage"),
+        ("--stage 1 --out o --init i", "--data"), ("--stage 1 --data d --init i", "--out"),
+        ("--stage 1 --data d --out o", "--init"), ("--stage 1 --data d --out o --vision v", "--init"),
+        *[(f"{TRAIN} {flags}", flags.split()[0]) for flags in (
+            "--epochs 0", "--epochs x", "--batch-size 0", "--batch-size -1", "--micro-batch-size 0",
+            "--lr -1", "--lr nan", "--max-length 0", "--lora-rank -1", "--card a100", "--workers -1",
+            "--save-every 0", "--clip -1", "--dtype int4", "--template x", "--checkpoint-blocks -1",
+            "--device gpu")],
+        (f"{TRAIN} --lora-alpha 3", "--lora-... needs --lora-rank"),
+        ("--stage 1 --data d --out o --init i --lora-rank 4", "--lora-rank"),
+        ("--stage 1 --data d --out o --init i --val-every 4", "--val"),
+        ("--stage 1 --data d --out o --init i --val v --val-every 0", "--val-every")],
+    "eval": [
+        ("--scienceqa d --model m --device tpu", "--device"), ("", "--scienceqa"),
+        ("--scienceqa d", "--model"), ("--model m", "--scienceqa"),
+        ("--scienceqa d --model m --predictions p", "--predictions"),
+        ("--scienceqa d --model m --batch-size 0", "--batch-size"),
+        ("--scienceqa d --model m --max-new-tokens 0", "--max-new-tokens"),
+        ("--scienceqa d --model m --limit 0", "--limit"), ("--scienceqa d --model m --limit -1", "--limit"),
+        ("--scienceqa d --compare a", "--compare"), ("--cost -5", "--cost"),
+        ("--scienceqa d --model m --pictures some", "--pictures"),
+        ("--task llavabench --model m --images d --reviews r", "--questions")],
+    "prune": [
+        *[(f"{STUDY} {flags}", flags.split()[0]) for flags in (
+            "--seed 3", "--pooling mean", "--layer 2", "--batch-size 4", "--split val", "--pictures only",
+            "--image-text t", "--base b", "--quantize int8")],
+        ("--report r.json --draw chart.psd", "--draw"), ("--method maxmin --quantize 4", "--quantize"),
+        ("--generate conversation --out o --captions c", "--judge-model"),
+        ("--generate detail --out o --captions c --judge-model m", "--boxes"), ("--expand c", "--out"),
+        ("--expand c --out o --style long", "--style"), ("--expand c --out o --limit 0", "--limit"),
+        ("--expand c --out o --workers 0", "--workers"), ("", "--method"),
+        ("--method random --scienceqa d", "--out"), ("--method random --out o", "--scienceqa"),
+        ("--method best --scienceqa d --out o", "--method"),
+        ("--method random --report r --scienceqa d", "--report"), ("--study s --scienceqa d", "--pretrain"),
+        (f"{STUDY} --prune pool", "--stage1"),
+        ("--method maxmin --scienceqa d --out o --model m --batch-size 0", "--batch-size"),
+        ("--method random --scienceqa d --out o --keep x", "--keep"),
+        ("--report r.json --draw chart.docx", "--draw"), ("--report r.json --cache c", "--scienceqa")]}
+if not torch.cuda.is_available():
+    INVALID_FLAGS["llava"].append(("--model m --device cuda", "--device"))
 
-IMPOSSIBLE = [                               # program, flags, words of argparse's line; exit code 2
-    ("llava", "", "--model"), ("llava", "--model m --nonsense", "--nonsense"),
-    ("llava", "--model m --temperature warm", "--temperature"), ("llava", "--model m --temperature nan", "--temp"),
-    ("llava", "--model m --temperature -1", "--temperature"), ("llava", "--model m --top-p 0", "--top-p"),
-    ("llava", "--model m --max-new-tokens 0", "--max-new-tokens"), ("llava", "--model m --seed x", "--seed"),
-    ("llava", "--model m --seed 99999999999999999999", "--seed"),
-    ("llava", "--model m --image i --show-kept k.psd", "--show-kept"),
-    ("prune", "--report r.json --draw chart.psd", "--draw"),
-    *[("prune", f"--study s --scienceqa d --pretrain p --vision v --language l {flags}", flags.split()[0])
-      for flags in ("--seed 3", "--pooling mean", "--layer 2", "--batch-size 4", "--split val", "--pictures only",
-                    "--image-text t", "--base b", "--quantize int8")],
-    ("train", "--stage 2 --data d --out o --init i --lora-rank 4 --lora-alpha 0", "--lora-alpha"),
-    ("llava", "--model m --max-new-tokens 1.5", "--max-new-tokens"), ("llava", "--model m --dtype int8", "--dtype"),
-    ("llava", "--model m --prune most", "--prune"), ("llava", "--model m --image-mode big", "--image-mode"),
-    ("llava", "--model m --template x", "--template"), ("llava", "--model m --keep-tokens -3", "--keep-tokens"),
-    ("llava", "--model m --save d What?", "--save"), ("llava", "--model m --show-kept f", "--show-kept"),
-    ("llava", "--model m --device gpu", "--device"), ("llava", "--model m --image i --show-kept k.docx", "--show-kept"),
-    *[("llava", "--model m --device cuda", "--device") for _ in range(not torch.cuda.is_available())],
-    ("eval", "--scienceqa d --model m --device tpu", "--device"),
-    ("llava", "--model m --quantize int3", "--quantize"), ("prune", "--method maxmin --quantize 4", "--quantize"),
-    ("train", "--data d --out o --init i", "--stage"), ("train", "--stage 3 --data d --out o --init i", "--stage"),
-    ("train", "--stage 1 --out o --init i", "--data"), ("train", "--stage 1 --data d --init i", "--out"),
-    ("train", "--stage 1 --data d --out o", "--init"), ("train", "--stage 1 --data d --out o --vision v", "--init"),
-    *[("train", f"--stage 2 --data d --out o --init i {flags}", flags.split()[0]) for flags in (
-        "--epochs 0", "--epochs x", "--batch-size 0", "--batch-size -1", "--micro-batch-size 0", "--lr -1",
-        "--lr nan", "--max-length 0", "--lora-rank -1", "--card a100", "--workers -1",
-        "--save-every 0", "--clip -1", "--dtype int4", "--template x", "--checkpoint-blocks -1",
-        "--device gpu")],
-    ("train", "--stage 2 --data d --out o --init i --lora-alpha 3", "--lora-... needs --lora-rank"),
-    ("train", "--stage 1 --data d --out o --init i --lora-rank 4", "--lora-rank"),
-    ("train", "--stage 1 --data d --out o --init i --val-every 4", "--val"),
-    ("train", "--stage 1 --data d --out o --init i --val v --val-every 0", "--val-every"),
-    ("prune", "--generate conversation --out o --captions c", "--judge-model"),
-    ("prune", "--generate detail --out o --captions c --judge-model m", "--boxes"),
-    ("prune", "--expand c", "--out"), ("prune", "--expand c --out o --style long", "--style"),
-    ("prune", "--expand c --out o --limit 0", "--limit"), ("prune", "--expand c --out o --workers 0", "--workers"),
-    ("eval", "", "--scienceqa"), ("eval", "--scienceqa d", "--model"), ("eval", "--model m", "--scienceqa"),
-    ("eval", "--scienceqa d --model m --predictions p", "--predictions"),
-    ("eval", "--scienceqa d --model m --batch-size 0", "--batch-size"),
-    ("eval", "--scienceqa d --model m --max-new-tokens 0", "--max-new-tokens"),
-    ("eval", "--scienceqa d --model m --limit 0", "--limit"), ("eval", "--scienceqa d --model m --limit -1", "--limit"),
-    ("eval", "--scienceqa d --compare a", "--compare"), ("eval", "--cost -5", "--cost"),
-    ("eval", "--scienceqa d --model m --pictures some", "--pictures"),
-    ("prune", "", "--method"), ("prune", "--method random --scienceqa d", "--out"),
-    ("prune", "--method random --out o", "--scienceqa"), ("prune", "--method best --scienceqa d --out o", "--method"),
-    ("prune", "--method random --report r --scienceqa d", "--report"), ("prune", "--study s --scienceqa d", "--pretrain"),
-    ("prune", "--study s --scienceqa d --pretrain p --vision v --language l --prune pool", "--stage1"),
-    ("prune", "--method maxmin --scienceqa d --out o --model m --batch-size 0", "--batch-size"),
-    ("prune", "--method random --scienceqa d --out o --keep x", "--keep"),
-    ("eval", "--task llavabench --model m --images d --reviews r", "--questions"),
-    ("prune", "--report r.json --draw chart.docx", "--draw"), ("prune", "--report r.json --cache c", "--scienceqa")]
 
-
-@pytest.mark.parametrize("program, flags, message", IMPOSSIBLE, ids=[f"{p} {f}" for p, f, _ in IMPOSSIBLE])
-def test_an_impossible_flag_is_refused_by_name(program, flags, message, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("program, flags, message", [
+    pytest.param(program, flags, message, id=f"{program} {flags}")
+    for program, cases in INVALID_FLAGS.items() for flags, message in cases])
+def test_invalid_flag_is_refused_by_name(program, flags, message, tmp_path, monkeypatch, assert_refused):
     monkeypatch.chdir(tmp_path)
-    if program == "train" and not flags:
-        pytest.skip("runs the toy data")
-    refused(program, flags.split(), message, (tmp_path,), monkeypatch, capsys, code=2)
+    assert_refused(program, flags.split(), message, tmp_path, code=2)
     assert not list(tmp_path.iterdir())
 
 
-def mistakes(world: Path, out: Path) -> dict[str, tuple[str, list, str]]:
-    """name -> (program, flags, words of the sentence): flags that only contradict the data."""
-    llava_, train_, eval_, prune_ = (asking(program, world, out) for program in PROGRAMS)
-    random = ["--scienceqa", world / "scienceqa", "--method", "random", "--out", out / "set.json"]
+def contradictions(inputs: Path, out: Path) -> dict[str, tuple[str, list, str]]:
+    """Return {case: (program, flags, part of the message)}: valid flags that contradict the data."""
+    llava_flags, train_flags, eval_flags, prune_flags = (
+        valid_flags(program, inputs, out) for program in PROGRAMS)
+    model, scienceqa, records = inputs / "model", inputs / "scienceqa", inputs / "records.json"
+    random_flags = ["--scienceqa", scienceqa, "--method", "random", "--out", out / "set.json"]
+    generate_flags = ["--generate", "conversation", "--captions", inputs / "captions.json",
+                      "--judge-model", "m", "--out", out / "out.json"]
     return {
-        "an image too few": ("llava", [*llava_[:-1], "<image> <image> What?"], "2 <image> in|has 2 <image>"),
-        "no image": ("llava", ["--model", world / "model", "<image> What?"], "has 1 <image>"),
-        "a budget without a method": ("llava", [*llava_, "--keep-tokens", 3], "--keep-tokens"),
-        "a method without a budget": ("llava", [*llava_, "--prune", "random"], "--keep-tokens"),
-        "a budget above all patches": ("eval", [*eval_, "--prune", "pool", "--keep-tokens", 99], "99"),
-        "kept patches of none": ("llava", [*llava_, "--show-kept", out / "kept.png"], "--show-kept"),
-        "4 bits of odd rows": ("llava", [*llava_, "--quantize", "int4"], "use --quantize int8"),
-        "8 bits in float16": ("eval", [*eval_, "--quantize", "int8", "--dtype", "float16"], "--dtype bfloat16"),
-        "two bases of none": ("llava", [*llava_, "--base", "a", "--base", "b"], "--base"),
-        "save over the model": ("llava", ["--model", world / "model", "--save", world / "model"], "is not empty"),
-        "save over a file": ("llava", ["--model", world / "model", "--save", world / "records.json"], "records.json"),
-        "another tokenizer": ("llava", [*llava_, "--tokenizer", world / "images"], "has no tokenizer.json"),
-        "run in a file": ("train", [*train_, "--out", world / "records.json"], "records.json"),
-        "records are a folder": ("train", [*train_, "--data", world], str(world)),
-        "no validation records": ("train", [*train_, "--val", out / "none.json"], "none.json is missing"),
-        "no validation images": ("train", [*train_, "--val", world / "records.json", "--val-images", out / "none"],
-                                 "there is no image"),
-        "no teacher": ("prune", ["--generate", "conversation", "--captions", world / "captions.json", "--judge-model",
-                                 "m", "--judge", "ftp://x", "--out", out / "out.json"], "--judge"),
-        "no images": ("train", [*train_, "--images", out / "none"], "there is no image"),
-        "no room for an answer": ("train", [*train_, "--max-length", 5], "within --max-length 5"),
-        "a record too many": ("train", [*train_, "--show", 99], "--show 99"),
-        "a record below 0": ("train", [*train_, "--show", -1], "--show -1"),
-        "cost of a part": ("eval", ["--cost", "--model", out / "clip"], "is not a LLaVA"),
-        "another split": ("eval", [*eval_, "--split", "holdout"], "has no split 'holdout'"),
-        "answers in no folder": ("eval", [*eval_, "--out", out / "none/answers.jsonl"], "none/answers.jsonl"),
-        "answers of another kind": ("eval", [*eval_, "--out", world / "answers.jsonl"], "was made with another"),
-        "records as answers": ("eval", [*eval_, "--out", world / "records.json"], "records.json"),
-        "nothing to keep": ("prune", [*random, "--keep", 0], "--keep 0"),
-        "more than there are": ("prune", [*random, "--keep", 99], "--keep 99"),
-        "fewer than subjects": ("prune", [*random, "--method", "guided", "--keep", 1], "--keep 1"),
-        "no model": ("prune", ["--scienceqa", world / "scienceqa", "--method", "maxmin", "--keep", 2, "--out",
-                               out / "set.json"], "--model"),
-        "no such layer": ("prune", [*prune_, "--layer", 9], "--layer 9"),
-        "set in a file": ("prune", [*random, "--keep", 2, "--out", world / "records.json/set.json"], "records.json"),
-        "report on nothing": ("prune", ["--report", world / "none.json"], "none.json is missing"),
+        "more <image> than images": ("llava", [*llava_flags[:-1], "<image> <image> What?"], "has 2 <image>"),
+        "<image> without an image": ("llava", ["--model", model, "<image> What?"], "has 1 <image>"),
+        "keep_tokens without prune": ("llava", [*llava_flags, "--keep-tokens", 3], "--keep-tokens"),
+        "prune without keep_tokens": ("llava", [*llava_flags, "--prune", "random"], "--keep-tokens"),
+        "keep_tokens is too large": ("eval", [*eval_flags, "--prune", "pool", "--keep-tokens", 99], "99"),
+        "show_kept without prune": ("llava", [*llava_flags, "--show-kept", out / "kept.png"], "--show-kept"),
+        "int4 with unsuitable shapes": ("llava", [*llava_flags, "--quantize", "int4"], "use --quantize int8"),
+        "int8 in float16": (
+            "eval", [*eval_flags, "--quantize", "int8", "--dtype", "float16"], "--dtype bfloat16"),
+        "bases of a model without bases": ("llava", [*llava_flags, "--base", "a", "--base", "b"], "--base"),
+        "save to the model": ("llava", ["--model", model, "--save", model], "is not empty"),
+        "save to a file": ("llava", ["--model", model, "--save", records], "records.json"),
+        "no tokenizer": ("llava", [*llava_flags, "--tokenizer", inputs / "images"], "has no tokenizer.json"),
+        "run folder is a file": ("train", [*train_flags, "--out", records], "records.json"),
+        "records are a folder": ("train", [*train_flags, "--data", inputs], str(inputs)),
+        "missing validation file": (
+            "train", [*train_flags, "--val", out / "none.json"], "none.json is missing"),
+        "no validation images": (
+            "train", [*train_flags, "--val", records, "--val-images", out / "none"], "there is no image"),
+        "URL of the teacher": ("prune", [*generate_flags, "--judge", "ftp://x"], "--judge"),
+        "no images": ("train", [*train_flags, "--images", out / "none"], "there is no image"),
+        "answer beyond max_length": ("train", [*train_flags, "--max-length", 5], "within --max-length 5"),
+        "show: index too large": ("train", [*train_flags, "--show", 99], "--show 99"),
+        "show: negative index": ("train", [*train_flags, "--show", -1], "--show -1"),
+        "cost of a vision tower": ("eval", ["--cost", "--model", out / "clip"], "is not a LLaVA"),
+        "unknown split": ("eval", [*eval_flags, "--split", "holdout"], "has no split 'holdout'"),
+        "answers in a missing folder": (
+            "eval", [*eval_flags, "--out", out / "none/answers.jsonl"], "none/answers.jsonl"),
+        "answers with other settings": (
+            "eval", [*eval_flags, "--out", inputs / "answers.jsonl"], "was made with another"),
+        "records as answers": ("eval", [*eval_flags, "--out", records], "records.json"),
+        "keep 0": ("prune", [*random_flags, "--keep", 0], "--keep 0"),
+        "keep more than all": ("prune", [*random_flags, "--keep", 99], "--keep 99"),
+        "keep fewer than subjects": ("prune", [*random_flags, "--method", "guided", "--keep", 1], "--keep 1"),
+        "no model": ("prune", [*random_flags, "--method", "maxmin", "--keep", 2], "--model"),
+        "unknown layer": ("prune", [*prune_flags, "--layer", 9], "--layer 9"),
+        "set inside a file": (
+            "prune", [*random_flags, "--keep", 2, "--out", records / "set.json"], "records.json"),
+        "missing report": ("prune", ["--report", inputs / "none.json"], "none.json is missing"),
     }
 
 
-@pytest.mark.parametrize("name", mistakes(Path("."), Path(".")))
-def test_flags_that_contradict_the_data_are_refused(name, world, tmp_path, monkeypatch, capsys):
-    program, words, message = mistakes(world, tmp_path)[name]
+@pytest.mark.parametrize("name", contradictions(Path("."), Path(".")))
+def test_flags_that_contradict_the_data_are_refused(name, inputs, tmp_path, assert_refused):
+    program, flags, message = contradictions(inputs, tmp_path)[name]
     llava.write_json(tmp_path / "clip/config.json", llava.hf_config(LlavaConfig(), True)["vision_config"])
-    refused(program, words, message.split("|")[-1], (world, tmp_path), monkeypatch, capsys)
+    assert_refused(program, flags, message, inputs, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    """Each program as a process with flags that name what does not exist, and its working directory."""
+def processes(tmp_path_factory):
+    """{program: (working directory, process)}; the flags name files that do not exist."""
     started = {}
     for program, flags in {
             "llava": "--model none --image none.png What?", "prune": "--report none.json",
@@ -728,8 +787,8 @@ def commands(tmp_path_factory):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_as_a_command_it_prints_one_line_and_exits_with_1(program, commands):
-    folder, process = commands[program]
+def test_command_prints_one_line_and_exits_with_1(program, processes):
+    folder, process = processes[program]
     stdout, stderr = process.communicate(timeout=100)
     assert process.returncode == 1 and stdout == "" and "none" in stderr
     assert len(stderr.splitlines()) == 1 and not list(folder.iterdir())
@@ -741,57 +800,61 @@ def test_as_a_command_it_prints_one_line_and_exits_with_1(program, commands):
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
-def ids(model, *row) -> torch.Tensor:
-    return torch.tensor([[model.config.image_token_id if token == "i" else token for token in row]])
+def ids(model, *tokens) -> torch.Tensor:
+    return torch.tensor([[model.config.image_token_id if token == "<image>" else token for token in tokens]])
 
 
-PYTHON = {                                   # name -> (call of (model, processor, world), words of the sentence)
-    "no source": (lambda m, p, w: Llava.from_pretrained(), "name one LLaVA"),
-    "half a pair": (lambda m, p, w: Llava.from_pretrained(vision=w / "model"), "name one LLaVA"),
-    "three sources": (lambda m, p, w: Llava.from_pretrained(w, vision=w, language=w), "name one LLaVA"),
-    "unknown bits": (lambda m, p, w: Llava.from_pretrained(w / "model", quantize="int3"), "int3"),
-    "unknown template": (lambda m, p, w: Llava.from_pretrained(w / "model", template="chatml"), "chatml"),
-    "unknown image mode": (lambda m, p, w: Llava.from_pretrained(w / "model", image_mode="blur"), "blur"),
-    "no folder for a processor": (lambda m, p, w: Processor.from_pretrained(w / "none"), "none"),
-    "a folder without a tokenizer": (lambda m, p, w: Processor.from_pretrained(w / "images", m.config), "tokenizer.json"),
-    "a budget of too many": (lambda m, p, w: LlavaConfig(prune="random", keep_tokens=9999), "9999"),
-    "an image too few": (lambda m, p, w: p([{"role": "user", "content": "<image>"}]), "1 <image>"),
-    "an image too many": (lambda m, p, w: p([{"role": "user", "content": "x"}], [Image.new("RGB", (9, 9))]), "0 <image>"),
-    "half of a surrogate pair": (lambda m, p, w: p([{"role": "user", "content": "\ud83d"}]), "surrogate"),
-    "two users": (lambda m, p, w: p([{"role": "user", "content": "x"}] * 2), "alternate"),
-    "assistant first": (lambda m, p, w: p([{"role": "assistant", "content": "x"}]), "alternate"),
-    "a system message": (lambda m, p, w: p([{"role": "system", "content": "x"}]), "role system"),
-    "no image for an id": (lambda m, p, w: m(ids(m, 1, "i", 5)), "1 <image>"),
-    "no id for an image": (lambda m, p, w: m(ids(m, 1, 5), [IMAGE], [(32, 32)]), "0 <image>"),
-    "nothing to learn": (lambda m, p, w: m(ids(m, 1, 5), labels=torch.full((1, 2), -100)), "nothing to learn"),
-    "no image in generate": (lambda m, p, w: list(m.generate(ids(m, 1, "i"))), "1 <image>"),
-    "no image in generate_batch": (lambda m, p, w: m.generate_batch(ids(m, 1, "i")), "1 <image>"),
-    "unknown reduction": (lambda m, p, w: m.encode_images([IMAGE], [(32, 32)], prune="half"), "half"),
-    "reduction without a budget": (lambda m, p, w: m.encode_images([IMAGE], [(32, 32)], prune="random"), "--keep-tokens"),
-    "no points": (lambda m, p, w: farthest_points(torch.ones(3, 2), 0), "0 of 3 points"),
-    "too many points": (lambda m, p, w: farthest_points(torch.ones(3, 2), 4), "4 of 3 points"),
-    "points that are not numbers": (lambda m, p, w: farthest_points(torch.tensor([[1.0], [float("nan")]]), 1), "point 1"),
-    "image that is not there": (lambda m, p, w: llava.open_image(w / "none.png"), "there is no image"),
-    "a JSON file that is not there": (lambda m, p, w: llava.read_json(w / "none.json"), "none.json is missing"),
-    "a split that is not there": (lambda m, p, w: evaluation.read_scienceqa(w / "scienceqa", "x"), "no split 'x'"),
-    "records that are not there": (lambda m, p, w: train.read_records(w / "none.json", w), "none.json is missing"),
+PYTHON = {                                   # case -> (call(model, processor, inputs), part of the message)
+    "no source": (lambda m, p, f: Llava.from_pretrained(), "name one LLaVA"),
+    "vision without language": (lambda m, p, f: Llava.from_pretrained(vision=f / "model"), "name one LLaVA"),
+    "three sources": (lambda m, p, f: Llava.from_pretrained(f, vision=f, language=f), "name one LLaVA"),
+    "unknown quantization": (lambda m, p, f: Llava.from_pretrained(f / "model", quantize="int3"), "int3"),
+    "unknown template": (lambda m, p, f: Llava.from_pretrained(f / "model", template="chatml"), "chatml"),
+    "unknown image mode": (lambda m, p, f: Llava.from_pretrained(f / "model", image_mode="blur"), "blur"),
+    "missing processor": (lambda m, p, f: Processor.from_pretrained(f / "none"), "none"),
+    "folder without a tokenizer": (
+        lambda m, p, f: Processor.from_pretrained(f / "images", m.config), "tokenizer.json"),
+    "keep_tokens too large": (lambda m, p, f: LlavaConfig(prune="random", keep_tokens=9999), "9999"),
+    "processor: missing image": (lambda m, p, f: p([{"role": "user", "content": "<image>"}]), "1 <image>"),
+    "processor: unused image": (
+        lambda m, p, f: p([{"role": "user", "content": "x"}], [Image.new("RGB", (9, 9))]), "0 <image>"),
+    "half of a surrogate pair": (lambda m, p, f: p([{"role": "user", "content": "\ud83d"}]), "surrogate"),
+    "two user messages": (lambda m, p, f: p([{"role": "user", "content": "x"}] * 2), "alternate"),
+    "assistant first": (lambda m, p, f: p([{"role": "assistant", "content": "x"}]), "alternate"),
+    "system message": (lambda m, p, f: p([{"role": "system", "content": "x"}]), "role system"),
+    "forward: missing image": (lambda m, p, f: m(ids(m, 1, "<image>", 5)), "1 <image>"),
+    "forward: unused image": (lambda m, p, f: m(ids(m, 1, 5), [IMAGE], [(32, 32)]), "0 <image>"),
+    "no supervised token": (
+        lambda m, p, f: m(ids(m, 1, 5), labels=torch.full((1, 2), -100)), "nothing to learn"),
+    "generate: missing image": (lambda m, p, f: list(m.generate(ids(m, 1, "<image>"))), "1 <image>"),
+    "generate_batch: missing image": (lambda m, p, f: m.generate_batch(ids(m, 1, "<image>")), "1 <image>"),
+    "unknown reduction": (lambda m, p, f: m.encode_images([IMAGE], [(32, 32)], prune="half"), "half"),
+    "reduction without keep_tokens": (
+        lambda m, p, f: m.encode_images([IMAGE], [(32, 32)], prune="random"), "--keep-tokens"),
+    "select 0 points": (lambda m, p, f: farthest_points(torch.ones(3, 2), 0), "0 of 3 points"),
+    "select too many points": (lambda m, p, f: farthest_points(torch.ones(3, 2), 4), "4 of 3 points"),
+    "points with NaN": (lambda m, p, f: farthest_points(torch.tensor([[1.0], [float("nan")]]), 1), "point 1"),
+    "missing image file": (lambda m, p, f: llava.open_image(f / "none.png"), "there is no image"),
+    "missing JSON file": (lambda m, p, f: llava.read_json(f / "none.json"), "none.json is missing"),
+    "unknown split": (lambda m, p, f: evaluation.read_scienceqa(f / "scienceqa", "x"), "no split 'x'"),
+    "missing records": (lambda m, p, f: train.read_records(f / "none.json", f), "none.json is missing"),
 }
 
 
 @pytest.mark.parametrize("name", PYTHON)
-def test_the_python_interface_raises_one_sentence(name, sound, world, monkeypatch):
+def test_python_interface_raises_one_sentence(name, model_and_processor, inputs, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     call, message = PYTHON[name]
-    before = snapshot(world)
+    before = snapshot(inputs)
     with pytest.raises((llava.UserError, OSError)) as error:
-        call(*sound, world)
+        call(*model_and_processor, inputs)
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
-    assert snapshot(world) == before
+    assert snapshot(inputs) == before
 
 
 @pytest.mark.parametrize("error, message", [(torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
                                             (llava.SafetensorError("No space left"), "No space left")])
-def test_a_full_device_ends_in_one_sentence(error, message, monkeypatch):
+def test_full_memory_or_disk_is_reported_in_one_sentence(error, message, monkeypatch):
     def main() -> None:
         raise error
 
@@ -800,7 +863,7 @@ def test_a_full_device_ends_in_one_sentence(error, message, monkeypatch):
         llava.command_line(main)
 
 
-def test_a_download_that_breaks_off_ends_in_one_sentence(monkeypatch):
+def test_interrupted_download_is_reported_in_one_sentence(monkeypatch):
     def download(*_, **__):
         raise RuntimeError("connection reset\nby peer")
 

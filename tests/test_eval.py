@@ -1,4 +1,4 @@
-"""ScienceQA: prompts, the official table, answers on disk; the cost of an image."""
+"""Tests of eval.py: prompts, scores and answer files of ScienceQA, and the estimated cost of a model."""
 
 import json
 import sys
@@ -19,8 +19,8 @@ from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig, open_
 from tests.toy import MISTRAL, write_random
 
 torch.set_num_threads(1)
-KEYS = "question choices answer hint image grade subject lecture solution"
-PROBLEMS = {
+FIELDS = "question choices answer hint image grade subject lecture solution".split()
+PROBLEMS = {                                 # id -> FIELDS; data_folder completes grade and subject
     "11": ("What is red?", ["a rose", "snow"], 0, "", "image.png", 2, "natural", "Look.", "Roses are."),
     "12": ("Which way is  up?", ["north", "east", "west"], 0, "A map.", "image.png", 7, "social", "", ""),
     "13": ("Is run a verb?", ["no", "yes"], 1, "", None, 6, "language", "Verbs act.", "To run acts."),
@@ -30,23 +30,24 @@ PROBLEMS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def data_folder(tmp_path_factory):
+    """A ScienceQA folder with four test questions and one training question."""
     folder = tmp_path_factory.mktemp("scienceqa")
-    problems = {i: dict(zip(KEYS.split(), p)) for i, p in PROBLEMS.items()}
+    problems = {i: dict(zip(FIELDS, values)) for i, values in PROBLEMS.items()}
     for p in problems.values():
         p |= {"grade": f"grade{p['grade']}", "subject": f"{p['subject']} science", "split": "test"}
     (folder / "problems.json").write_text(json.dumps(problems))
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["14", "11", "12", "13"], "train": ["15"]}))
-    for i, size in (("11", (40, 30)), ("12", (16, 48))):
-        pixels = np.random.default_rng(int(i)).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for i, (height, width) in (("11", (40, 30)), ("12", (16, 48))):
+        pixels = np.random.default_rng(int(i)).integers(0, 256, (height, width, 3), dtype=np.uint8)
         (folder / "images" / "test" / i).mkdir(parents=True)
         Image.fromarray(pixels).save(folder / "images" / "test" / i / "image.png")
     return folder
 
 
 @pytest.fixture
-def problems(folder):
-    return read_scienceqa(folder, "test")
+def problems(data_folder):
+    return read_scienceqa(data_folder, "test")
 
 
 @pytest.fixture(scope="module")
@@ -55,32 +56,33 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def opened(model_folder):
+def model_and_processor(model_folder):
     model = Llava.from_pretrained(model_folder, dtype=torch.float32).eval()
     return model, Processor.from_pretrained(model_folder, model.config)
 
 
-def run(monkeypatch, *words) -> None:
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+def run_eval(monkeypatch, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
     eval.main()
 
 
-def ask(monkeypatch, folder, model_folder, out, *more) -> list[dict]:
-    run(monkeypatch, "--scienceqa", folder, "--model", model_folder, "--max-new-tokens", 8, "--batch-size", 2,
-        "--device", "cpu", "--dtype", "float32", "--out", out, *more)
+def answer_scienceqa(monkeypatch, data_folder, model_folder, out, *more_flags) -> list[dict]:
+    """The entries of the answer file `out` after a run of eval.py on the test questions."""
+    run_eval(monkeypatch, "--scienceqa", data_folder, "--model", model_folder, "--max-new-tokens", 8,
+             "--batch-size", 2, "--device", "cpu", "--dtype", "float32", "--out", out, *more_flags)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------
-# Wording, reading, counting
+# Prompts, parsing of answers, scores
 
 
-def test_a_prompt_is_that_of_llavas_training_data(problems):
+def test_prompt_and_target_are_those_of_llavas_training_data(problems):
     last, first, second, _ = problems
     assert question(first) == "What is red?\nContext: N/A\nOptions: (A) a rose (B) snow\n<image>"
     assert target_text(first) == "Look. Roses are. The answer is A."
     assert question(second).startswith("Which way is up?\nContext: A map.\nOptions: (A) north (B) east (C) ")
-    assert target_text(second) == " The answer is A."          # with its space, as published
+    assert target_text(second) == " The answer is A."          # the published target has this space
     assert question(last) == "Who? whose?\nContext: One.\nOptions: (A) he (B) she (C) it (D) we (E) I"
     assert to_record(first)["image"] == "11/image.png" and "image" not in to_record(last)
 
@@ -90,11 +92,11 @@ def test_a_prompt_is_that_of_llavas_training_data(problems):
     ("The answer is B.", 1), ("The answer is B", None), ("The answer is A. The answer is B.", None),
     ("", None), ("The answer is Boron.", 1), ("The answer is A because", 0), ("Ice.\nThe answer is C.", 2),
     ("E", -1), ("D. no", -1), ("The answer is F.", -1), ("F", None)])
-def test_answers_are_read_as_the_benchmark_reads_them(text, index):
+def test_parse_choice_follows_llavas_evaluation(text, index):
     assert parse_choice(text, choices=3) == index
 
 
-def test_the_table_counts_wrong_unread_missing_and_foreign_answers(problems, capsys):
+def test_table_counts_wrong_unread_missing_and_extra_answers(problems, capsys):
     texts = {"11": "The answer is A.", "12": "north", "14": "E", "15": "The answer is B.", "x": "A"}
     table = score(problems, texts)
     assert table == {"NAT": 100, "SOC": 0, "LAN": 50, "TXT": 50, "IMG": 50, "NO": 0, "G1-6": 50, "G7-12": 50,
@@ -106,187 +108,196 @@ def test_the_table_counts_wrong_unread_missing_and_foreign_answers(problems, cap
     assert lines[3] == "test: 4 questions, 1 answers could not be read, 1 missing, 2 to other questions"
 
 
-def test_a_file_of_answers_may_hold_any_character_and_blank_lines(tmp_path):
+def test_answer_file_may_contain_any_character_and_blank_lines(tmp_path):
     texts = {"1": "a\u2028b\x85c\nd", "2": ""}
     lines = [json.dumps({"question_id": int(i), "text": t}, ensure_ascii=False) for i, t in texts.items()]
     (tmp_path / "a").write_text("\n\n".join(lines) + "\n\n", encoding="utf-8")
     assert read_answers(tmp_path / "a") == texts
 
 
-@pytest.mark.parametrize("line, complaint", [
+@pytest.mark.parametrize("line, message", [
     ('{"question_id": 1, "text": "B"}', "question 1 was answered before"), ('{"question_id": 2}', "not"),
     ('{"question_id": 2, "text": null}', "not"), ('{"question_id": 2, "te', "not"), ("[]", "not")])
-def test_a_bad_line_of_answers_is_named(tmp_path, line, complaint):
+def test_error_names_the_invalid_line_of_an_answer_file(tmp_path, line, message):
     (tmp_path / "a").write_text('{"question_id": 1, "text": "A"}\n' + line)
-    with pytest.raises(ValueError, match=f"line 2: {complaint}"):
+    with pytest.raises(ValueError, match=f"line 2: {message}"):
         read_answers(tmp_path / "a")
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_the_interval_is_that_of_resampling_question_by_question(paired):
+def test_interval_equals_that_of_explicit_resampling(paired):
     rng = np.random.default_rng(1)
-    a, b = rng.random(60) < 0.8, rng.random(60) < 0.5
-    gained = a.astype(float) - b if paired else a.astype(float)
-    means = [100 * gained[rng.integers(0, 60, 60)].mean() for _ in range(20000)]
-    middle, *bounds = interval(list(a), list(b) if paired else None)
-    assert middle == pytest.approx(100 * gained.mean())
+    correct_a, correct_b = rng.random(60) < 0.8, rng.random(60) < 0.5
+    outcomes = correct_a.astype(float)
+    if paired:
+        outcomes = outcomes - correct_b
+    means = [100 * outcomes[rng.integers(0, 60, 60)].mean() for _ in range(20000)]
+    mean, *bounds = interval(list(correct_a), list(correct_b) if paired else None)
+    assert mean == pytest.approx(100 * outcomes.mean())
     assert bounds == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=100 / 60)
 
 
-def test_two_files_of_answers_are_compared_question_by_question(problems, tmp_path, capsys):
+def test_compare_prints_the_lead_in_each_column(problems, tmp_path, capsys):
     files = []
     for name, letters in (("a", "EAAB"), ("b", "EABA")):
+        lines = [json.dumps({"question_id": p["id"], "text": letter}) for p, letter in zip(problems, letters)]
+        (tmp_path / name).write_text("\n".join(lines))
         files.append(str(tmp_path / name))
-        (tmp_path / name).write_text("\n".join(json.dumps({"question_id": p["id"], "text": letter})
-                                               for p, letter in zip(problems, letters)))
     compare(problems, files)
-    ahead = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("lead")]
-    assert [[float(points) for points in line] for line in ahead] == [[0, 100, 50, 50, 50, 100, 50, 50, 50]]
+    leads = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("lead")]
+    assert [[float(points) for points in line] for line in leads] == [[0, 100, 50, 50, 50, 100, 50, 50, 50]]
     (tmp_path / "b").write_text('{"question_id": "99", "text": "A"}\n')
-    with pytest.raises(ValueError, match=f"5 questions are answered in one file only, such as 11 in {files[0]}"):
+    message = "questions are answered in one file only, such as"
+    with pytest.raises(ValueError, match=f"5 {message} 11 in {files[0]}"):
         compare(problems, files)
     (tmp_path / "a").write_text("")
-    with pytest.raises(ValueError, match=f"1 questions are answered in one file only, such as 99 in {files[1]}"):
+    with pytest.raises(ValueError, match=f"1 {message} 99 in {files[1]}"):
         compare(problems, files)
 
 
 # ---------------------------------------------------------------------------------------------
-# Asking
+# Answering with a model
 
 
-def test_a_batch_gives_the_answers_of_one_question_at_a_time(opened, problems):
-    def answers(**how):
-        return {p["id"]: text for p, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
-
-    alone = answers(batch_size=1)
-    assert alone == answers(batch_size=4) and len(set(alone.values())) == 4
+def answer(model_and_processor, problems, **options) -> dict[str, str]:
+    """id -> answer to each problem, of at most 12 tokens."""
+    answers = generate_answers(*model_and_processor, problems, max_new_tokens=12, **options)
+    return {p["id"]: text for p, text in answers}
 
 
-def test_the_option_taken_is_the_most_probable_whole_answer(opened, problems):
-    model, processor = opened
-    taken = {p["id"]: text for p, text in generate_answers(model, processor, problems, batch_size=4,
-                                                              options=True)}
+def test_batched_answers_equal_single_answers(model_and_processor, problems):
+    single = answer(model_and_processor, problems, batch_size=1)
+    assert single == answer(model_and_processor, problems, batch_size=4) and len(set(single.values())) == 4
+
+
+def test_chosen_option_has_the_highest_probability(model_and_processor, problems):
+    """The log-probability of a whole answer is the sum over its tokens."""
+    model, processor = model_and_processor
+    answers = generate_answers(model, processor, problems, batch_size=4, options=True)
+    chosen = {p["id"]: text for p, text in answers}
     for p in problems:
         images, sums = [open_image(p["file"])] if p["image"] else [], []
         for letter in "ABCDE"[:len(p["choices"])]:
             inputs = processor([{"role": "user", "content": question(p)}], images)
-            words = torch.tensor([processor.encode(f"The answer is {letter}")])
-            inputs["input_ids"] = torch.cat((inputs["input_ids"], words), dim=1)
+            answer_ids = torch.tensor([processor.encode(f"The answer is {letter}")])
+            inputs["input_ids"] = torch.cat((inputs["input_ids"], answer_ids), dim=1)
             with torch.no_grad():
-                logits = model(**inputs)[0, -1 - words.shape[1]:-1].log_softmax(-1)
-            sums.append(float(logits.gather(1, words.T).sum()))
-        assert taken[p["id"]] == f"The answer is {'ABCDE'[int(np.argmax(sums))]}."
-        assert parse_choice(taken[p["id"]], len(p["choices"])) == np.argmax(sums)
+                log_probs = model(**inputs)[0, -1 - answer_ids.shape[1]:-1].log_softmax(-1)
+            sums.append(float(log_probs.gather(1, answer_ids.T).sum()))
+        assert chosen[p["id"]] == f"The answer is {'ABCDE'[int(np.argmax(sums))]}."
+        assert parse_choice(chosen[p["id"]], len(p["choices"])) == np.argmax(sums)
 
 
-def test_blank_answers_equal_those_to_white_images(opened, folder, problems, tmp_path):
-    def answers(problems, **how):
-        return {p["id"]: text for p, text in generate_answers(*opened, problems, max_new_tokens=12, **how)}
-
-    Image.new("RGB", (30, 40), "white").save(tmp_path / "11.png")         # as large as they were
+def test_blank_replaces_images_by_white_ones(model_and_processor, problems, tmp_path):
+    Image.new("RGB", (30, 40), "white").save(tmp_path / "11.png")         # the sizes of the original images
     Image.new("RGB", (48, 16), "white").save(tmp_path / "12.png")
-    white = [p | {"file": tmp_path / f"{p['id']}.png"} for p in problems]
-    blank, normal = answers(problems, blank=True), answers(problems)
-    assert blank == answers(white) and blank["11"] != normal["11"] and blank["13"] == normal["13"]
+    white_problems = [p | {"file": tmp_path / f"{p['id']}.png"} for p in problems]
+    blank, normal = answer(model_and_processor, problems, blank=True), answer(model_and_processor, problems)
+    assert blank == answer(model_and_processor, white_problems)
+    assert blank["11"] != normal["11"] and blank["13"] == normal["13"]
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, folder, model_folder, tmp_path):
-    whole = ask(monkeypatch, folder, model_folder, tmp_path / "whole.jsonl")
-    generate, calls = Llava.generate_batch, []
+def test_interrupted_run_is_continued(monkeypatch, data_folder, model_folder, tmp_path):
+    uninterrupted = answer_scienceqa(monkeypatch, data_folder, model_folder, tmp_path / "whole.jsonl")
+    generate_batch, batch_sizes = Llava.generate_batch, []
 
-    def stop_at_the_second(self, input_ids, *rest, **more):
-        calls.append(len(input_ids))
-        if len(calls) == 2:
+    def stop_in_second_batch(self, input_ids, *args, **kwargs):
+        batch_sizes.append(len(input_ids))
+        if len(batch_sizes) == 2:
             raise KeyboardInterrupt
-        return generate(self, input_ids, *rest, **more)
+        return generate_batch(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(Llava, "generate_batch", stop_at_the_second)
+    monkeypatch.setattr(Llava, "generate_batch", stop_in_second_batch)
     out = tmp_path / "cut.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        ask(monkeypatch, folder, model_folder, out)
-    assert len(out.read_text().splitlines()) == 2                         # a batch was lost, no more
+        answer_scienceqa(monkeypatch, data_folder, model_folder, out)
+    assert len(out.read_text().splitlines()) == 2                         # only the second batch is missing
     with open(out, "a") as file:
-        file.write('{"question_id": "13", "prom')                         # as a full disk leaves it
-    assert ask(monkeypatch, folder, model_folder, out) == whole
-    assert calls == [2, 2, 2]
-    assert ask(monkeypatch, folder, model_folder, out) == whole and calls == [2, 2, 2]
+        file.write('{"question_id": "13", "prom')                         # a full disk leaves such a line
+    for _ in range(2):                                                    # the second run has nothing to do
+        assert answer_scienceqa(monkeypatch, data_folder, model_folder, out) == uninterrupted
+        assert batch_sizes == [2, 2, 2]
 
 
-@pytest.mark.parametrize("change, difference", [
+@pytest.mark.parametrize("changed_flags, setting", [
     (["--blank"], "blank"), (["--answer", "options"], "answer"), (["--prune", "prumerge"], "prune"),
     (["--max-new-tokens", 9], "max_new_tokens"), (["--wording", "letter"], "wording"),
     (["--dtype", "bfloat16"], "dtype")])
-def test_answers_by_other_flags_are_refused(monkeypatch, folder, model_folder, tmp_path, change, difference):
-    ask(monkeypatch, folder, model_folder, tmp_path / "a")
+def test_answer_file_made_with_other_flags_is_refused(monkeypatch, data_folder, model_folder, tmp_path,
+                                                      changed_flags, setting):
+    answer_scienceqa(monkeypatch, data_folder, model_folder, tmp_path / "a")
     before = (tmp_path / "a").read_bytes()
-    with pytest.raises(ValueError, match=f"another {difference}: name another --out"):
-        ask(monkeypatch, folder, model_folder, tmp_path / "a", *change)
+    with pytest.raises(ValueError, match=f"another {setting}: name another --out"):
+        answer_scienceqa(monkeypatch, data_folder, model_folder, tmp_path / "a", *changed_flags)
     assert (tmp_path / "a").read_bytes() == before
 
 
-def test_answers_of_another_model_or_prompt_are_refused(monkeypatch, folder, model_folder, opened, tmp_path):
-    out, (model, processor) = tmp_path / "a", opened
-    entries = ask(monkeypatch, folder, model_folder, out)
+def test_answer_file_of_another_model_or_prompt_is_refused(monkeypatch, data_folder, model_folder,
+                                                           model_and_processor, tmp_path):
+    out, (model, processor) = tmp_path / "a", model_and_processor
+    entries = answer_scienceqa(monkeypatch, data_folder, model_folder, out)
     model.projector[0].weight.data += 1e-3
     model.save_pretrained(tmp_path / "trained")
     processor.save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match="another model"):
-        ask(monkeypatch, folder, tmp_path / "trained", out)
+        answer_scienceqa(monkeypatch, data_folder, tmp_path / "trained", out)
     out.write_text(json.dumps(entries[0] | {"prompt": "Why?"}) + "\n")
     with pytest.raises(ValueError, match="another prompt"):
-        ask(monkeypatch, folder, model_folder, out)
+        answer_scienceqa(monkeypatch, data_folder, model_folder, out)
 
 
-def test_a_file_that_holds_no_answers_is_left_alone(monkeypatch, folder, model_folder, tmp_path):
+def test_file_without_answers_is_refused_and_unchanged(monkeypatch, data_folder, model_folder, tmp_path):
     for content in ('{"1": {"question": "Why?"}}', "words\n", "words", '{"1": {"que', '{"question_id": 1}\n',
                     "[" * 100_000, '{"question_id": 1, "text": "A", "metadata": 5}\n'):
         (tmp_path / "a").write_text(content)
         with pytest.raises(ValueError, match="another --out|line 1: not"):
-            ask(monkeypatch, folder, model_folder, tmp_path / "a")
+            answer_scienceqa(monkeypatch, data_folder, model_folder, tmp_path / "a")
         assert (tmp_path / "a").read_text() == content
 
 
-@pytest.mark.parametrize("words", [[], ["--scienceqa", "x"], ["--model", "x"],
+@pytest.mark.parametrize("flags", [[], ["--scienceqa", "x"], ["--model", "x"],
                                    ["--scienceqa", "x", "--model", "x", "--predictions", "y"]])
-def test_misuse_exits_with_2(monkeypatch, words):
+def test_invalid_flags_exit_with_code_2(monkeypatch, flags):
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *words)
+        run_eval(monkeypatch, *flags)
     assert stopped.value.code == 2
 
 
-def test_equal_logits_in_bfloat16_are_told_apart_in_float32(model_folder, problems):
+def test_options_are_compared_in_float32(model_folder, problems):
+    """Two logits that differ in float32 and are equal in bfloat16."""
     model = Llava.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
     processor = Processor.from_pretrained(model_folder, model.config)
     problem = [p for p in problems if p["id"] == "13"]
     rows = [processor.encode(f"The answer is {letter}")[-1] for letter in "AB"]
     head, states = model.language_model.lm_head, []
-    handle = model.language_model.norm.register_forward_hook(lambda *a: states.append(a[-1]))
+    norm = model.language_model.norm
+    handle = norm.register_forward_hook(lambda module, args, output: states.append(output))
     list(generate_answers(model, processor, problem, options=True))
     handle.remove()
     hidden = states[0].flatten()
-    with torch.no_grad():                    # B's logit is larger by less than bfloat16 shows
+    with torch.no_grad():                    # B's logit is larger by less than the precision of bfloat16
         head.weight[rows] = 10 * hidden / hidden.norm()
         largest = int(hidden.abs().argmax())
         head.weight[rows[1], largest] *= 1 + 2**-7
         a, b = (hidden.to(torch.bfloat16) @ head.weight[rows].T).tolist()
     assert a == b
-    assert [text for _, text in generate_answers(model, processor, problem,
-                                                  options=True)] == ["The answer is B."]
+    answers = generate_answers(model, processor, problem, options=True)
+    assert [text for _, text in answers] == ["The answer is B."]
 
 
-def test_wording_letter_is_the_prompt_of_llava_1_5(problems):
+def test_wording_letter_gives_the_prompt_of_llava_1_5(problems):
     assert question(problems[2], "letter") == (
         "<image>\nContext: A map.\nWhich way is up?\nA. north\nB. east\nC. west\n"
         "Answer with the option's letter from the given choices directly.")
     assert question(problems[3], wording="letter").startswith("Is run a verb?\nA. no\nB. yes\nAnswer")
 
 
-def test_wording_letter_prints_the_accuracy_with_images(monkeypatch, folder, tmp_path, capsys):
+def test_wording_letter_prints_the_accuracy_with_images(monkeypatch, data_folder, tmp_path, capsys):
     texts = {"14": "E", "11": "A", "12": "B", "13": "B"}
-    (tmp_path / "a").write_text("".join(json.dumps({"question_id": i, "text": t}) + "\n" for i,
-                                        t in texts.items()))
-    run(monkeypatch, "--scienceqa", folder, "--predictions", tmp_path / "a", "--wording", "letter",
-        "--json", tmp_path / "figures.json")
+    lines = [json.dumps({"question_id": i, "text": text}) for i, text in texts.items()]
+    (tmp_path / "a").write_text("\n".join(lines) + "\n")
+    run_eval(monkeypatch, "--scienceqa", data_folder, "--predictions", tmp_path / "a", "--wording", "letter",
+             "--json", tmp_path / "figures.json")
     assert "published figure is that of the questions with an image: 50.0" in capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["IMG"], figures["Avg"], figures["missing"], figures["questions"]) == (50, 75, 0, 4)
@@ -304,50 +315,52 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_formulas_give_what_torch_counts(name):
+def test_costs_equal_the_counts_of_torch(name):
     config, cost = CONFIGS[name], costs(CONFIGS[name], text_tokens=11)
-    tiles, side = 5 if name == "anyres" else 1, config.vision.image_size
-    unlimited = replace(config, text=replace(config.text, sliding_window=None))
+    side, text = config.vision.image_size, config.text
+    tiles, newlines = (5, 8) if name == "anyres" else (1, 0)
     with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model = Llava(unlimited)
+        model = Llava(replace(config, text=replace(text, sliding_window=None)))
         model.projector(model.vision_tower(torch.empty(1, 3, side, side), config.vision_feature_layer)[:, 1:])
-        tile = counter.get_total_flops()
-        hidden = model.language_model(torch.empty(1, cost["tokens, image and text"], config.text.hidden_size))
+        tile_flops = counter.get_total_flops()
+        hidden = model.language_model(torch.empty(1, cost["tokens, image and text"], text.hidden_size))
         model.language_model.lm_head(hidden[:, -1:])
-    assert cost["TFLOPs"] == pytest.approx((tile * (tiles - 1) + counter.get_total_flops()) / 1e12, rel=1e-12)
-    assert cost["parameters"] == sum(p.numel() for p in Llava(CONFIGS[name]).parameters())
-    assert cost["TFLOPs, vision_tower"] == pytest.approx(tiles * vision_flops(CONFIGS[name].vision, 2) / 1e12)
-    assert cost["MiB of keys and values"] == 2 * 2 * 3 * 1 * 24 * 7 / 2**20              # the window
-    assert cost["tokens, image and text"] == 11 + CONFIGS[name].vision.side**2 * tiles + 8 * (tiles == 5)
+    flops = tile_flops * (tiles - 1) + counter.get_total_flops()
+    assert cost["TFLOPs"] == pytest.approx(flops / 1e12, rel=1e-12)
+    assert cost["parameters"] == sum(p.numel() for p in Llava(config).parameters())
+    assert cost["TFLOPs, vision_tower"] == pytest.approx(tiles * vision_flops(config.vision, 2) / 1e12)
+    assert cost["MiB of keys and values"] == 2 * 2 * 3 * 1 * 24 * 7 / 2**20              # 7: the window
+    assert cost["tokens, image and text"] == 11 + config.vision.side**2 * tiles + newlines
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 30])
-def test_causal_flops_count_the_pairs_inside_the_window(tokens):
+def test_causal_flops_count_only_pairs_inside_the_window(tokens):
     pairs = sum(0 <= i - j < 7 for i in range(tokens) for j in range(tokens))
-    less = language_flops(SMALL, tokens, causal=False) - language_flops(SMALL, tokens)
-    assert less == SMALL.num_hidden_layers * 4 * SMALL.num_attention_heads * 24 * (tokens**2 - pairs)
-    head = language_flops(SMALL, tokens, logits=5) - language_flops(SMALL, tokens)
-    assert head == 4 * 2 * SMALL.hidden_size * 50
+    difference = language_flops(SMALL, tokens, causal=False) - language_flops(SMALL, tokens)
+    assert difference == SMALL.num_hidden_layers * 4 * SMALL.num_attention_heads * 24 * (tokens**2 - pairs)
+    difference = language_flops(SMALL, tokens, logits=5) - language_flops(SMALL, tokens)
+    assert difference == 4 * 2 * SMALL.hidden_size * 50
 
 
-def test_published_sizes_are_those_of_the_published_files():
+def test_parameter_counts_of_the_published_models():
     parts = [count_parameters(config) for config in eval.PUBLISHED.values()]
     assert [p["language_model"] for p in parts] == [7241732096, 6738415616, 13015864320]
     assert [sum(p.values()) for p in parts] == [7566219264, 7062902784, 13350839296]
     assert {p["vision_tower"] for p in parts} == {303507456}
     mistral, llama_7b, llama_13b = (p["language_model"] for p in parts)
-    assert (round(mistral / llama_13b, 3), round(mistral / llama_7b, 3)) == (0.556, 1.075)   # not 0.54 = 7/13
+    assert (round(mistral / llama_13b, 3), round(mistral / llama_7b, 3)) == (0.556, 1.075)   # not 7 / 13
 
 
 def test_cost_prints_and_writes_the_published_models(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, "--cost", "--json", tmp_path / "figures.json")
+    run_eval(monkeypatch, "--cost", "--json", tmp_path / "figures.json")
     out = capsys.readouterr().out
-    assert all(figure in out for figure in ("7,566,219,264", "14.093", "5.0336", "0.36603", "0.024159", "75.75"))
+    for figure in ("7,566,219,264", "14.093", "5.0336", "0.36603", "0.024159", "75.75"):
+        assert figure in out
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == list(eval.PUBLISHED) and figures["LLaVA-1.5-7B"]["parameters"] == 7062902784
 
 
-def test_the_size_in_4_bits_is_that_of_quantized_layers():
+def test_int4_bytes_equals_the_size_of_a_quantized_model():
     text = TextConfig(vocab_size=96, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
                       num_attention_heads=4, num_key_value_heads=2, head_dim=32)
     vision = VisionConfig(32, 48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16)
@@ -359,33 +372,36 @@ def test_the_size_in_4_bits_is_that_of_quantized_layers():
     assert llava.count_weights(model)[1] == eval.int4_bytes(model.config) + scales_of_lm_head
 
 
-def test_the_formula_gives_prumerges_table_ii():
+def test_language_flops_reproduce_prumerges_table_ii():
     """TFLOPs of the language model for 700 and 70 tokens. The published INT4 figures are FP16 / 4; that of
-    the pruned 7B, 0.28, looks wrong."""
+    the pruned 7B, 0.28, is not."""
     for name, published in eval.TABLE_II.items():
         text = eval.PUBLISHED[name].text
         full, pruned = (language_flops(text, tokens, causal=False) / 1e12 for tokens in (700, 70))
-        for there, here in zip(published, (full, pruned, full / 4, pruned / 4)):
-            assert here == pytest.approx(there, rel=0.02) or there == 0.28
-        before = language_flops(text, 30 + 576, causal=False) / 1e12      # 576 image tokens become 40
-        assert before / pruned == pytest.approx(8.8, abs=0.05)
+        for theirs, ours in zip(published, (full, pruned, full / 4, pruned / 4)):
+            if theirs != 0.28:
+                assert ours == pytest.approx(theirs, rel=0.02)
+        unpruned = language_flops(text, 30 + 576, causal=False) / 1e12    # 576 image tokens become 40
+        assert unpruned / pruned == pytest.approx(8.8, abs=0.05)
 
 
-def test_cost_needs_no_more_of_a_model_than_its_config(monkeypatch, capsys, model_folder, opened, tmp_path):
+def test_cost_needs_only_the_config_of_a_model(monkeypatch, capsys, model_folder, model_and_processor,
+                                               tmp_path):
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
-    run(monkeypatch, "--cost", 5, "--model", tmp_path)
+    run_eval(monkeypatch, "--cost", 5, "--model", tmp_path)
     lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[1:])
     assert lines["tokens, image and text"] == "21"
-    assert lines["parameters"] == f"{sum(p.numel() for p in opened[0].parameters()):,}"
+    parameters = sum(p.numel() for p in model_and_processor[0].parameters())
+    assert lines["parameters"] == f"{parameters:,}"
 
 
-def test_cost_counts_the_tokens_that_a_reduction_keeps(monkeypatch, tmp_path):
-    """Before the projector, but divprune chooses among projected tokens."""
-    costs = {}
+def test_cost_counts_only_the_kept_tokens(monkeypatch, tmp_path):
+    """The projector gets only kept tokens, except with divprune, which chooses among projected tokens."""
+    figures = {}
     for name in ("none", "random", "divprune"):
         keep = () if name == "none" else ("--keep-tokens", 64)
-        run(monkeypatch, "--cost", 30, "--prune", name, *keep, "--json", tmp_path / "figures.json")
-        costs[name] = json.loads((tmp_path / "figures.json").read_text())["LLaVA-1.5-7B"]
-    assert [c["tokens, image and text"] for c in costs.values()] == [606, 94, 94]
-    whole, random, divprune = (c["TFLOPs, projector"] for c in costs.values())
-    assert whole == divprune == pytest.approx(9 * random)
+        run_eval(monkeypatch, "--cost", 30, "--prune", name, *keep, "--json", tmp_path / "figures.json")
+        figures[name] = json.loads((tmp_path / "figures.json").read_text())["LLaVA-1.5-7B"]
+    assert [f["tokens, image and text"] for f in figures.values()] == [606, 94, 94]
+    none, random, divprune = (f["TFLOPs, projector"] for f in figures.values())
+    assert none == divprune == pytest.approx(9 * random)

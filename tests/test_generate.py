@@ -1,4 +1,4 @@
-"""Naive expansion and generated records: what the teacher is sent, which replies are kept, none is lost."""
+"""Tests of prune.py --expand and --generate: records, requests, checks of replies, resuming and errors."""
 
 import json
 import multiprocessing
@@ -21,9 +21,8 @@ from tests import toy
 from tests.toy import Teacher, write_coco
 
 torch.set_num_threads(1)
-pause = time.sleep                           # the tests replace time.sleep in eval.chat
-KINDS = ("conversation", "detail", "reasoning")
-GOOD = "Question:\nWhat is it?\n===\nAnswer:\nIt is red."
+real_sleep = time.sleep                      # the fixture `teacher` replaces time.sleep for eval.chat
+GOOD_REPLY = "Question:\nWhat is it?\n===\nAnswer:\nIt is red."
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def coco(tmp_path_factory):
 
 @pytest.fixture
 def teacher(monkeypatch):
-    """A local server with `url` and `prompts`; waits between attempts are noted, not slept."""
+    """A running toy.Teacher. Waits between attempts are appended to its `waits` instead of slept."""
     server = Teacher()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     server.waits = []
@@ -47,15 +46,20 @@ def teacher(monkeypatch):
     server.server_close()
 
 
-def go(monkeypatch, program, *words) -> None:
-    """What the command line does."""
-    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, words)])
+def run_program(monkeypatch, program, *flags) -> None:
+    """Run one of the programs in this process with these flags."""
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
     command_line(program.main)
 
 
-def flags_of(coco, out, kind="detail", *more) -> list:
+def generate_flags(coco, out, kind, *flags) -> list:
+    """The flags of prune.py --generate."""
     return ["--generate", kind, "--captions", coco / "captions_train2014.json", "--judge-model", "toy",
-            "--boxes", coco / "instances_train2014.json", "--out", out, *more]
+            "--boxes", coco / "instances_train2014.json", "--out", out, *flags]
+
+
+def run_generate(monkeypatch, coco, out, kind, *flags) -> None:
+    run_program(monkeypatch, prune, *generate_flags(coco, out, kind, *flags))
 
 
 def read_lines(file) -> list[dict]:
@@ -67,39 +71,40 @@ def read_lines(file) -> list[dict]:
 
 
 @pytest.mark.parametrize("style, count", (("brief", 11), ("detailed", 16)))
-def test_expansion_makes_one_record_of_each_pair_with_instruction_and_order_at_random(monkeypatch, coco,
-                                                                                      tmp_path, style, count):
+def test_expand_gives_each_caption_a_random_instruction(monkeypatch, coco, tmp_path, style, count):
     captions, out = coco / "captions_train2014.json", tmp_path / "a.json"
-    go(monkeypatch, prune, "--expand", captions, "--out", out, "--style", style)
-    records, made = json.loads(out.read_text()), out.read_bytes()
+    flags = ("--expand", captions, "--out", out, "--style", style)
+    run_program(monkeypatch, prune, *flags)
+    records, content_before = json.loads(out.read_text()), out.read_bytes()
     content = json.loads(captions.read_text())
     assert [(r["id"], r["image"], r["conversations"][1]["value"]) for r in records] == [
         (str(e["image_id"]), f"{e['image_id']:06}.png", e["caption"]) for e in content["annotations"]]
-    asked = [r["conversations"][0]["value"] for r in records]
+    questions = [r["conversations"][0]["value"] for r in records]
     assert len(set(INSTRUCTIONS[style])) == count
-    assert {text.replace("<image>", "").strip() for text in asked} == set(INSTRUCTIONS[style])
-    assert 30 < sum(text.startswith("<image>\n") for text in asked) < 90
-    assert all(text.startswith("<image>\n") != text.endswith("\n<image>") for text in asked)
-    go(monkeypatch, prune, "--expand", captions, "--out", out, "--style", style)
-    assert out.read_bytes() == made
-    go(monkeypatch, prune, "--expand", captions, "--out", out, "--style", style, "--seed", 1)
-    assert out.read_bytes() != made
+    assert {text.replace("<image>", "").strip() for text in questions} == set(INSTRUCTIONS[style])
+    assert 30 < sum(text.startswith("<image>\n") for text in questions) < 90
+    assert all(text.startswith("<image>\n") != text.endswith("\n<image>") for text in questions)
+    run_program(monkeypatch, prune, *flags)
+    assert out.read_bytes() == content_before
+    run_program(monkeypatch, prune, *flags, "--seed", 1)
+    assert out.read_bytes() != content_before
 
 
-def test_expansion_reads_lists_of_pairs_and_stops_at_a_limit_of_images(monkeypatch, tmp_path):
+def test_expand_reads_a_list_of_pairs_and_applies_limit(monkeypatch, tmp_path):
     pairs = [{"image": f"00/{i}.jpg", "caption": f" scene\n{i} "} for i in range(5)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    go(monkeypatch, prune, "--expand", tmp_path / "pairs.json", "--out", tmp_path / "a.json", "--limit", 2)
+    flags = ("--expand", tmp_path / "pairs.json", "--out", tmp_path / "a.json", "--limit", 2)
+    run_program(monkeypatch, prune, *flags)
     records = json.loads((tmp_path / "a.json").read_text())
     assert [(r["id"], r["image"], r["conversations"][1]["value"]) for r in records] == [
         ("00/0", "00/0.jpg", "scene 0"), ("00/1", "00/1.jpg", "scene 1")]
 
 
 # ---------------------------------------------------------------------------------------------
-# What the teacher is sent
+# Requests to the teacher
 
 
-def test_a_symbolic_image_is_captions_an_empty_line_and_corners_from_0_to_1(tmp_path):
+def test_request_has_captions_then_boxes_scaled_to_0_1(tmp_path):
     images = [{"id": 7, "file_name": "7.jpg", "width": 640, "height": 480}]
     (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": [
         {"image_id": 7, "caption": "A dog sits. "}, {"image_id": 7, "caption": "A dog\non a sofa."}]}))
@@ -116,68 +121,68 @@ def test_a_symbolic_image_is_captions_an_empty_line_and_corners_from_0_to_1(tmp_
         "dog: [0.1, 0.101, 0.6, 0.601]\ncouch: [0.0, 0.0, 1.0, 1.0]")}
 
 
-def test_a_conversation_is_made_of_captions_alone_unless_boxes_are_given():
+def test_conversation_request_has_boxes_only_if_given():
     for boxes, lines in ((None, []), ("boxes.json", ["dog: [0.1, 0.2, 0.3, 0.4]"])):
         args = SimpleNamespace(generate="conversation", judge_model="toy", boxes=boxes)
         messages = make_request(args, ["A dog sits."], lines)[1]["messages"]
         assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
-        assert [": [" in m["content"] for m in messages[1::2]] == [bool(boxes)] * 2
+        for user_message in messages[1::2]:
+            assert (": [" in user_message["content"]) == bool(boxes)
 
 
-def test_the_examples_pass_the_checks_of_replies():
+def test_example_replies_pass_check_reply():
     for kind, text in prune.EXAMPLE_REPLIES.items():
         pairs, reason = check_reply(kind, text, [])
         assert not reason and len(pairs) == {"conversation": 2, "detail": 1, "reasoning": 1}[kind]
 
 
-def test_the_key_depends_on_prompt_model_and_settings(monkeypatch):
+def test_request_key_depends_on_prompt_model_and_settings(monkeypatch):
     args = SimpleNamespace(generate="conversation", judge_model="toy", boxes=None)
     keys = [make_request(args, ["A dog sits."], [])[0], make_request(args, ["A cat sits."], [])[0]]
-    for other in ({"judge_model": "other"}, {"generate": "detail"}):
-        keys.append(make_request(SimpleNamespace(**vars(args) | other), ["A dog sits."], [])[0])
+    for change in ({"judge_model": "other"}, {"generate": "detail"}):
+        keys.append(make_request(SimpleNamespace(**vars(args) | change), ["A dog sits."], [])[0])
     monkeypatch.setitem(prune.SAMPLING, "temperature", 0.7)
     keys.append(make_request(args, ["A dog sits."], [])[0])
     assert len(set(keys)) == 5
 
 
 # ---------------------------------------------------------------------------------------------
-# Records, and training on them
+# Generated records and rejected replies
 
 
-def test_all_three_kinds_are_generated_checked_shown_and_trained_on(monkeypatch, coco, teacher, tmp_path,
-                                                                    capsys):
+def test_generated_records_are_valid_training_data(monkeypatch, coco, teacher, tmp_path, capsys):
     model = toy.write_random(tmp_path / "model")
-    for kind in KINDS:
+    for kind in ("conversation", "detail", "reasoning"):
         out = tmp_path / f"{kind}.json"
-        go(monkeypatch, prune, *flags_of(coco, out, kind, "--judge", teacher.url, "--limit", 12))
+        run_generate(monkeypatch, coco, out, kind, "--judge", teacher.url, "--limit", 12)
         records = json.loads(out.read_text())
         assert [r["id"] for r in records] == [str(i) for i in range(1, 13)]
         assert [r["image"] for r in records] == [f"{i:06}.png" for i in range(1, 13)]
-        speakers = ["human", "gpt"] * {"conversation": 3}.get(kind, 1)
+        speakers = ["human", "gpt"] * (3 if kind == "conversation" else 1)
         assert all([t["from"] for t in r["conversations"]] == speakers for r in records)
         assert all("".join(t["value"] for t in r["conversations"]).count("<image>") == 1 for r in records)
         assert all("<image>" in r["conversations"][0]["value"] for r in records)
-        asked = {r["conversations"][0]["value"].replace("<image>", "").strip() for r in records}
-        assert (asked <= set(INSTRUCTIONS["detailed"])) == (kind == "detail")
+        questions = {r["conversations"][0]["value"].replace("<image>", "").strip() for r in records}
+        assert (questions <= set(INSTRUCTIONS["detailed"])) == (kind == "detail")
         assert not out.with_suffix(".rejected.jsonl").read_text()
-        command = ("--stage", 2, "--init", model, "--data", out, "--images", coco / "train2014",
-                   "--out", tmp_path / kind, "--epochs", 1, "--batch-size", 4)
-        go(monkeypatch, train, "--check-data", *command)
+        flags = ("--stage", 2, "--init", model, "--data", out, "--images", coco / "train2014",
+                 "--out", tmp_path / kind, "--epochs", 1, "--batch-size", 4)
+        run_program(monkeypatch, train, "--check-data", *flags)
         assert json.loads((tmp_path / kind / "check.json").read_text())["wrong"] == []
         capsys.readouterr()
-        go(monkeypatch, train, "--show", 0, *command)
-        shown = capsys.readouterr().out
+        run_program(monkeypatch, train, "--show", 0, *flags)
+        text = capsys.readouterr().out
         for turn in records[0]["conversations"][1::2]:
-            assert "\x1b[32m" in shown and turn["value"].split()[-1].rstrip(".") in shown
-        go(monkeypatch, train, *command)
+            assert "\x1b[32m" in text and turn["value"].split()[-1].rstrip(".") in text
+        run_program(monkeypatch, train, *flags)
         assert len((tmp_path / kind / "log.jsonl").read_text().splitlines()) == 3
     assert len(teacher.prompts) == 3 * 12
 
 
 @pytest.mark.parametrize("kind, text, reason", (
-    ("conversation", GOOD, ""),
-    ("conversation", GOOD + "\n===\n" + GOOD + "\n===\n", ""),
-    ("conversation", GOOD + "\n===\nQuestion:\nWhat else?", "an odd number of blocks"),
+    ("conversation", GOOD_REPLY, ""),
+    ("conversation", GOOD_REPLY + "\n===\n" + GOOD_REPLY + "\n===\n", ""),
+    ("conversation", GOOD_REPLY + "\n===\nQuestion:\nWhat else?", "an odd number of blocks"),
     ("conversation", "", "an empty reply"),
     ("conversation", "Question:\n\n===\nAnswer:\nIt is red.", "an empty part"),
     ("conversation", "Question:\nWhat is it?\n===\nAnswer:\n", "an empty part"),
@@ -185,31 +190,32 @@ def test_all_three_kinds_are_generated_checked_shown_and_trained_on(monkeypatch,
     ("conversation", "Answer:\nRed.\n===\nQuestion:\nWhat is it?", "blocks that are not"),
     ("conversation", "Question:\nWhat is it?\nAnswer:\nRed.\n===\nAnswer:\nBlue.", "blocks that are not"),
     ("conversation", "It is red.\n===\nAnswer:\nIt is red.", "blocks that are not"),
-    ("conversation", GOOD.replace("It is red.", "A dog on a sofa."), "repeats the prompt"),
-    ("conversation", GOOD.replace("It is red.", "The caption says red."), "mentions captions"),
-    ("conversation", GOOD.replace("It is red.", "Its bounding box is large."), "mentions captions"),
-    ("conversation", GOOD.replace("It is red.", "It is at 0.1, 0.25."), "prints coordinates"),
-    ("conversation", GOOD.replace("It is red.", "It is at [0, 1, 1, 1]."), "prints coordinates"),
-    ("conversation", GOOD.replace("It is red.", "<image> shows red."), "contains <image>"),
-    ("reasoning", GOOD, ""),
-    ("reasoning", GOOD + "\n===\n" + GOOD, "more than one question"),
+    ("conversation", GOOD_REPLY.replace("It is red.", "A dog on a sofa."), "repeats the prompt"),
+    ("conversation", GOOD_REPLY.replace("It is red.", "The caption says red."), "mentions captions"),
+    ("conversation", GOOD_REPLY.replace("It is red.", "Its bounding box is large."), "mentions captions"),
+    ("conversation", GOOD_REPLY.replace("It is red.", "It is at 0.1, 0.25."), "prints coordinates"),
+    ("conversation", GOOD_REPLY.replace("It is red.", "It is at [0, 1, 1, 1]."), "prints coordinates"),
+    ("conversation", GOOD_REPLY.replace("It is red.", "<image> shows red."), "contains <image>"),
+    ("reasoning", GOOD_REPLY, ""),
+    ("reasoning", GOOD_REPLY + "\n===\n" + GOOD_REPLY, "more than one question"),
     ("detail", "It is red.\n\nIt costs 1.50, or 2.50 more.", ""),
-    ("detail", GOOD, "blocks in a description"),
+    ("detail", GOOD_REPLY, "blocks in a description"),
     ("detail", " \n", "an empty part"),
     ("detail", None, "no reply"),
 ))
-def test_bad_replies_are_rejected_with_a_reason(kind, text, reason):
+def test_check_reply_gives_a_reason_for_each_bad_reply(kind, text, reason):
     prompt = [{"role": "system", "content": "Write."},
               {"role": "user", "content": "A dog on a sofa.\nWhat is it?"}]
     pairs, found = check_reply(kind, text, prompt)
     assert found.startswith(reason) and bool(found) == bool(reason)
-    assert found or all(answer for _, answer in pairs)
+    if not found:
+        assert all(answer for _, answer in pairs)
 
 
 def test_rejected_replies_are_listed_and_counted(monkeypatch, coco, teacher, tmp_path, capsys):
     teacher.edit = lambda text: text.replace("color", "caption") if "blue" in text else text
     out = tmp_path / "a.json"
-    go(monkeypatch, prune, *flags_of(coco, out, "detail", "--judge", teacher.url))
+    run_generate(monkeypatch, coco, out, "detail", "--judge", teacher.url)
     rejected = read_lines(tmp_path / "a.rejected.jsonl")
     kept = json.loads(out.read_text())
     assert len(rejected) > 3 and all("blue" in r["text"] for r in rejected)
@@ -221,87 +227,88 @@ def test_rejected_replies_are_listed_and_counted(monkeypatch, coco, teacher, tmp
 
 
 # ---------------------------------------------------------------------------------------------
-# Nothing is lost, nothing is asked twice
+# Resuming and batch files
 
 
-def test_a_rerun_asks_only_what_has_no_reply(monkeypatch, coco, teacher, tmp_path):
+def test_rerun_sends_only_requests_without_reply(monkeypatch, coco, teacher, tmp_path):
     out, judge = tmp_path / "a.json", ("--judge", teacher.url)
-    go(monkeypatch, prune, *flags_of(coco, out, "detail", *judge, "--limit", 10))
+    run_generate(monkeypatch, coco, out, "detail", *judge, "--limit", 10)
     assert len(teacher.prompts) == 10
-    go(monkeypatch, prune, *flags_of(coco, out, "detail", *judge, "--limit", 15))
+    run_generate(monkeypatch, coco, out, "detail", *judge, "--limit", 15)
     assert len(teacher.prompts) == len(set(teacher.prompts)) == 15
     with (tmp_path / "a.replies.jsonl").open("a") as file:
         file.write('{"key": "cut of')
-    go(monkeypatch, prune, *flags_of(coco, out, "detail", *judge, "--limit", 15))
+    run_generate(monkeypatch, coco, out, "detail", *judge, "--limit", 15)
     assert len(teacher.prompts) == 15 and len(read_lines(tmp_path / "a.replies.jsonl")) == 15
-    go(monkeypatch, prune, *flags_of(coco, out, "reasoning", *judge, "--limit", 15))
+    run_generate(monkeypatch, coco, out, "reasoning", *judge, "--limit", 15)
     assert len(teacher.prompts) == 30
 
 
-def test_kills_lose_no_reply_and_repeat_at_most_the_requests_in_flight(monkeypatch, teacher, tmp_path):
+def test_kill_loses_no_reply_and_repeats_only_requests_in_flight(monkeypatch, teacher, tmp_path):
     kills, workers, rng = 3, 4, random.Random(0)
     write_coco(tmp_path / "coco", size=300, images=False)
-    flags = "detail", "--judge", teacher.url, "--workers", workers
-    go(monkeypatch, prune, *flags_of(tmp_path / "coco", tmp_path / "whole.json", *flags))
-    once = len(teacher.prompts)
-    assert once == len(set(teacher.prompts)) > 250
-    words = [str(word) for word in flags_of(tmp_path / "coco", tmp_path / "a.json", *flags)]
-    monkeypatch.setattr(sys, "argv", ["prune.py", *words])
-    key_of = {body["messages"][-1]["content"]: key
-              for *_, key, body in prune.read_images(prune.parse_args(words))[0]}
+    flags = ("detail", "--judge", teacher.url, "--workers", workers)
+    run_generate(monkeypatch, tmp_path / "coco", tmp_path / "uninterrupted.json", *flags)
+    total = len(teacher.prompts)
+    assert total == len(set(teacher.prompts)) > 250
+    argv = [str(flag) for flag in generate_flags(tmp_path / "coco", tmp_path / "a.json", *flags)]
+    monkeypatch.setattr(sys, "argv", ["prune.py", *argv])
+    key_of_prompt = {body["messages"][-1]["content"]: key
+                     for *_, key, body in prune.read_images(prune.parse_args(argv))[0]}
     replies = tmp_path / "a.replies.jsonl"
     teacher.prompts.clear()
     for _ in range(kills):
-        recorded, begin = read_replies(replies) if replies.exists() else {}, len(teacher.prompts)
+        recorded = read_replies(replies) if replies.exists() else {}
+        begin = len(teacher.prompts)
         process = multiprocessing.get_context("fork").Process(target=prune.main)
         process.start()
         end = begin + rng.randint(20, 60)
         while len(teacher.prompts) < end and process.is_alive():
-            pause(0.001)
+            real_sleep(0.001)
         process.kill()
         process.join()
-        pause(0.1)                           # for requests that were sent before the kill
-        assert process.exitcode == -9 and not recorded.keys() & {key_of[p] for p in teacher.prompts[begin:]}
+        real_sleep(0.1)                           # for requests that were sent before the kill
+        assert process.exitcode == -9
+        assert not recorded.keys() & {key_of_prompt[prompt] for prompt in teacher.prompts[begin:]}
     recorded, begin = read_replies(replies), len(teacher.prompts)
-    assert begin - kills * workers <= len(recorded) < once
+    assert begin - kills * workers <= len(recorded) < total
     prune.main()
-    assert not recorded.keys() & {key_of[prompt] for prompt in teacher.prompts[begin:]}
-    assert len(set(teacher.prompts)) == once >= len(teacher.prompts) - kills * workers
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not recorded.keys() & {key_of_prompt[prompt] for prompt in teacher.prompts[begin:]}
+    assert len(set(teacher.prompts)) == total >= len(teacher.prompts) - kills * workers
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "uninterrupted.json").read_bytes()
 
 
-def test_a_batch_is_written_and_its_results_are_read_back(monkeypatch, coco, teacher, tmp_path):
+def test_batch_file_is_written_and_its_results_are_read(monkeypatch, coco, teacher, tmp_path):
     out, batch = tmp_path / "a.json", tmp_path / "batch.jsonl"
-    go(monkeypatch, prune, *flags_of(coco, out, "reasoning", "--batch", batch))
+    run_generate(monkeypatch, coco, out, "reasoning", "--batch", batch)
     assert not teacher.prompts and not out.exists()
     entries = read_lines(batch)
     assert len({e["custom_id"] for e in entries}) == 40
     assert {(e["method"], e["url"]) for e in entries} == {("POST", "/v1/chat/completions")}
     results = []
     for e in entries[1:]:
-        text = toy.teach(e["body"]["messages"][0]["content"], e["body"]["messages"][-1]["content"])
+        text = toy.make_reply(e["body"]["messages"][0]["content"], e["body"]["messages"][-1]["content"])
         body = {"choices": [{"message": {"role": "assistant", "content": text}}]}
         results.append({"custom_id": e["custom_id"], "response": {"status_code": 200, "body": body}})
     results.append({"custom_id": entries[0]["custom_id"], "response": None, "error": {"message": "expired"}})
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in results))
-    again = tmp_path / "again.jsonl"
-    go(monkeypatch, prune, *flags_of(coco, tmp_path / "c.json", "reasoning", "--replies",
-                                     tmp_path / "results.jsonl", "--batch", again))
-    assert [e["custom_id"] for e in read_lines(again)] == [entries[0]["custom_id"]]      # the one that failed
-    go(monkeypatch, prune, *flags_of(coco, out, "reasoning", "--replies", tmp_path / "results.jsonl"))
+    replies, retry = ("--replies", tmp_path / "results.jsonl"), tmp_path / "retry.jsonl"
+    run_generate(monkeypatch, coco, tmp_path / "c.json", "reasoning", *replies, "--batch", retry)
+    assert [e["custom_id"] for e in read_lines(retry)] == [entries[0]["custom_id"]]      # the failed request
+    run_generate(monkeypatch, coco, out, "reasoning", *replies)
     assert not teacher.prompts
     assert [r["id"] for r in json.loads(out.read_text())] == [str(i) for i in range(2, 41)]
     assert [(r["id"], r["reason"]) for r in read_lines(tmp_path / "a.rejected.jsonl")] == [("1", "no reply")]
-    made = out.read_bytes()
-    go(monkeypatch, prune, *flags_of(coco, out, "reasoning", "--judge", teacher.url))
-    assert len(teacher.prompts) == 1                                      # what the batch did not answer
-    go(monkeypatch, prune, *flags_of(coco, tmp_path / "b.json", "reasoning", "--judge", teacher.url))
-    assert out.read_bytes() == (tmp_path / "b.json").read_bytes() != made
+    content_before = out.read_bytes()
+    run_generate(monkeypatch, coco, out, "reasoning", "--judge", teacher.url)
+    assert len(teacher.prompts) == 1                                      # the failed request
+    run_generate(monkeypatch, coco, tmp_path / "b.json", "reasoning", "--judge", teacher.url)
+    assert out.read_bytes() == (tmp_path / "b.json").read_bytes() != content_before
 
 
-def test_a_dry_run_prints_the_first_request_and_the_size_of_all(monkeypatch, coco, teacher, tmp_path, capsys):
-    flags = flags_of(coco, tmp_path / "a.json", "detail", "--judge", teacher.url)
-    go(monkeypatch, prune, *flags, "--dry-run")
+def test_dry_run_prints_the_first_request_and_the_total(monkeypatch, coco, teacher, tmp_path, capsys):
+    flags = generate_flags(coco, tmp_path / "a.json", "detail", "--judge", teacher.url)
+    run_program(monkeypatch, prune, *flags, "--dry-run")
     first, text = capsys.readouterr().out.split("\n", 1)
     assert first.startswith("40 requests, ") and not teacher.prompts
     body = json.loads(text)
@@ -313,51 +320,56 @@ def test_a_dry_run_prints_the_first_request_and_the_size_of_all(monkeypatch, coc
 # Bad input
 
 
-def stopped(monkeypatch, *words) -> str:
-    with pytest.raises(SystemExit) as stop:
-        go(monkeypatch, prune, *words)
-    assert "\n" not in stop.value.code
-    return stop.value.code
+def error_of(monkeypatch, *flags) -> str:
+    """Run prune.py, which must exit with a message of one line, and return the message."""
+    with pytest.raises(SystemExit) as error:
+        run_program(monkeypatch, prune, *flags)
+    assert "\n" not in error.value.code
+    return error.value.code
 
 
-@pytest.mark.parametrize("status, sentence", ((401, "refuses the request"), (429, "answers 429")))
-def test_a_refusing_endpoint_ends_in_one_sentence_and_replies_stay(monkeypatch, coco, teacher, tmp_path,
-                                                                   status, sentence):
-    flags = flags_of(coco, tmp_path / "a.json", "detail", "--judge", teacher.url, "--workers", 1)
-    def refuse_from_the_eighth(text):
+@pytest.mark.parametrize("status, complaint", ((401, "refuses the request"), (429, "answers 429")))
+def test_endpoint_errors_keep_earlier_replies(monkeypatch, coco, teacher, tmp_path, status, complaint):
+    flags = generate_flags(coco, tmp_path / "a.json", "detail", "--judge", teacher.url, "--workers", 1)
+
+    def fail_after_seven_requests(text):
         teacher.status = 200 if len(teacher.prompts) <= 7 else status
         return text
 
-    teacher.edit = refuse_from_the_eighth
-    assert sentence in stopped(monkeypatch, *flags)
-    assert len(teacher.prompts) == (8 if status == 401 else 7 + 5), "401 is not repeated"
+    teacher.edit = fail_after_seven_requests
+    assert complaint in error_of(monkeypatch, *flags)
+    assert len(teacher.prompts) == (7 + 1 if status == 401 else 7 + 5), "401 is not repeated"
     assert len(read_replies(tmp_path / "a.replies.jsonl")) == 7 and not (tmp_path / "a.json").exists()
 
 
-def test_half_a_json_and_an_endpoint_that_is_down_end_in_one_sentence(monkeypatch, coco, teacher, tmp_path):
-    class Half(str):
+def test_truncated_reply_or_missing_endpoint_exits_with_one_sentence(monkeypatch, coco, teacher, tmp_path):
+    class TruncatedReply(str):
         def encode(self, *_):
             return b'{"choices": [{"mess'
 
-    flags = flags_of(coco, tmp_path / "a.json", "detail", "--limit", 1, "--judge")
-    monkeypatch.setattr(toy.json, "dumps", lambda value, dumps=json.dumps, **more: (
-        Half() if "choices" in str(value)[:20] else dumps(value, **more)))
-    assert "does not reply with a chat completion" in stopped(monkeypatch, *flags, teacher.url)
-    assert "is it running?" in stopped(monkeypatch, *flags, "http://127.0.0.1:9/v1")
-    assert "OPENAI_BASE_URL" in stopped(monkeypatch, *flags[:-1])
+    def truncate_replies(value, original_dumps=json.dumps, **options):
+        if "choices" in str(value)[:20]:
+            return TruncatedReply()
+        return original_dumps(value, **options)
+
+    monkeypatch.setattr(toy.json, "dumps", truncate_replies)
+    flags = generate_flags(coco, tmp_path / "a.json", "detail", "--limit", 1, "--judge")
+    assert "does not reply with a chat completion" in error_of(monkeypatch, *flags, teacher.url)
+    assert "is it running?" in error_of(monkeypatch, *flags, "http://127.0.0.1:9/v1")
+    assert "OPENAI_BASE_URL" in error_of(monkeypatch, *flags[:-1])
 
 
-def test_images_without_captions_or_boxes_are_listed(monkeypatch, coco, teacher, tmp_path, capsys):
+def test_images_without_captions_or_boxes_are_rejected(monkeypatch, coco, teacher, tmp_path, capsys):
     folder = shutil.copytree(coco, tmp_path / "coco")
-    for name, field, lost in (("captions", "annotations", 3), ("instances", "images", 5),
-                              ("captions", "images", 8)):
+    for name, field, removed in (("captions", "annotations", 3), ("instances", "images", 5),
+                                 ("captions", "images", 8)):
         file = folder / f"{name}_train2014.json"
         content = json.loads(file.read_text())
-        content["annotations"] = [e for e in content["annotations"] if e["image_id"] != lost]
+        content["annotations"] = [e for e in content["annotations"] if e["image_id"] != removed]
         if field == "images":
-            content["images"] = [e for e in content["images"] if e["id"] != lost]
+            content["images"] = [e for e in content["images"] if e["id"] != removed]
         file.write_text(json.dumps(content))
-    go(monkeypatch, prune, *flags_of(folder, tmp_path / "a.json", "detail", "--judge", teacher.url))
+    run_generate(monkeypatch, folder, tmp_path / "a.json", "detail", "--judge", teacher.url)
     rejected = [(r["id"], r["reason"]) for r in read_lines(tmp_path / "a.rejected.jsonl")]
     assert rejected == [("3", "no captions"), ("5", "no boxes"), ("8", "no captions")]
     assert len(json.loads((tmp_path / "a.json").read_text())) == 37
@@ -371,32 +383,32 @@ def test_images_without_captions_or_boxes_are_listed(monkeypatch, coco, teacher,
     ("instances", {"categories": []}, "not a COCO instances file"),
     ("captions", {"annotations": [{"image_id": 99, "caption": "x"}]}, "neither a COCO captions file"),
     ("captions", {"images": None}, "neither a COCO captions file")))
-def test_bad_files_end_in_one_sentence(monkeypatch, coco, tmp_path, name, change, complaint):
+def test_bad_coco_files_exit_with_one_sentence(monkeypatch, coco, tmp_path, name, change, complaint):
     folder = shutil.copytree(coco, tmp_path / "coco")
     file = folder / f"{name}_train2014.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    flags = flags_of(folder, tmp_path / "a.json", "detail", "--judge", "http://x/v1")
-    sentence = stopped(monkeypatch, *flags)
+    flags = generate_flags(folder, tmp_path / "a.json", "detail", "--judge", "http://x/v1")
+    sentence = error_of(monkeypatch, *flags)
     assert complaint in sentence and file.name in sentence
 
 
-@pytest.mark.parametrize("words, complaint", (
+@pytest.mark.parametrize("flags, complaint", (
     ("--generate detail --captions a.json --judge-model toy --out b.json", "needs --boxes"),
     ("--generate conversation --judge-model toy --out b.json", "needs --captions"),
     ("--generate conversation --captions a.json --out b.json", "--judge-model"),
     ("--expand a.json", "--out"), ("--expand a.json --out b.json --limit 0", "argument --limit"),
     ("--expand a.json --out b.json --workers 0", "argument --workers"),
     ("--study a --scienceqa b --pretrain c --vision d --language e --keep 9 --seeds 0", "argument --seeds")))
-def test_flags_that_do_not_fit_are_misuse(capsys, words, complaint):
-    with pytest.raises(SystemExit) as stop:
-        prune.parse_args(words.split())
-    assert stop.value.code == 2 and complaint in capsys.readouterr().err
+def test_invalid_flags_exit_with_code_2(capsys, flags, complaint):
+    with pytest.raises(SystemExit) as error:
+        prune.parse_args(flags.split())
+    assert error.value.code == 2 and complaint in capsys.readouterr().err
 
 
-def test_results_without_any_reply_leave_every_image_out(monkeypatch, coco, tmp_path):
+def test_batch_results_without_replies_reject_every_image(monkeypatch, coco, tmp_path):
     failed = {"custom_id": "x", "response": None, "error": {"message": "expired"}}
     (tmp_path / "results.jsonl").write_text(json.dumps(failed) + "\n")
     out = tmp_path / "a.json"
-    go(monkeypatch, prune, *flags_of(coco, out, "reasoning", "--replies", tmp_path / "results.jsonl"))
+    run_generate(monkeypatch, coco, out, "reasoning", "--replies", tmp_path / "results.jsonl")
     assert json.loads(out.read_text()) == []
     assert {r["reason"] for r in read_lines(tmp_path / "a.rejected.jsonl")} == {"no reply"}

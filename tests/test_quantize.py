@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits. The reference of every path is a layer with explicitly dequantized weights."""
+"""Tests of weights in 8 and 4 bits. The reference is always a linear layer of the dequantized weights."""
 
 import argparse
 import copy
@@ -10,20 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava
 from llava import Llava, QuantizedLinear, UserError
-from tests.layouts import MISTRAL, backbones, hub
+from tests.layouts import MISTRAL, backbones, llava_hf
 
 torch.set_num_threads(1)
 TEXT = MISTRAL | {"hidden_size": 64, "intermediate_size": 192, "head_dim": 32, "vocab_size": 96}
 CASES = [(8, torch.float32, 1e-5), (8, torch.bfloat16, 1e-2), (4, torch.float32, 1e-5),
          (4, torch.bfloat16, 1e-2)]
 each_case = pytest.mark.parametrize("bits, dtype, tolerance", CASES)
-has_kernel = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
-                                reason="torch has no 4-bit kernel for this processor")
-PACKED = ("aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu")
+needs_int4_kernel = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+                                       reason="torch has no 4-bit kernel for this processor")
+PACKED_KERNELS = ("aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu")
 
 
 def dequantize(layer: QuantizedLinear) -> torch.Tensor:
-    """W [O, I] in float32, element by element from the definition of the format on a CPU."""
+    """The weight [O, I] in float32, element by element as the CPU format is defined."""
     if layer.bits == 8:
         return layer.q.float() * layer.scale.float()[:, None]
     height, half = layer.out_features // len(layer.q), layer.q.shape[2]
@@ -34,8 +34,8 @@ def dequantize(layer: QuantizedLinear) -> torch.Tensor:
     return (q - 8) * scale + middle
 
 
-def explicit(model: nn.Module) -> nn.Module:
-    """The same model with ordinary linear layers of the dequantized weights, in float32."""
+def dequantize_model(model: nn.Module) -> nn.Module:
+    """A copy of the model with ordinary linear layers of the dequantized weights, in float32."""
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLinear):
@@ -45,19 +45,20 @@ def explicit(model: nn.Module) -> nn.Module:
     return model.float()
 
 
-def make_layer(bits: int, rows: int = 192, columns: int = 256, seed: int = 0) -> QuantizedLinear:
-    noise = torch.Generator().manual_seed(seed)
-    layer = QuantizedLinear(torch.randn(rows, columns, generator=noise) + 0.1, bits)
-    layer.block_rows = 128                         # two blocks, the second one shorter
+def make_layer(bits: int, rows: int = 192) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(0)
+    layer = QuantizedLinear(torch.randn(rows, 256, generator=generator) + 0.1, bits)
+    layer.block_rows = 128                   # two blocks, the second one shorter
     return layer
 
 
-def error(y: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((y.detach().float() - reference.detach().float()).norm() / reference.detach().float().norm())
+def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    y, reference = y.detach().float(), reference.detach().float()
+    return float((y - reference).norm() / reference.norm())
 
 
 class Recorder(TorchDispatchMode):
-    """The names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -74,64 +75,70 @@ class Recorder(TorchDispatchMode):
 
 @each_case
 @pytest.mark.parametrize("shape", [(1, 256), (2, 8, 256), (17, 256), (3, 50, 256), (0, 256)])
-def test_a_layer_equals_its_explicitly_dequantized_weight(bits, dtype, tolerance, shape):
+def test_layer_output_equals_that_of_the_dequantized_weight(bits, dtype, tolerance, shape):
     layer = make_layer(bits)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = layer(x)
     assert y.dtype == dtype and y.shape == (*shape[:-1], 192)
     if x.numel():
-        assert error(y, x.float() @ dequantize(layer).T) < tolerance
+        assert relative_error(y, x.float() @ dequantize(layer).T) < tolerance
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_blocks_in_bf16_equal_the_explicit_weight_where_avx512_makes_them_fast(bits, monkeypatch):
+def test_bf16_blocks_with_avx512_equal_the_dequantized_weight(bits, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     layer, x = make_layer(bits), torch.randn(40, 256).bfloat16().requires_grad_()
     y = layer(x)
     y.backward(torch.ones_like(y))
-    assert error(y, x.float() @ dequantize(layer).T) < 1e-2
-    assert error(x.grad[0], dequantize(layer).sum(0)) < 1e-2
+    assert relative_error(y, x.float() @ dequantize(layer).T) < 1e-2
+    assert relative_error(x.grad[0], dequantize(layer).sum(0)) < 1e-2
 
 
 @each_case
-def test_a_row_of_a_batch_that_is_not_contiguous_is_read_rightly(bits, dtype, tolerance):
+def test_non_contiguous_input_gives_the_right_output(bits, dtype, tolerance):
     layer, x = make_layer(bits), torch.randn(3, 5, 256).to(dtype)
-    assert error(layer(x[:, 2:3]), x[:, 2:3].float() @ dequantize(layer).T) < tolerance
+    assert relative_error(layer(x[:, 2:3]), x[:, 2:3].float() @ dequantize(layer).T) < tolerance
 
 
 @each_case
-def test_without_a_kernel_blocks_give_the_same_numbers(bits, dtype, tolerance, monkeypatch):
+def test_blocks_without_a_kernel_equal_the_dequantized_weight(bits, dtype, tolerance, monkeypatch):
     reference = make_layer(bits)
     monkeypatch.setattr(llava, "kernel_width", lambda: None)
     layer, x = make_layer(bits), torch.randn(4, 256).to(dtype)
-    layer.kernel_tokens = 0                            # 8 bits have a kernel on every CPU
+    layer.kernel_tokens = 0                  # 8 bits have a kernel on every CPU
     with Recorder() as recorder:
         y = layer(x)
-    assert not set(PACKED) & set(recorder.names)
-    assert error(dequantize(layer), dequantize(reference)) == 0
-    assert error(y, x.float() @ dequantize(reference).T) < tolerance
+    assert not set(PACKED_KERNELS) & set(recorder.names)
+    assert relative_error(dequantize(layer), dequantize(reference)) == 0
+    assert relative_error(y, x.float() @ dequantize(reference).T) < tolerance
 
 
 @each_case
-def test_gradients_of_inputs_equal_the_explicit_ones_and_no_weight_is_kept(bits, dtype, tolerance):
-    layer, kept = make_layer(bits), []
+def test_input_gradients_are_right_and_no_weight_is_saved_for_backward(bits, dtype, tolerance):
+    layer, saved_sizes = make_layer(bits), []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved_sizes.append(tensor.numel())
+        return tensor
+
     x = torch.randn(2, 3, 256).to(dtype).requires_grad_()
-    slope = torch.randn(2, 3, 192).to(dtype)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    output_gradient = torch.randn(2, 3, 192).to(dtype)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         y = layer(x)
-    y.backward(slope)
-    assert error(x.grad, slope.float() @ dequantize(layer)) < tolerance
-    assert sum(kept) < 192 * 256 / 8, "only inputs are kept for backward"
+    y.backward(output_gradient)
+    assert relative_error(x.grad, output_gradient.float() @ dequantize(layer)) < tolerance
+    assert sum(saved_sizes) < 192 * 256 / 8, "only inputs are saved for backward"
     assert not list(layer.parameters()) and not layer.state_dict()
 
 
-def test_a_learning_layer_in_bf16_does_not_call_a_kernel_without_gradient():
+def test_bf16_layer_avoids_packed_kernels_where_a_gradient_is_needed():
+    """The packed kernels have no backward."""
     x = torch.randn(2, 256, dtype=torch.bfloat16, requires_grad=True)
     assert make_layer(4)(x).requires_grad
 
 
-@has_kernel
-def test_int4_is_packed_as_torch_packs_it():
+@needs_int4_kernel
+def test_pack_int4_equals_torchs_packing():
     width = llava.kernel_width()
     q = torch.randint(0, 16, (192, 96), generator=torch.Generator().manual_seed(0))
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
@@ -139,8 +146,8 @@ def test_int4_is_packed_as_torch_packs_it():
 
 
 def pack_tinygemm(pairs: torch.Tensor) -> torch.Tensor:
-    """matrix_to_m16n8k16_Bint4_layout<8> of int4mm.cu, thread by thread: uint8 [n, k / 2] whose high
-    halves are the even columns -> int32 [n / 8, k / 128, 32, 4]."""
+    """What matrix_to_m16n8k16_Bint4_layout<8> of int4mm.cu packs, computed thread by thread: uint8 [n, k / 2]
+    with the even columns in the high four bits -> int32 [n / 8, k / 128, 32, 4]."""
     n, half_k = pairs.shape
     packed = torch.zeros(n // 8, half_k // 64, 32, 4, dtype=torch.int64)
     for tile, outer, lane, inner in torch.cartesian_prod(*map(torch.arange, packed.shape)).tolist():
@@ -151,20 +158,20 @@ def pack_tinygemm(pairs: torch.Tensor) -> torch.Tensor:
     return torch.where(packed >= 2**31, packed - 2**32, packed).int()
 
 
-def test_the_cuda_layout_is_read_as_an_emulation_of_its_packing_kernel_writes_it():
+def test_unpack_tinygemm_inverts_an_emulated_cuda_packing_kernel():
     q = torch.randint(0, 16, (16, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(llava.unpack_tinygemm(pack_tinygemm(q[:, ::2] << 4 | q[:, 1::2])), q)
 
 
-def test_a_layer_in_the_cuda_layout_dequantizes_to_the_same_blocks(monkeypatch):
-    reference, packer = make_layer(4, 128), "_convert_weight_to_int4pack"
-    layer = make_layer(4, 128)
-    monkeypatch.setattr(torch.ops.aten, packer, lambda pairs, _: pack_tinygemm(pairs), raising=False)
+def test_blocks_in_the_cuda_layout_equal_those_in_the_cpu_layout(monkeypatch):
+    reference, layer = make_layer(4, 128), make_layer(4, 128)
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda pairs, _: pack_tinygemm(pairs),
+                        raising=False)
     layer.tinygemm = True
     w = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) + 0.1
     layer.q, layer.scale = layer.quantize(w)
-    for start in (0, 64):
-        layer.block_rows = reference.block_rows = 128 - start
+    for rows in (128, 64):
+        layer.block_rows = reference.block_rows = rows
         assert torch.equal(layer.block(0, torch.float32), reference.block(0, torch.float32))
 
 
@@ -172,16 +179,16 @@ def test_least_squares_lowers_the_error_of_int4(monkeypatch):
     w, errors = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), []
     for fits in (0, 2, 5):
         monkeypatch.setattr(llava, "FITS", fits)
-        errors.append(error(dequantize(QuantizedLinear(w, 4)), w))
+        errors.append(relative_error(dequantize(QuantizedLinear(w, 4)), w))
     assert errors[0] > 1.04 * errors[1] > 1.04 * errors[2]
     assert errors[0] < 0.09
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_equal_weights_and_zeros_are_kept(bits):
+def test_constant_weights_and_zeros_are_preserved(bits):
     w = torch.zeros(64, 64)
     w[:32] = 0.5
-    assert error(dequantize(QuantizedLinear(w, bits)), w) < 1e-2
+    assert relative_error(dequantize(QuantizedLinear(w, bits)), w) < 1e-2
     assert dequantize(QuantizedLinear(torch.zeros(64, 64), bits)).abs().max() < 1e-6
 
 
@@ -190,66 +197,69 @@ def test_equal_weights_and_zeros_are_kept(bits):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return hub("old", False, TEXT)(tmp_path_factory.mktemp("model")).source["path_or_repo_id"]
+def model_folder(tmp_path_factory):
+    return llava_hf("old", False, TEXT)(tmp_path_factory.mktemp("model")).source["path_or_repo_id"]
 
 
-def prompt(model: Llava, words: int = 30) -> dict:
-    noise = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 80, (2, words), generator=noise)
+def make_inputs(model: Llava, length: int = 30) -> dict:
+    """Two rows of `length` random ids, the second id of each an image."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 80, (2, length), generator=generator)
     ids[:, 1] = model.config.image_token_id
-    return {"input_ids": ids, "images": list(torch.randn(2, 1, 3, 28, 28, generator=noise)),
+    return {"input_ids": ids, "images": list(torch.randn(2, 1, 3, 28, 28, generator=generator)),
             "image_sizes": [(28, 28)] * 2}
 
 
 @pytest.mark.parametrize("bits, dtype, tolerance", CASES)
-def test_a_quantized_model_equals_its_explicitly_dequantized_one(source, bits, dtype, tolerance):
-    model = Llava.from_pretrained(source, dtype=dtype, quantize=f"int{bits}").eval()
-    whole = Llava.from_pretrained(source, dtype=dtype)
+def test_quantized_model_equals_the_dequantized_model(model_folder, bits, dtype, tolerance):
+    model = Llava.from_pretrained(model_folder, dtype=dtype, quantize=f"int{bits}").eval()
+    original = Llava.from_pretrained(model_folder, dtype=dtype)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     assert len(layers) == 2 * 7 + 1
     assert {layer.bits for name, layer in layers.items() if "lm_head" not in name} == {bits}
     assert layers["language_model.lm_head"].bits == 8
-    others = dict(whole.named_parameters())
+    others = dict(original.named_parameters())
     for name, p in model.named_parameters():
         assert torch.equal(p, others.pop(name)) and p.dtype == dtype
     assert {name.removesuffix(".weight") for name in others} == set(layers)
-    reference = explicit(model)
-    for words in (30, 2):
-        inputs = prompt(model, words)
+    reference = dequantize_model(model)
+    if dtype == torch.bfloat16:
+        tolerance *= 2                       # rounding errors of several layers add up
+    for length in (30, 2):
+        inputs = make_inputs(model, length)
         with torch.inference_mode():
-            y, z = model(**inputs), reference(**inputs)
-        assert error(y, z) < tolerance * (1 if dtype == torch.float32 else 2), "layers add up their roundings"
+            assert relative_error(model(**inputs), reference(**inputs)) < tolerance
     if dtype == torch.float32:
-        inputs = prompt(model)
-        rows = model.generate_batch(**inputs, max_new_tokens=8)
-        assert rows == reference.generate_batch(**inputs, max_new_tokens=8)
+        inputs = make_inputs(model)
+        answers = model.generate_batch(**inputs, max_new_tokens=8)
+        assert answers == reference.generate_batch(**inputs, max_new_tokens=8)
 
 
-@has_kernel
-@pytest.mark.parametrize("quantize, kernels", [("int8", PACKED[:1]), ("int4", PACKED)])
-def test_decoding_in_bf16_reads_packed_weights_only_and_float32_never_does(source, quantize, kernels):
+@needs_int4_kernel
+@pytest.mark.parametrize("quantize, kernels", [("int8", PACKED_KERNELS[:1]), ("int4", PACKED_KERNELS)])
+def test_decode_step_calls_packed_kernels_in_bf16_but_not_in_float32(model_folder, quantize, kernels):
     for dtype in (torch.bfloat16, torch.float32):
-        model = Llava.from_pretrained(source, dtype=dtype, quantize=quantize).eval()
-        tokens = model.generate_tokens(**prompt(model), max_new_tokens=3)
+        model = Llava.from_pretrained(model_folder, dtype=dtype, quantize=quantize).eval()
+        tokens = model.generate_tokens(**make_inputs(model), max_new_tokens=3)
         next(tokens)
         with Recorder() as recorder:
             next(tokens)
         products = [name for name in recorder.names if name in ("aten::mm", "aten::matmul", "aten::linear")]
-        used = {name for name in recorder.names if name in PACKED}
+        used = {name for name in recorder.names if name in PACKED_KERNELS}
         if dtype == torch.bfloat16:
             assert used == set(kernels) and not products
-            assert sum(name in PACKED for name in recorder.names) == 2 * 7 + 1
+            assert sum(name in PACKED_KERNELS for name in recorder.names) == 2 * 7 + 1
         else:
             assert not used and products
 
 
-def test_the_trace_shows_bits_bytes_and_flops_of_quantized_layers(source, capsys):
+def test_trace_shows_bits_bytes_and_flops_of_quantized_layers(model_folder, capsys):
     flops = {}
     for quantize in ("none", "int4"):
-        model = Llava.from_pretrained(source, quantize=quantize).eval()
-        inputs = prompt(model, 2) | {"input_ids": prompt(model, 2)["input_ids"][:1]}    # few enough for kernels
-        llava.print_trace(model, inputs | {"images": inputs["images"][:1], "image_sizes": [(28, 28)]})
+        model = Llava.from_pretrained(model_folder, quantize=quantize).eval()
+        inputs = make_inputs(model, 2)       # short enough for the packed kernels
+        llava.print_trace(model, {"input_ids": inputs["input_ids"][:1], "images": inputs["images"][:1],
+                                  "image_sizes": [(28, 28)]})
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         flops[quantize] = [row[-4] for row in rows if row and row[0].startswith("language_model.layers")]
     layer = model.language_model.layers[0]
@@ -260,46 +270,51 @@ def test_the_trace_shows_bits_bytes_and_flops_of_quantized_layers(source, capsys
     assert flops["int4"] == flops["none"] and len(flops["none"]) == 4
 
 
-def test_a_quantized_model_is_not_saved_but_what_was_trained_is(source, tmp_path):
-    model = Llava.from_pretrained(source, quantize="int4").requires_grad_(False)
+def test_quantized_weights_are_not_saved_but_trained_parameters_are(model_folder, tmp_path):
+    model = Llava.from_pretrained(model_folder, quantize="int4").requires_grad_(False)
     with pytest.raises(UserError, match="8 or 4 bits are not saved"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     model.projector.requires_grad_(True)
     model.save_pretrained(tmp_path / "run", whole=False)
-    opened = Llava.from_pretrained(tmp_path / "run")
-    assert torch.equal(opened.projector[0].weight, model.projector[0].weight)
+    reopened = Llava.from_pretrained(tmp_path / "run")
+    assert torch.equal(reopened.projector[0].weight, model.projector[0].weight)
 
 
-def test_sizes_that_the_groups_do_not_divide_name_the_layer_and_the_remedy(tmp_path):
-    case = hub("old", False, TEXT | {"intermediate_size": 160})(tmp_path)
+def test_error_for_indivisible_sizes_names_layer_and_remedy(tmp_path):
+    case = llava_hf("old", False, TEXT | {"intermediate_size": 160})(tmp_path)
     with pytest.raises(UserError, match=r"layers.0.mlp.gate_proj.weight is \[160, 64\].*--quantize int8"):
         Llava.from_pretrained(**case.source, quantize="int4")
     Llava.from_pretrained(**case.source, quantize="int8")
 
 
-def test_a_type_that_cannot_be_served_names_the_layers_and_the_remedy(source):
+def test_error_for_an_unsupported_dtype_names_layers_and_remedy(model_folder):
     with pytest.raises(UserError, match="layers of language_model in int4 work in bfloat16.*--dtype"):
-        Llava.from_pretrained(source, quantize="int4", dtype=torch.float16)
+        Llava.from_pretrained(model_folder, quantize="int4", dtype=torch.float16)
 
 
-def test_an_unknown_number_of_bits_is_refused(source):
+def test_unknown_number_of_bits_is_an_error(model_folder):
     with pytest.raises(UserError, match="none, int8 or int4"):
-        Llava.from_pretrained(source, quantize="int2")
+        Llava.from_pretrained(model_folder, quantize="int2")
 
 
 @pytest.mark.parametrize("flags, dtype", [([], "bfloat16"), (["--dtype", "float32"], "float32")])
-def test_the_default_type_with_quantize_is_bfloat16(source, flags, dtype, monkeypatch):
-    opened = {}
+def test_default_dtype_with_quantize_is_bfloat16(model_folder, flags, dtype, monkeypatch):
+    arguments = {}
+
+    def open_model(_, **kwargs) -> nn.Module:
+        arguments.update(kwargs)
+        return nn.Linear(1, 1)
+
     monkeypatch.setattr(llava.Processor, "from_pretrained", lambda *_: None)
-    monkeypatch.setattr(Llava, "from_pretrained", lambda *_, **how: opened.update(how) or nn.Linear(1, 1))
+    monkeypatch.setattr(Llava, "from_pretrained", open_model)
     monkeypatch.setattr(nn.Linear, "config", None, raising=False)
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     llava.add_model_flags(parser)
-    flags = ["--model", source, "--quantize", "int4", "--device", "cpu", *flags]
+    flags = ["--model", model_folder, "--quantize", "int4", "--device", "cpu", *flags]
     llava.load_model(parser.parse_args(flags))
-    assert opened["quantize"] == "int4" and opened["dtype"] == getattr(torch, dtype)
+    assert arguments["quantize"] == "int4" and arguments["dtype"] == getattr(torch, dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,18 +322,18 @@ def test_the_default_type_with_quantize_is_bfloat16(source, flags, dtype, monkey
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_a_missing_lm_head_is_the_embedding_where_config_ties_them(tmp_path, quantize):
+def test_missing_lm_head_is_a_copy_of_tied_embeddings(tmp_path, quantize):
     text = TEXT | {"tie_word_embeddings": True}
     case = backbones(text)(tmp_path)
     drop_lm_head(tmp_path / "text" / "model.safetensors")
-    decoder = Llava.from_pretrained(**case.source, dtype=torch.float32, quantize=quantize).language_model
-    head = dequantize(decoder.lm_head) if quantize == "int8" else decoder.lm_head.weight
-    assert error(head, decoder.embed_tokens.weight) < (1e-2 if quantize == "int8" else 1e-9)
+    lm = Llava.from_pretrained(**case.source, dtype=torch.float32, quantize=quantize).language_model
+    head = dequantize(lm.lm_head) if quantize == "int8" else lm.lm_head.weight
+    assert relative_error(head, lm.embed_tokens.weight) < (1e-2 if quantize == "int8" else 1e-9)
     if quantize == "none":
-        assert head.data_ptr() != decoder.embed_tokens.weight.data_ptr(), "each may be trained"
+        assert head.data_ptr() != lm.embed_tokens.weight.data_ptr(), "each can be trained separately"
 
 
-def test_without_a_tie_a_missing_lm_head_is_missing(tmp_path):
+def test_missing_lm_head_without_tied_embeddings_is_an_error(tmp_path):
     case = backbones(TEXT)(tmp_path)
     drop_lm_head(tmp_path / "text" / "model.safetensors")
     with pytest.raises(UserError, match="lm_head.weight is missing"):

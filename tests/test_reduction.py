@@ -1,4 +1,6 @@
-"""Token reduction at a budget: random, pool, divprune, and PruMerge with --keep-tokens."""
+"""Tests of token reduction with a token budget, --keep-tokens: random, pool, divprune and PruMerge."""
+
+import math
 
 import pytest
 import torch
@@ -13,56 +15,60 @@ TEXT = TextConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidde
 CONFIG = LlavaConfig(VisionConfig(16, 20, 3, 2, 24, 4), TEXT, image_token_id=50)         # P = 36
 
 
-def model_with(name, keep=None, **more):
+def make_model(method, keep=None, **fields):
     torch.manual_seed(0)
-    return Llava(replace(CONFIG, prune=name, keep_tokens=keep, **more)).eval()
+    return Llava(replace(CONFIG, prune=method, keep_tokens=keep, **fields)).eval()
 
 
 @pytest.mark.parametrize("keep", [1, 6, 9, 12, 20, 36])
-def test_pool_is_the_mean_over_the_regions_of_adaptive_average_pooling(keep):
+def test_pool_is_the_mean_over_adaptive_regions(keep):
     x, (a, b) = torch.randn(36, 5), llava.pooled_size(keep)
     assert a * b == keep and a <= b and all(keep % i for i in range(a + 1, int(keep**0.5) + 1))
-    wanted = []
+    expected = []
     for i in range(a):
-        for j in range(b):                   # rows floor(6i/a) to ceil(6(i+1)/a)
-            patches = [x[6 * row + column] for row in range(6 * i // a, -(-6 * (i + 1) // a))
-                       for column in range(6 * j // b, -(-6 * (j + 1) // b))]
-            wanted.append(sum(patches) / len(patches))
-    torch.testing.assert_close(llava.pool_patches(x, keep), torch.stack(wanted), rtol=1e-5, atol=1e-6)
+        for j in range(b):                   # the regions of adaptive average pooling
+            rows = range(6 * i // a, math.ceil(6 * (i + 1) / a))
+            columns = range(6 * j // b, math.ceil(6 * (j + 1) / b))
+            patches = [x[6 * row + column] for row in rows for column in columns]
+            expected.append(sum(patches) / len(patches))
+    torch.testing.assert_close(llava.pool_patches(x, keep), torch.stack(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 7, 36])
-def test_divprune_keeps_what_greedy_max_min_over_cosine_distances_keeps(keep):
+def test_divprune_is_greedy_max_min_selection_by_cosine_distance(keep):
     x = torch.randn(36, 5)
     unit = x / x.norm(dim=1, keepdim=True)
     distance = [[1 - float(a @ b) for b in unit] for a in unit]
     nearest = [min(d for j, d in enumerate(row) if j != i) for i, row in enumerate(distance)]
     chosen = [max(range(36), key=lambda i: nearest[i])]
     while len(chosen) < keep:
-        left = [i for i in range(36) if i not in chosen]
-        chosen.append(max(left, key=lambda i: min(distance[i][j] for j in chosen)))
+        others = [i for i in range(36) if i not in chosen]
+        chosen.append(max(others, key=lambda i: min(distance[i][j] for j in chosen)))
     assert llava.diverse_patches(x, keep).tolist() == sorted(chosen)
     assert llava.farthest_points(unit, keep, start=chosen[0]).tolist() == chosen
 
 
-def test_random_depends_on_the_image_alone():
+def test_random_choice_depends_only_on_the_image():
     torch.manual_seed(0)
     tiles = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
-    model = model_with("random", 9)
+    model = make_model("random", 9)
     with torch.no_grad():
-        features = model.encode_images([tiles[:1], tiles[1:]])
-        whole = model.encode_images([tiles[:1], tiles[1:]], prune="none")
-        again = model.encode_images([llava.normalize(tiles[1:])])[0]      # the second alone, as floats
-    assert torch.equal(features[1], again)
-    kept = [[int((w - f).abs().amax(1).argmin()) for f in some] for some, w in zip(features, whole)]
-    assert all(len(set(k)) == 9 and k == sorted(k) for k in kept) and kept[0] != kept[1]
+        reduced = model.encode_images([tiles[:1], tiles[1:]])
+        full = model.encode_images([tiles[:1], tiles[1:]], prune="none")
+        alone = model.encode_images([llava.normalize(tiles[1:])])[0]      # the second image, as floats
+    assert torch.equal(reduced[1], alone)
+    kept = []                                # for each image the indices of the kept patches
+    for image_reduced, image_full in zip(reduced, full):
+        kept.append([int((image_full - token).abs().amax(1).argmin()) for token in image_reduced])
+    assert all(len(set(indices)) == 9 and indices == sorted(indices) for indices in kept)
+    assert kept[0] != kept[1]
 
 
-@pytest.mark.parametrize("name, keep", [("random", 5), ("pool", 6), ("divprune", 7), ("prumerge", 8),
-                                        ("prumerge+", 9), ("prumerge", 36), ("prumerge+", 36)])
-def test_every_tile_keeps_the_budget(name, keep):
-    model = model_with(name, keep, image_mode="anyres")
-    tiles = torch.randn(3, 3, 24, 24)        # a wide image: the whole and two tiles
+@pytest.mark.parametrize("method, keep", [("random", 5), ("pool", 6), ("divprune", 7), ("prumerge", 8),
+                                          ("prumerge+", 9), ("prumerge", 36), ("prumerge+", 36)])
+def test_every_tile_keeps_the_budget(method, keep):
+    model = make_model(method, keep, image_mode="anyres")
+    tiles = torch.randn(3, 3, 24, 24)        # a wide image: the whole image and its two parts
     with torch.no_grad():
         features = model.encode_images([tiles], [(24, 48)])[0]
         assert features.shape == (3 * keep, 24)
@@ -71,7 +77,7 @@ def test_every_tile_keeps_the_budget(name, keep):
     torch.testing.assert_close(features, torch.cat(alone))
 
 
-def test_prumerge_at_a_budget_takes_the_strongest_patches_and_plus_spreads_half():
+def test_prumerge_keeps_the_strongest_patches_and_plus_spaces_half():
     attention, keys = torch.rand(36), torch.randn(36, 4)
     order = attention.argsort(descending=True)
     assert llava.choose_patches(attention, tokens=8).tolist() == order[:7].tolist()
@@ -80,14 +86,14 @@ def test_prumerge_at_a_budget_takes_the_strongest_patches_and_plus_spreads_half(
     assert kept == order[:4].tolist() + [rest[0], rest[8], rest[16], rest[24]]
     mix = llava.prumerge(attention, keys, tokens=8)
     assert mix.shape == (8, 36)
-    left = attention.clone()
-    left[order[:7]] = 0
-    assert torch.equal(mix[-1], left)
+    attention_of_rest = attention.clone()
+    attention_of_rest[order[:7]] = 0
+    assert torch.equal(mix[-1], attention_of_rest)
 
 
-@pytest.mark.parametrize("name", ["random", "pool", "divprune", "prumerge", "prumerge+"])
-def test_a_reduced_model_trains_and_generates(name):
-    model = model_with(name, 4)
+@pytest.mark.parametrize("method", ["random", "pool", "divprune", "prumerge", "prumerge+"])
+def test_model_with_token_reduction_trains_and_generates(method):
+    model = make_model(method, 4)
     inputs = {"input_ids": torch.tensor([[1, 50, 5, 6]]), "images": [torch.randn(1, 3, 24, 24)],
               "image_sizes": [(24, 24)]}
     model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 50, -100)).backward()
@@ -95,60 +101,61 @@ def test_a_reduced_model_trains_and_generates(name):
     assert len(list(model.generate(**inputs, max_new_tokens=3, eos_token_id=None))) == 3
 
 
-def test_the_budget_is_saved_with_the_model(tmp_path):
-    model_with("divprune", 5).save_pretrained(tmp_path)
+def test_budget_is_saved_with_the_model(tmp_path):
+    make_model("divprune", 5).save_pretrained(tmp_path)
     config = Llava.from_pretrained(tmp_path, dtype=torch.float32).config
     assert (config.prune, config.keep_tokens) == ("divprune", 5)
 
 
-@pytest.mark.parametrize("name, keep, message", [
+@pytest.mark.parametrize("method, keep, message", [
     ("random", None, "needs --keep-tokens"), ("pool", None, "needs --keep-tokens"),
     ("divprune", None, "needs --keep-tokens"), ("none", 5, "--keep-tokens works with"),
     ("prumerge-fixed", 5, "--keep-tokens works with"), ("random", 37, "between 1 and the 36"),
     ("random", 0, "between 1 and the 36"), ("prumerge", 1, "between 2 and the 36"),
-    ("pool", 13, "product of two numbers"), ("pool", 14, "product of two numbers"), ("some", 3, "not one of")])
-def test_an_impossible_budget_is_refused(name, keep, message):
+    ("pool", 13, "product of two numbers"), ("pool", 14, "product of two numbers"),
+    ("some", 3, "not one of")])
+def test_impossible_budget_raises_user_error(method, keep, message):
     with pytest.raises(UserError, match=message):
-        model_with(name, keep)
+        make_model(method, keep)
 
 
-def test_prumerge_refuses_features_of_the_last_layer_whose_attention_no_layer_computes():
-    with pytest.raises(UserError, match="vision_feature_layer is -1"):
-        model_with("prumerge", vision_feature_layer=-1)
+def test_prumerge_on_the_last_vision_layer_raises_user_error():
+    with pytest.raises(UserError, match="vision_feature_layer is -1"):     # no later layer has its attention
+        make_model("prumerge", vision_feature_layer=-1)
 
 
-def test_another_method_drops_the_budget_that_a_model_was_saved_with(tmp_path):
+def test_flags_replace_the_method_and_budget_of_a_saved_model(tmp_path):
     write_random(tmp_path / "model")
     model = Llava.from_pretrained(tmp_path / "model", dtype=torch.float32, prune="random", keep_tokens=3)
     model.save_pretrained(tmp_path / "reduced")
     Processor.from_pretrained(tmp_path / "model", model.config).save_pretrained(tmp_path / "reduced")
-    for flags, wanted in (("", ("random", 3)), ("--prune none", ("none", None)), ("--prune pool", ("pool", 3)),
-                          ("--prune prumerge-fixed", ("prumerge-fixed", None)), ("--keep-tokens 2", ("random", 2))):
+    for flags, method, keep in (("", "random", 3), ("--prune none", "none", None),
+                                ("--prune pool", "pool", 3), ("--keep-tokens 2", "random", 2),
+                                ("--prune prumerge-fixed", "prumerge-fixed", None)):
         args = llava.parse_args(["--model", str(tmp_path / "reduced"), "What?", *flags.split()])
-        opened, _ = llava.load_model(args)
-        assert (opened.config.prune, opened.config.keep_tokens) == wanted
+        loaded, _ = llava.load_model(args)
+        assert (loaded.config.prune, loaded.config.keep_tokens) == (method, keep)
     with pytest.raises(UserError, match="--keep-tokens works with"):
         llava.load_model(llava.parse_args(["--model", str(tmp_path / "reduced"), "--prune", "none",
                                            "--keep-tokens", "3", "What?"]))
 
 
-@pytest.mark.parametrize("name", llava.PRUMERGE)
-@pytest.mark.parametrize("attention", ["flat", "random", "loud"])
-def test_prumerge_keeps_no_more_tokens_than_counted(name, attention):
+@pytest.mark.parametrize("method", llava.PRUMERGE)
+@pytest.mark.parametrize("kind", ["equal", "random", "outliers"])
+def test_prumerge_keeps_at_most_the_counted_tokens(method, kind):
     torch.manual_seed(1)
-    weights = {"flat": torch.full((576,), 1e-3), "random": torch.rand(576)**9, "loud": torch.rand(576)}[attention]
-    if attention == "loud":
-        weights[:143] += 100
-    config = LlavaConfig(prune=name)
-    counted = llava.count_image_tokens(config, (10, 10))
-    tokens = len(llava.prumerge(weights, torch.randn(576, 3), **llava.PRUMERGE[name]))
+    equal, powers, outliers = torch.full((576,), 1e-3), torch.rand(576)**9, torch.rand(576)
+    outliers[:143] += 100
+    attention = {"equal": equal, "random": powers, "outliers": outliers}[kind]
+    counted = llava.count_image_tokens(LlavaConfig(prune=method), (10, 10))
+    tokens = len(llava.prumerge(attention, torch.randn(576, 3), **llava.PRUMERGE[method]))
     assert tokens <= counted
-    if "fixed" in name:
-        assert tokens == counted == {"prumerge-fixed": 73, "prumerge+-fixed": 145}[name]
+    if "fixed" in method:
+        assert tokens == counted == {"prumerge-fixed": 73, "prumerge+-fixed": 145}[method]
 
 
-def test_random_drops_the_features_of_the_other_patches():
-    model, x = model_with("random", 4), torch.randn(1, 3, 24, 24)
+def test_reduced_features_are_the_projected_kept_or_pooled_patches():
+    model, x = make_model("random", 4), torch.randn(1, 3, 24, 24)
     with torch.no_grad():
         states = model.vision_tower(x)[0, 1:]
         kept = llava.random_patches(x[0], 4, 36)

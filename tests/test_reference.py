@@ -1,4 +1,4 @@
-"""`python train.py` says whether its losses and accuracies lie within tests/reference.json."""
+"""Tests of the comparison of a toy run's losses and accuracies with tests/reference.json."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from tests import toy
 
 @pytest.fixture
 def runs(tmp_path):
-    """A toy run whose log and result are exactly the reference."""
+    """The folder of a toy run whose losses and accuracies are equal to the reference."""
     curves = read_json(toy.REFERENCE)["curves"]
     for stage in ("stage1", "stage2"):
         (tmp_path / stage).mkdir()
@@ -26,7 +26,7 @@ def write_losses(folder, losses):
     (folder / "log.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
 
 
-def test_the_reference_has_50_losses_of_both_stages_and_accuracies_that_need_the_image():
+def test_reference_has_50_losses_a_stage_and_accuracies_need_the_image():
     content = read_json(toy.REFERENCE)
     curves = content["curves"]
     assert content["seeds"] >= 5
@@ -35,19 +35,19 @@ def test_the_reference_has_50_losses_of_both_stages_and_accuracies_that_need_the
         assert len(values) == len(tolerance) == 50 and min(tolerance) > 0
         assert max(values[-5:]) + max(tolerance[-5:]) < math.log(742), "below the loss of uniform guessing"
     values, tolerance = curves["stage1 loss"].values()
-    assert values[0] - tolerance[0] > values[-1] + tolerance[-1], "the tolerance is smaller than the fall"
+    assert values[0] - tolerance[0] > values[-1] + tolerance[-1], "the tolerance is smaller than the decrease"
     highest_blank = curves["IMG_blank"]["values"][0] + curves["IMG_blank"]["tolerance"][0]
     assert curves["IMG"]["values"][0] - curves["IMG"]["tolerance"][0] > highest_blank
 
 
-def test_a_run_equal_to_the_reference_lies_within(runs):
+def test_run_equal_to_the_reference_is_within(runs):
     within, sentence = toy.check_run(runs)
     assert within and sentence.startswith("within tests/reference.json")
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 @pytest.mark.parametrize("change", [1.01, -1.01, float("nan")])
-def test_a_loss_outside_its_tolerance_is_named(runs, stage, change):
+def test_loss_outside_its_tolerance_is_reported(runs, stage, change):
     expected = read_json(toy.REFERENCE)["curves"][f"{stage} loss"]
     losses = list(expected["values"])
     losses[30] += change * expected["tolerance"][30]
@@ -59,26 +59,26 @@ def test_a_loss_outside_its_tolerance_is_named(runs, stage, change):
     assert toy.check_run(runs)[0]
 
 
-def test_an_accuracy_outside_its_tolerance_is_named_and_the_command_fails(runs, monkeypatch, capsys):
+def test_accuracy_outside_its_tolerance_is_reported_with_exit_code_1(runs, monkeypatch, capsys):
     expected, result = read_json(toy.REFERENCE)["curves"]["IMG"], read_json(runs / "result.json")
     toy.write_json(runs / "result.json", result | {"IMG": result["IMG"] - expected["tolerance"][0] - 0.1})
     monkeypatch.setattr(sys, "argv", ["toy.py", "--check", str(runs)])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as error:
         toy.main()
     printed = capsys.readouterr().out
-    assert end.value.code == 1 and "IMG is " in printed and "loss" not in printed
+    assert error.value.code == 1 and "IMG is " in printed and "loss" not in printed
 
 
-def test_a_run_of_too_few_steps_lies_outside(runs):
+def test_run_with_too_few_steps_is_outside(runs):
     write_losses(runs / "stage2", read_json(toy.REFERENCE)["curves"]["stage2 loss"]["values"][:20])
     assert "stage2 loss of step 21 is missing" in toy.check_run(runs)[1]
 
 
-def test_the_tolerance_is_twice_the_largest_distance_from_the_first_run():
+def test_tolerance_is_twice_the_largest_difference_from_the_first_run():
     losses = [[5.0 - 0.1 * i for i in range(10)] for _ in range(3)]
     losses[1][4] += 0.3
     losses[2][4] -= 0.2
-    runs = [{"stage1 loss": some, "IMG": [90 + i]} for i, some in enumerate(losses)]
+    runs = [{"stage1 loss": run_losses, "IMG": [90 + i]} for i, run_losses in enumerate(losses)]
     reference = toy.make_reference(runs)
     assert reference["stage1 loss"]["values"] == pytest.approx(losses[0])
     assert reference["stage1 loss"]["tolerance"] == pytest.approx([0, *[0.6] * 7, 0, 0])

@@ -1,11 +1,11 @@
-"""The authors' released code as a witness: ids, labels, pixels, embeddings and merged tokens.
+"""Comparison with the authors' released code: ids, labels, pixels, spliced embeddings and merged tokens.
 
     git clone https://github.com/haotian-liu/LLaVA ../LLaVA
     git clone https://github.com/42Shawn/LLaVA-PruMerge ../PruMerge
     LLAVA_REPO=../LLaVA PRUMERGE_REPO=../PruMerge python -m pytest tests/test_released.py
 
-Each test is skipped without its checkout. LLAVA_TEST_TOKENIZER=FOLDER compares with the tokenizer.json of
-that folder instead of the toy one. The released code is imported as it is; only modules that it imports
+Each test is skipped without its checkout. With LLAVA_TEST_TOKENIZER=FOLDER the tests use the tokenizer.json
+of that folder instead of the toy one. The released code is imported unchanged; only modules that it imports
 and does not use here (its trainer, matplotlib) are replaced by empty ones.
 """
 
@@ -25,21 +25,22 @@ from PIL import Image
 from torch import nn
 
 import llava
-import train
 from llava import IGNORE, Llava, LlavaConfig, Processor, TextConfig, VisionConfig
 from tests import toy
 
 transformers = pytest.importorskip("transformers")
 LLAVA, PRUMERGE = os.environ.get("LLAVA_REPO"), os.environ.get("PRUMERGE_REPO")
 needs_llava = pytest.mark.skipif(not LLAVA, reason="LLAVA_REPO names no checkout of haotian-liu/LLaVA")
-needs_prumerge = pytest.mark.skipif(not PRUMERGE, reason="PRUMERGE_REPO names no checkout of 42Shawn/LLaVA-PruMerge")
-RELEASED = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-THEIR_IMAGE = -200                           # the released code's id of <image>
+needs_prumerge = pytest.mark.skipif(not PRUMERGE,
+                                    reason="PRUMERGE_REPO names no checkout of 42Shawn/LLaVA-PruMerge")
+RELEASED_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+THEIR_IMAGE_ID = -200                        # the released code's id of <image>
 
 
 @contextmanager
 def released(repository: str, **stubs: ModuleType):
-    """A function that imports modules of the released package `llava`, whose name is also our file's."""
+    """A function that imports modules of the released package `llava`. Our llava.py has the same name and is
+    removed from sys.modules in this context; `stubs` replace modules that the package imports."""
     ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "llava"}
     for name in ours:
         del sys.modules[name]
@@ -76,23 +77,25 @@ def their_train():
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """tokenizer.json as our Processor and as transformers open it, the latter with <s> in front."""
+    """The text of tokenizer.json, and the same tokenizer opened with transformers."""
     folder = tmp_path_factory.mktemp("tokenizer")
     if source := os.environ.get("LLAVA_TEST_TOKENIZER"):
         (folder / "tokenizer.json").write_bytes(Path(source, "tokenizer.json").read_bytes())
     else:
         toy.make_tokenizer().save(str(folder / "tokenizer.json"))
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>",
-                                                  eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<unk>")
     theirs.model_max_length, theirs.legacy = 4096, True
-    return (folder / "tokenizer.json").read_text(), WithStart(theirs)
+    return (folder / "tokenizer.json").read_text(), TokenizerWithBos(theirs)
 
 
-class WithStart:
-    """A tokenizer that puts <s> in front of every text, as LLaMA's does."""
+class TokenizerWithBos:
+    """A tokenizer that puts <s> before every text, as LLaMA's tokenizer does."""
 
     def __init__(self, tokenizer):
-        self.inner, self.bos_token_id, self.pad_token_id = tokenizer, tokenizer.bos_token_id, tokenizer.pad_token_id
+        self.inner = tokenizer
+        self.bos_token_id, self.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
         self.legacy, self.model_max_length = True, 4096
 
     def __call__(self, text, return_tensors=None, **_):
@@ -105,7 +108,12 @@ class WithStart:
 
 def scienceqa_records(count: int = 60) -> list[dict]:
     rng = random.Random(7)
-    problems = [toy.image_problem(toy.make_scene(rng), rng) if i % 2 else toy.text_problem(rng) for i in range(count)]
+    problems = []
+    for i in range(count):
+        if i % 2:
+            problems.append(toy.image_problem(toy.make_scene(rng), rng))
+        else:
+            problems.append(toy.text_problem(rng))
     return [toy.to_record(p | {"id": str(i), "split": "train"}) for i, p in enumerate(problems)]
 
 
@@ -113,20 +121,19 @@ def scienceqa_records(count: int = 60) -> list[dict]:
 @pytest.mark.parametrize("template", ["mistral_instruct", "v1", "plain"])
 def test_released_ids_and_labels(template, their_train, tokenizers):
     tokenizer_json, tokenizer = tokenizers
-    size = tokenizer.inner.vocab_size
-    ours = Processor(tokenizer_json, LlavaConfig(text=TextConfig(vocab_size=size), image_token_id=THEIR_IMAGE,
-                                                 template=template))
+    text = TextConfig(vocab_size=tokenizer.inner.vocab_size)
+    ours = Processor(tokenizer_json, LlavaConfig(text=text, image_token_id=THEIR_IMAGE_ID, template=template))
     conversation = their_train.conversation_lib
     conversation.default_conversation = conversation.conv_templates[template]
-    flags = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
+    data_args = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
     supervised = compared = 0
     for record in scienceqa_records():
         has_image = "image" in record
         if template == "plain" and not has_image:
-            continue                         # the released stage 1 has an image in every record
+            continue                         # the released code expects an image in every record of stage 1
         sources = [deepcopy(record["conversations"])]
         if has_image:
-            sources = their_train.preprocess_multimodal(sources, flags)
+            sources = their_train.preprocess_multimodal(sources, data_args)
         theirs = their_train.preprocess(sources, tokenizer, has_image=has_image)
         messages = [{"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]}
                     for turn in record["conversations"]]
@@ -144,13 +151,14 @@ def test_released_ids_and_labels(template, their_train, tokenizers):
 
 def random_images(count: int = 40) -> list[Image.Image]:
     noise = np.random.RandomState(5)
-    sizes = noise.randint(20, 900, (count, 2)).tolist() + [[336, 336], [672, 336], [1, 30], [999, 40], [335, 337]]
+    sizes = noise.randint(20, 900, (count, 2)).tolist()
+    sizes += [[336, 336], [672, 336], [1, 30], [999, 40], [335, 337]]
     return [Image.fromarray(noise.randint(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
 
 
 def clip_processor(side: int = 336):
-    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    return kind(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor_class = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    return processor_class(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 @needs_llava
@@ -158,22 +166,24 @@ def clip_processor(side: int = 336):
 def test_released_pixels(mode):
     config = LlavaConfig(image_mode=mode)
     processor = Processor(toy.make_tokenizer().to_str(), config)
-    theirs = SimpleNamespace(image_aspect_ratio={"crop": None}.get(mode, mode), image_grid_pinpoints=RELEASED)
+    aspect_ratio = None if mode == "crop" else mode
+    their_config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=RELEASED_GRIDS)
     with released(LLAVA) as load:
         process = load("llava.mm_utils").process_images
         for image in random_images():
-            wanted = process([image], clip_processor(), theirs)[0]
+            expected = process([image], clip_processor(), their_config)[0]
             if mode != "anyres":
-                wanted = wanted[None]
-            found = llava.normalize(processor.pixels(image))
-            assert found.shape == wanted.shape, image.size
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5, msg=str(image.size))   # a step is 0.014
+                expected = expected[None]
+            actual = llava.normalize(processor.pixels(image))
+            assert actual.shape == expected.shape, image.size
+            # One of the 256 levels of a pixel is about 0.014.
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=str(image.size))
 
 
 @needs_llava
 @pytest.mark.parametrize("mode", ["pad", "crop", "anyres"])
 def test_released_splice(mode):
-    """Embeddings and labels of rows with padding, with their prepare_inputs_labels_for_multimodal."""
+    """Embeddings and labels of padded rows equal those of their prepare_inputs_labels_for_multimodal."""
     torch.manual_seed(0)
     vision = VisionConfig(16, 20, 2, 2, 28, 7)
     text = TextConfig(vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
@@ -199,7 +209,8 @@ def test_released_splice(mode):
             mm_patch_merge_type="spatial_unpad" if mode == "anyres" else "flat", image_aspect_ratio=mode,
             image_grid_pinpoints=[list(grid) for grid in grids])
         for _ in range(25):
-            images = [Image.fromarray(noise.randint(0, 256, (*noise.randint(5, 120, 2), 3), np.uint8)) for _ in "abc"]
+            images = [Image.fromarray(noise.randint(0, 256, (*noise.randint(5, 120, 2), 3), np.uint8))
+                      for _ in range(3)]
             pixels = [llava.normalize(processor.pixels(image)) for image in images]
             ids = torch.from_numpy(noise.randint(1, 60, (2, 12)))
             ids[0, [2, 7]] = ids[1, 5] = 60
@@ -207,12 +218,13 @@ def test_released_splice(mode):
             mask[1, 9:] = False
             labels = ids.masked_fill((ids == 60) | ~mask | (torch.arange(12) < 4), IGNORE)
             with torch.no_grad():
-                *_, wanted_x, wanted_labels = theirs.prepare_inputs_labels_for_multimodal(
-                    ids.masked_fill(ids == 60, THEIR_IMAGE), None, mask, None, labels, pixels,
+                *_, expected_x, expected_labels = theirs.prepare_inputs_labels_for_multimodal(
+                    ids.masked_fill(ids == 60, THEIR_IMAGE_ID), None, mask, None, labels, pixels,
                     [image.size for image in images])
-                x, _, found_labels = ours.splice(ids, pixels, [(i.height, i.width) for i in images], mask, labels)
-            assert x.shape == wanted_x.shape and torch.equal(found_labels, wanted_labels), [i.size for i in images]
-            torch.testing.assert_close(x, wanted_x, rtol=0, atol=1e-5)
+                sizes = [(image.height, image.width) for image in images]
+                x, _, actual_labels = ours.splice(ids, pixels, sizes, mask, labels)
+            assert x.shape == expected_x.shape and torch.equal(actual_labels, expected_labels), sizes
+            torch.testing.assert_close(x, expected_x, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,52 +232,55 @@ def test_released_splice(mode):
 
 
 @needs_prumerge
-@pytest.mark.parametrize("name, method, flags", [
+@pytest.mark.parametrize("name, method, options", [
     ("prumerge", "token_prune_merge_advanced", {"if_adaptive": True}),
     ("prumerge+", "token_prune_merge_advanced_plus", {"if_adaptive": True}),
     ("prumerge-fixed", "token_prune_merge_advanced", {"if_adaptive": False, "reduction_ratio": 1 / 8}),
     ("prumerge+-fixed", "token_prune_merge_advanced_plus", {"if_adaptive": False, "reduction_ratio": 1 / 8})])
-def test_released_prumerge(name, method, flags):
-    """Tokens of 576 patches. The 24 layers are theirs: layer 23 is written into the released code."""
+def test_released_prumerge(name, method, options):
+    """Tokens of 576 patches, in float64, in which nearly equal similarities keep their order. The tower has
+    24 layers because the released code names its layer 23."""
     vision = VisionConfig(48, 64, 24, 3, 336, 14)
     text = TextConfig(vocab_size=8, hidden_size=48, intermediate_size=8, num_hidden_layers=0,
                       num_attention_heads=1, num_key_value_heads=1, head_dim=48)
     torch.manual_seed(0)
-    ours = Llava(LlavaConfig(vision, text, image_token_id=8, prune=name)).eval()
+    ours = Llava(LlavaConfig(vision, text, image_token_id=8, prune=name)).double().eval()
     for p in ours.vision_tower.parameters():
-        nn.init.normal_(p, std=0.2) if p.ndim > 1 else None
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.2)
     ours.projector = nn.Identity()
-    plot = ModuleType("matplotlib.pyplot")
-    package = ModuleType("matplotlib")
-    package.pyplot = plot
-    with released(PRUMERGE, matplotlib=package, **{"matplotlib.pyplot": plot}) as load:
+    pyplot, matplotlib = ModuleType("matplotlib.pyplot"), ModuleType("matplotlib")
+    matplotlib.pyplot = pyplot
+    with released(PRUMERGE, matplotlib=matplotlib, **{"matplotlib.pyplot": pyplot}) as load:
         tower_class = load("llava.model.multimodal_encoder.clip_encoder").CLIPVisionTower
         theirs = tower_class.__new__(tower_class)
         nn.Module.__init__(theirs)
         theirs.select_layer, theirs.select_feature = -2, "patch"
         theirs.vision_tower = HiddenStates(ours.vision_tower)
         for seed in range(4):
-            x = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(seed))
+            x = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(seed)).double()
             with torch.no_grad():
-                wanted = getattr(theirs, method)(x, **flags)[0]
-                found = ours.encode_images([x], [(336, 336)])[0]
-            assert found.shape == wanted.shape
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-            assert len(found) > 4
+                expected = getattr(theirs, method)(x, **options)[0]
+                actual = ours.encode_images([x], [(336, 336)])[0]
+            assert actual.shape == expected.shape
+            torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+            assert len(actual) > 4
 
 
 class HiddenStates(nn.Module):
-    """Our vision tower behind the names that the released code uses of transformers' CLIPVisionModel."""
+    """Our vision tower with the attributes of transformers' CLIPVisionModel that the released code uses."""
 
     def __init__(self, tower):
         super().__init__()
-        self.tower, self.device, self.dtype = tower, torch.device("cpu"), torch.float32
-        layers = [SimpleNamespace(self_attn=SimpleNamespace(**{n: layer.self_attn[n] for n in ("q_proj", "k_proj")}))
-                  for layer in tower.layers]
+        self.tower, self.device, self.dtype = tower, torch.device("cpu"), torch.float64
+        layers = []
+        for layer in tower.layers:
+            q_proj, k_proj = layer.self_attn["q_proj"], layer.self_attn["k_proj"]
+            layers.append(SimpleNamespace(self_attn=SimpleNamespace(q_proj=q_proj, k_proj=k_proj)))
         self.vision_model = SimpleNamespace(encoder=SimpleNamespace(layers=layers))
 
     def forward(self, images, output_hidden_states):
         states = self.tower(images, -2)
         last = self.tower.layers[-1]
-        last(states)                         # for the hooks on q_proj and k_proj
+        last(states)                         # calls the hooks of the released code on q_proj and k_proj
         return SimpleNamespace(hidden_states=[states, None])

@@ -1,4 +1,4 @@
-"""Saving in shards, whole models from run folders, bases that moved, and each file opened once."""
+"""Test saving: shards, whole models from run folders, moved bases; and errors of bad flags and configs."""
 
 import json
 import shutil
@@ -18,61 +18,71 @@ def random_model(tmp_path_factory):
     return toy.write_random(tmp_path_factory.mktemp("random") / "model")
 
 
-def main(monkeypatch, *words) -> None:
-    monkeypatch.setattr(sys, "argv", ["llava.py", *map(str, words)])
+def run_llava(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["llava.py", *map(str, arguments)])
     command_line(llava.main)
 
 
-def same_tensors(one, other) -> None:
+def assert_same_tensors(one, other) -> None:
+    """The models in two folders have the same tensors."""
     a, b = (Llava.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in (one, other))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("shard_bytes, shards", [(10**9, 1), (400_000, None), (1, None)])
-def test_shards_hold_at_most_their_size_and_open_as_the_same_model(random_model, tmp_path, shard_bytes, shards):
+def assert_same_logits(model, hf_model) -> None:
+    ids = torch.randint(5, 300, (1, 12))
+    with torch.no_grad():
+        expected = hf_model(input_ids=ids).logits[..., :model.config.text.vocab_size]
+        torch.testing.assert_close(model(ids), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shard_bytes, shards", [(10**9, 1), (400_000, None), (1, None)])      # None: several
+def test_shards_have_the_maximum_size_and_the_same_tensors(random_model, tmp_path, shard_bytes, shards):
     model = Llava.from_pretrained(random_model, dtype=torch.float32)
     model.save_pretrained(tmp_path, shard_bytes=shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == shards or (shards is None and len(files) > 3)
-    same_tensors(random_model, tmp_path)
+    assert_same_tensors(random_model, tmp_path)
     if shards is None:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         largest = max(t.nbytes for t in model.state_dict().values())
-        tensors = [llava.open_file(file) for file in files]
-        assert all(sum(t.nbytes for t in some.values()) <= max(shard_bytes, 2 * largest) for some in tensors)
-        assert {k: f.name for f, some in zip(files, tensors) for k in some} == index["weight_map"]
-        assert index["metadata"]["total_size"] == sum(t.nbytes for some in tensors for t in some.values())
-    assert not list(tmp_path.glob(".*")), "no temporary file stays"
+        tensors = {file.name: llava.open_file(file) for file in files}
+        sizes = [sum(t.nbytes for t in shard.values()) for shard in tensors.values()]
+        assert all(size <= max(shard_bytes, 2 * largest) for size in sizes)
+        assert {key: file for file, shard in tensors.items() for key in shard} == index["weight_map"]
+        assert index["metadata"]["total_size"] == sum(sizes)
+    assert not list(tmp_path.glob(".*")), "a temporary file is left"
 
 
 @pytest.mark.parametrize("first, second", [(400_000, 10**9), (10**9, 400_000)])
-def test_one_file_replaces_shards_and_shards_replace_one_file(random_model, tmp_path, first, second):
+def test_a_single_file_and_shards_replace_each_other(random_model, tmp_path, first, second):
     model = Llava.from_pretrained(random_model, dtype=torch.float32)
     model.save_pretrained(tmp_path, shard_bytes=first)
     with torch.no_grad():
         model.projector[0].weight.zero_()
     model.save_pretrained(tmp_path, shard_bytes=second)
     assert not Llava.from_pretrained(tmp_path, dtype=torch.float32).projector[0].weight.any()
-    names = {file.name for file in tmp_path.glob("model.safetensors*")}   # transformers takes the first of both
+    names = {file.name for file in tmp_path.glob("model.safetensors*")}   # transformers prefers the former
     assert names == {"model.safetensors" if second > first else "model.safetensors.index.json"}
 
 
-def test_image_has_the_models_id_where_the_embedding_is_longer_than_the_tokenizer(random_model, tmp_path):
+def test_saved_tokenizer_has_the_image_token_id_of_a_larger_embedding(random_model, tmp_path):
     model = Llava.from_pretrained(random_model, dtype=torch.float32)
     processor = Processor.from_pretrained(random_model, model.config)
-    plain = llava.Tokenizer.from_str(toy.make_tokenizer().to_str())
-    config = llava.replace(model.config, image_token_id=plain.get_vocab_size() + 5)
-    Processor(plain.to_str(), config).save_pretrained(tmp_path)
+    original = llava.Tokenizer.from_str(toy.make_tokenizer().to_str())
+    config = llava.replace(model.config, image_token_id=original.get_vocab_size() + 5)
+    Processor(original.to_str(), config).save_pretrained(tmp_path)
     saved = llava.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert saved.token_to_id("<image>") == config.image_token_id
-    assert saved.encode("What color is it?").ids == plain.encode("What color is it?").ids
+    assert saved.encode("What color is it?").ids == original.encode("What color is it?").ids
     assert processor.tokenizer.token_to_id("<unused0>") is None
 
 
 def test_save_without_a_tokenizer_writes_nothing(random_model, tmp_path, monkeypatch):
     model = Llava.from_pretrained(random_model, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "bare")
-    monkeypatch.setattr("sys.argv", ["llava.py", "--model", str(tmp_path / "bare"), "--save", str(tmp_path / "whole")])
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--save", str(tmp_path / "whole")]
+    monkeypatch.setattr("sys.argv", ["llava.py", *arguments])
     with pytest.raises(OSError, match="--tokenizer"):
         llava.main()
     assert not (tmp_path / "whole").exists()
@@ -81,26 +91,22 @@ def test_save_without_a_tokenizer_writes_nothing(random_model, tmp_path, monkeyp
 def test_transformers_opens_shards(random_model, tmp_path):
     hf = pytest.importorskip("transformers", minversion="5")
     Llava.from_pretrained(random_model, dtype=torch.float32).save_pretrained(tmp_path, shard_bytes=400_000)
-    theirs, report = hf.AutoModelForImageTextToText.from_pretrained(
+    hf_model, report = hf.AutoModelForImageTextToText.from_pretrained(
         tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not any(report.values()), report
-    one = Llava.from_pretrained(random_model, dtype=torch.float32)
-    ids = torch.randint(5, 300, (1, 12))
-    with torch.no_grad():
-        wanted = theirs(input_ids=ids).logits
-        torch.testing.assert_close(one(ids), wanted[..., :one.config.text.vocab_size], rtol=2e-5, atol=2e-5)
+    assert_same_logits(Llava.from_pretrained(random_model, dtype=torch.float32), hf_model)
 
 
-def lora_run(base, folder) -> None:
-    """A run folder as train.py --lora-rank writes it: an adapter and the projector, with its base."""
+def write_lora_run(base, folder) -> None:
+    """Write a run folder like train.py --lora-rank: an adapter, the projector and the name of the base."""
     model = Llava.from_pretrained(base, dtype=torch.float32)
     model.requires_grad_(False).projector.requires_grad_(True)
     model.save_pretrained(folder, whole=False)
     tensors, prefix = llava.open_file(folder / "model.safetensors"), "base_model.model.model."
     adapter = {prefix + name: t.clone() for name, t in tensors.items()}
-    q = model.language_model.layers[0].self_attn.q_proj.weight
+    outputs, inputs = model.language_model.layers[0].self_attn.q_proj.weight.shape
     name = f"{prefix}language_model.layers.0.self_attn.q_proj.lora_"
-    adapter |= {f"{name}A.weight": torch.randn(4, q.shape[1]), f"{name}B.weight": torch.randn(q.shape[0], 4)}
+    adapter |= {f"{name}A.weight": torch.randn(4, inputs), f"{name}B.weight": torch.randn(outputs, 4)}
     (folder / "model.safetensors").unlink()
     llava.save_file(adapter, folder / "adapter_model.safetensors")
     llava.write_json(folder / "adapter_config.json",
@@ -109,49 +115,49 @@ def lora_run(base, folder) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_save_writes_the_whole_model_of_a_lora_run_for_transformers(random_model, tmp_path, monkeypatch, dtype):
-    lora_run(random_model, tmp_path / "run")
-    main(monkeypatch, "--model", tmp_path / "run", "--save", tmp_path / "whole",
-         *(("--dtype", dtype) if dtype else ()))
+def test_save_merges_a_lora_run_into_a_whole_model(random_model, tmp_path, monkeypatch, dtype):
+    write_lora_run(random_model, tmp_path / "run")
+    dtype_flag = ("--dtype", dtype) if dtype else ()
+    run_llava(monkeypatch, "--model", tmp_path / "run", "--save", tmp_path / "whole", *dtype_flag)
     saved = llava.open_file(tmp_path / "whole" / "model.safetensors")
     assert {t.dtype for t in saved.values()} == {getattr(torch, dtype or "float32")}
     if dtype:
         return
-    same_tensors(tmp_path / "run", tmp_path / "whole")
+    assert_same_tensors(tmp_path / "run", tmp_path / "whole")
     base = Llava.from_pretrained(random_model, dtype=torch.float32).state_dict()
     merged = Llava.from_pretrained(tmp_path / "whole", dtype=torch.float32).state_dict()
     assert [n for n in base if not torch.equal(base[n], merged[n])] == [
         "language_model.layers.0.self_attn.q_proj.weight"]
     hf = pytest.importorskip("transformers", minversion="5")
-    theirs, report = hf.AutoModelForImageTextToText.from_pretrained(
+    hf_model, report = hf.AutoModelForImageTextToText.from_pretrained(
         tmp_path / "whole", output_loading_info=True)
     assert not any(report.values()), report
     processor = hf.AutoProcessor.from_pretrained(tmp_path / "whole", use_fast=False)
-    assert processor.tokenizer("<image>")["input_ids"][-1] == theirs.config.image_token_id
-    one, ids = Llava.from_pretrained(tmp_path / "run", dtype=torch.float32), torch.randint(5, 300, (1, 12))
-    with torch.no_grad():
-        wanted = theirs(input_ids=ids).logits
-        torch.testing.assert_close(one(ids), wanted[..., :one.config.text.vocab_size], rtol=2e-5, atol=2e-5)
+    assert processor.tokenizer("<image>")["input_ids"][-1] == hf_model.config.image_token_id
+    assert_same_logits(Llava.from_pretrained(tmp_path / "run", dtype=torch.float32), hf_model)
 
 
-def test_save_overwrites_nothing(random_model, tmp_path, monkeypatch):
+def test_save_does_not_overwrite_files(random_model, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit, match="is not empty"):
-        main(monkeypatch, "--model", random_model, "--save", tmp_path)
+        run_llava(monkeypatch, "--model", random_model, "--save", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_moved_base_is_named_and_base_gives_its_new_place(random_model, tmp_path, monkeypatch):
+def test_a_moved_base_is_named_and_the_base_flag_gives_its_new_place(random_model, tmp_path, monkeypatch):
     shutil.copytree(random_model, tmp_path / "old")
-    lora_run(tmp_path / "old", tmp_path / "run")
-    wanted = Llava.from_pretrained(tmp_path / "run", dtype=torch.float32).state_dict()
+    write_lora_run(tmp_path / "old", tmp_path / "run")
+    expected = Llava.from_pretrained(tmp_path / "run", dtype=torch.float32).state_dict()
     (tmp_path / "old").rename(tmp_path / "new")
     with pytest.raises(OSError, match=rf"{tmp_path}/run needs its base {tmp_path}/old.*--base"):
         Llava.from_pretrained(tmp_path / "run")
-    found = Llava.from_pretrained(tmp_path / "run", base=[str(tmp_path / "new")], dtype=torch.float32)
-    assert all(torch.equal(t, wanted[name]) for name, t in found.state_dict().items())
-    main(monkeypatch, "--model", tmp_path / "run", "--base", tmp_path / "new", "--save", tmp_path / "whole")
-    same_tensors(tmp_path / "whole", tmp_path / "whole")
+    model = Llava.from_pretrained(tmp_path / "run", base=[str(tmp_path / "new")], dtype=torch.float32)
+    assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+    run_llava(monkeypatch, "--model", tmp_path / "run", "--base", tmp_path / "new",
+              "--save", tmp_path / "whole")
+    whole = Llava.from_pretrained(tmp_path / "whole", dtype=torch.float32).state_dict()
+    for name, tensor in expected.items():    # the saved model has more rows, for <image> and <pad>
+        assert torch.equal(whole[name][:len(tensor)], tensor)
     with pytest.raises(UserError, match="has 1 bases .* --base names 2"):
         Llava.from_pretrained(tmp_path / "run", base=["a", "b"])
 
@@ -159,13 +165,17 @@ def test_a_moved_base_is_named_and_base_gives_its_new_place(random_model, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
 def test_each_file_is_opened_once(random_model, tmp_path, monkeypatch, dtype):
     Llava.from_pretrained(random_model, dtype=torch.float32).save_pretrained(tmp_path, shard_bytes=400_000)
-    opened, real = [], llava.open_file
-    monkeypatch.setattr(llava, "open_file", lambda file: opened.append(file) or real(file))
+    opened, open_file = [], llava.open_file
+
+    def record_and_open(file):
+        opened.append(file)
+        return open_file(file)
+    monkeypatch.setattr(llava, "open_file", record_and_open)
     Llava.from_pretrained(tmp_path, dtype=dtype)
     assert len(opened) == len(set(opened)) == len(list(tmp_path.glob("*.safetensors")))
 
 
-def test_an_index_cannot_name_a_file_of_another_folder(random_model, tmp_path):
+def test_an_index_that_names_a_file_of_another_folder_is_an_error(random_model, tmp_path):
     shutil.copytree(random_model, tmp_path / "model")
     llava.write_json(tmp_path / "model" / "model.safetensors.index.json",
                      {"weight_map": {"a": "../model.safetensors"}})
@@ -178,56 +188,58 @@ def test_an_index_cannot_name_a_file_of_another_folder(random_model, tmp_path):
     (("--max-new-tokens", 0), "--max-new-tokens"), (("--keep-tokens", 0), "--keep-tokens"),
     (("--keep-tokens", "x"), "--keep-tokens"), (("--save", "d", "What?"), "--save"),
     (("--show-kept", "d", "What?"), "--show-kept")])
-def test_impossible_flags_are_refused_by_name(monkeypatch, capsys, flags, message):
+def test_an_invalid_flag_is_named(monkeypatch, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, "--model", "m", *flags)
+        run_llava(monkeypatch, "--model", "m", *flags)
     assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_misspelt_second_image_is_an_error_and_a_question_is_the_question(random_model, tmp_path, monkeypatch):
+def test_last_image_argument_may_be_the_question_but_not_a_missing_file(random_model, tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "cat.jpg")
     with pytest.raises(SystemExit, match="there is no image .*dgo.jpg"):
-        main(monkeypatch, "--model", random_model, "--image", tmp_path / "cat.jpg", tmp_path / "dgo.jpg")
+        run_llava(monkeypatch, "--model", random_model, "--image", tmp_path / "cat.jpg", tmp_path / "dgo.jpg")
     args = llava.parse_args(["--model", "m", "--image", str(tmp_path / "cat.jpg"), "What?"])
     assert args.prompt == "What?" and len(args.image) == 1
 
 
-def test_labels_that_are_all_ignored_are_an_error(random_model):
+def test_labels_without_a_supervised_token_are_an_error(random_model):
     model = Llava.from_pretrained(random_model, dtype=torch.float32)
     with pytest.raises(UserError, match="nothing to learn"):
         model(torch.tensor([[1, 5, 6]]), labels=torch.full((1, 3), -100))
 
 
-def test_splice_does_not_write_into_the_callers_tensors(random_model):
+def test_splice_does_not_change_its_arguments(random_model):
     model = Llava.from_pretrained(random_model, dtype=torch.float32)
     image_id = model.config.image_token_id
-    given = {"input_ids": torch.tensor([[1, image_id, 7], [1, 9, 0]]), "labels": torch.tensor([[1, 2, 3], [4, 5, 6]]),
-             "attention_mask": torch.tensor([[True] * 3, [True, True, False]])}
-    before = {name: t.clone() for name, t in given.items()}
-    x, lengths, labels = model.splice(**given, images=[torch.randn(1, 3, 32, 32)], image_sizes=[(32, 32)])
+    inputs = {"input_ids": torch.tensor([[1, image_id, 7], [1, 9, 0]]),
+              "labels": torch.tensor([[1, 2, 3], [4, 5, 6]]),
+              "attention_mask": torch.tensor([[True] * 3, [True, True, False]])}
+    before = {name: t.clone() for name, t in inputs.items()}
+    x, lengths, labels = model.splice(**inputs, images=[torch.randn(1, 3, 32, 32)], image_sizes=[(32, 32)])
     assert lengths.tolist() == [18, 2] and labels[0].tolist() == [1, *[-100] * 16, 3]
-    assert all(torch.equal(t, before[name]) for name, t in given.items())
+    assert all(torch.equal(t, before[name]) for name, t in inputs.items())
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])
-def test_an_anyres_model_works_in_another_image_mode_without_its_newline(random_model, tmp_path, mode):
+def test_an_anyres_model_opens_in_another_image_mode_without_newline(random_model, tmp_path, mode):
     Llava.from_pretrained(random_model, dtype=torch.float32, image_mode="anyres").save_pretrained(tmp_path)
     model = Llava.from_pretrained(tmp_path, dtype=torch.float32, image_mode=mode)
     assert not hasattr(model, "image_newline")
     assert len(model.encode_images([torch.randn(1, 3, 32, 32)])[0]) == 16
 
 
-@pytest.mark.parametrize("field, value, where", [
-    ("sliding_window", 0, "text_config"), ("sliding_window", -4, "text_config"), ("hidden_size", "big", "text_config"),
-    ("num_attention_heads", 0, "text_config"), ("num_key_value_heads", 2, "text_config"),
-    ("num_attention_heads", 3, "vision_config"), ("num_hidden_layers", 1.5, "vision_config"),
-    ("rope_theta", -1, "text_config"), ("head_dim", 33, "text_config")])
-def test_an_impossible_size_in_a_config_is_named(random_model, tmp_path, field, value, where):
+@pytest.mark.parametrize("field, value, part", [
+    ("sliding_window", 0, "text_config"), ("sliding_window", -4, "text_config"),
+    ("hidden_size", "big", "text_config"), ("num_attention_heads", 0, "text_config"),
+    ("num_key_value_heads", 2, "text_config"), ("num_attention_heads", 3, "vision_config"),
+    ("num_hidden_layers", 1.5, "vision_config"), ("rope_theta", -1, "text_config"),
+    ("head_dim", 33, "text_config")])
+def test_an_invalid_size_in_a_config_is_named(random_model, tmp_path, field, value, part):
     shutil.copytree(random_model, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
-    config[where][field] = value
+    config[part][field] = value
     if field == "rope_theta":
-        config[where]["rope_parameters"][field] = value
+        config[part]["rope_parameters"][field] = value
     llava.write_json(tmp_path / "model/config.json", config)
     with pytest.raises(UserError, match=field):
         Llava.from_pretrained(tmp_path / "model")

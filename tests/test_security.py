@@ -1,4 +1,4 @@
-"""A test for each line of the README's section on security."""
+"""A test for each sentence of the README's section on security."""
 
 import ast
 import os
@@ -18,19 +18,20 @@ import prune
 import train
 from llava import Llava, UserError
 from tests import toy
-from tests.test_bad_input import png_of
+from tests.test_bad_input import make_png
 
 ROOT = Path(__file__).resolve().parent.parent
-TREES = {name: ast.parse((ROOT / name).read_text()) for name in ("llava.py", "train.py", "eval.py", "prune.py")}
+TREES = {name: ast.parse((ROOT / name).read_text())
+         for name in ("llava.py", "train.py", "eval.py", "prune.py")}
 
 
 def calls() -> list[tuple[str, str, ast.Call]]:
-    """(file and line, dotted name, node) of every call in the four files."""
+    """Return (file and line, dotted name, syntax node) of every call in the four programs."""
     return [(f"{file}:{node.lineno}", ast.unparse(node.func), node) for file, tree in TREES.items()
             for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
-def imported() -> set[str]:
+def imports() -> set[str]:
     names = set()
     for tree in TREES.values():
         for node in ast.walk(tree):
@@ -47,40 +48,43 @@ def random_model(tmp_path_factory):
 
 
 class Payload:
-    """A pickled object that would create a file when it is loaded."""
+    """An object whose pickle creates a folder when it is loaded."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def __reduce__(self):
-        return os.mkdir, (str(self.file),)
+        return os.mkdir, (str(self.folder),)
+
+
+def save_bare_pickle(content, file: Path) -> None:
+    file.write_bytes(pickle.dumps(content))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "mm_projector.bin", "non_lora_trainables.bin",
                                   "adapter_model.bin"])
-@pytest.mark.parametrize("save", [torch.save, lambda content, file: Path(file).write_bytes(pickle.dumps(content))],
-                         ids=["zip", "bare"])
+@pytest.mark.parametrize("save", [torch.save, save_bare_pickle], ids=["zip", "bare"])
 def test_no_pickle_is_executed(save, name, random_model, tmp_path):
-    config = (random_model / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "config.json").write_text((random_model / "config.json").read_text())
     if name == "adapter_model.bin":
-        (tmp_path / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1, "base_model_name_or_path": "b"}')
+        adapter = '{"r": 1, "lora_alpha": 1, "base_model_name_or_path": "b"}'
+        (tmp_path / "adapter_config.json").write_text(adapter)
     save({"a": Payload(tmp_path / "executed")}, tmp_path / name)
     with pytest.raises((OSError, UserError), match=name):
         Llava.from_pretrained(tmp_path)
     assert not (tmp_path / "executed").exists()
-    assert not {"pickle.load", "pickle.loads", "joblib.load"} & {name for _, name, _ in calls()}
-    for where, name, node in calls():
-        words = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        assert name != "torch.load" or words.get("weights_only") == "True", where
-        assert "allow_pickle" not in words, where
+    assert not {"pickle.load", "pickle.loads", "joblib.load"} & {function for _, function, _ in calls()}
+    for where, function, node in calls():
+        arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert function != "torch.load" or arguments.get("weights_only") == "True", where
+        assert "allow_pickle" not in arguments, where
 
 
-@pytest.mark.parametrize("image", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..", "./../secret.png"])
-def test_no_path_outside_the_image_folder_is_opened(image, tmp_path, monkeypatch):
+@pytest.mark.parametrize("image", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..",
+                                   "./../secret.png"])
+def test_no_image_outside_the_image_folder_is_opened(image, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda file, *_: pytest.fail(f"{file} is opened"))
-    toy_image = Image.new("RGB", (8, 8))
-    toy_image.save(tmp_path / "secret.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (tmp_path / "images/a").mkdir(parents=True)
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Red."}]
     llava.write_json(tmp_path / "records.json", [{"id": 1, "image": image, "conversations": turns}])
@@ -105,15 +109,15 @@ def test_no_shard_outside_the_checkpoint_is_opened(shard, random_model, tmp_path
 
 @pytest.mark.parametrize("width, height", [(60_000, 60_000), (20_000, 20_000), (1, 100_000), (200_000, 1)])
 def test_no_decompression_bomb_is_decoded(width, height, tmp_path, monkeypatch):
-    """Nor an image whose square, or whose enlarged center, would take gigabytes."""
+    """A thin image counts too: padded to a square, or enlarged and cropped, it would need gigabytes."""
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail(f"{image.size} is decoded"))
-    (tmp_path / "bomb.png").write_bytes(png_of(width, height))
+    (tmp_path / "bomb.png").write_bytes(make_png(width, height))
     with pytest.raises(OSError, match="bomb.png is not a readable image"):
         llava.open_image(tmp_path / "bomb.png")
 
 
-def test_no_image_runs_a_program(tmp_path, monkeypatch):
-    """Pillow decodes EPS by calling Ghostscript."""
+def test_no_image_starts_a_process(tmp_path, monkeypatch):
+    """Pillow would decode EPS with Ghostscript."""
     for name in ("Popen", "run", "check_call", "call", "check_output"):
         monkeypatch.setattr(subprocess, name, lambda *_, **__: pytest.fail("a program is called"))
     lines = ["%!PS-Adobe-3.0 EPSF-3.0", "%%BoundingBox: 0 0 10 10", "%%EndComments", "showpage", "%%EOF"]
@@ -123,10 +127,10 @@ def test_no_image_runs_a_program(tmp_path, monkeypatch):
 
 
 def test_no_remote_code_is_downloaded_or_executed(monkeypatch, tmp_path):
-    for where, name, node in calls():
-        assert name not in ("eval", "exec", "compile", "__import__", "importlib.import_module"), where
-        assert "trust_remote_code" not in {word.arg for word in node.keywords}, where
-    assert not {"transformers", "importlib", "runpy", "marshal", "shelve", "dill", "code"} & imported()
+    for where, function, node in calls():
+        assert function not in ("eval", "exec", "compile", "__import__", "importlib.import_module"), where
+        assert "trust_remote_code" not in {keyword.arg for keyword in node.keywords}, where
+    assert not {"transformers", "importlib", "runpy", "marshal", "shelve", "dill", "code"} & imports()
     patterns = []
 
     def download(repo, allow_patterns, **_):
@@ -136,20 +140,22 @@ def test_no_remote_code_is_downloaded_or_executed(monkeypatch, tmp_path):
     monkeypatch.setattr(llava, "snapshot_download", download)
     for weights in (True, False):
         llava.fetch("nobody/a-model", weights)
-    assert patterns and all(Path(pattern).suffix in (".json", ".safetensors", ".bin") or pattern == "adapter_model.*"
-                            for pattern in patterns)
+    assert patterns
+    for pattern in patterns:
+        assert Path(pattern).suffix in (".json", ".safetensors", ".bin") or pattern == "adapter_model.*"
 
 
 def test_no_shell_is_used():
-    for where, name, node in calls():
-        assert name not in ("os.system", "os.popen", "pty.spawn") and not name.startswith("os.exec"), where
-        assert "shell" not in {word.arg for word in node.keywords}, where
-        if name.startswith("subprocess.") and name != "subprocess.TimeoutExpired":
-            assert isinstance(node.args[0], ast.List), f"{where}: a list of words needs no shell"
+    for where, function, node in calls():
+        assert function not in ("os.system", "os.popen", "pty.spawn"), where
+        assert not function.startswith("os.exec"), where
+        assert "shell" not in {keyword.arg for keyword in node.keywords}, where
+        if function.startswith("subprocess.") and function != "subprocess.TimeoutExpired":
+            assert isinstance(node.args[0], ast.List), f"{where}: the command must be a list of arguments"
 
 
-class Judge(BaseHTTPRequestHandler):
-    """A server that repeats every header it gets, with the status that its class names."""
+class EchoHandler(BaseHTTPRequestHandler):
+    """Reply with the headers of the request as the body, and with the class's status."""
     status = 200
 
     def do_POST(self):
@@ -165,27 +171,28 @@ class Judge(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(not hasattr(evaluation, "chat"), reason="no requests are made yet")
 @pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 429, 500])
-def test_keys_are_never_shown(status, monkeypatch, capsys, caplog):
-    """Not even when the server repeats them in its answer."""
+def test_api_key_is_never_printed(status, monkeypatch, capsys, caplog):
+    """The key stays hidden even if the server's reply contains it."""
     key = "sk-a-secret-key"
     monkeypatch.setenv("OPENAI_API_KEY", key)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    server = HTTPServer(("127.0.0.1", 0), type("Handler", (Judge,), {"status": status}))
+    server = HTTPServer(("127.0.0.1", 0), type("Handler", (EchoHandler,), {"status": status}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, messages = f"http://127.0.0.1:{server.server_port}/v1", [{"role": "user", "content": "x"}]
     try:
         with pytest.raises((UserError, OSError)) as error:
-            evaluation.chat(f"http://127.0.0.1:{server.server_port}/v1", "a-model", [{"role": "user", "content": "x"}])
+            evaluation.chat(url, "a-model", messages)
     finally:
         server.shutdown()
         server.server_close()
-    shown = capsys.readouterr()
-    assert key not in str(error.value) + repr(error.value) + shown.out + shown.err + caplog.text
+    printed = capsys.readouterr()
+    assert key not in str(error.value) + repr(error.value) + printed.out + printed.err + caplog.text
 
 
-def test_the_key_is_read_from_the_environment_in_one_place_and_is_no_flag():
-    reads = {where for where, name, node in calls() if "API_KEY" in ast.unparse(node) and "environ" in name}
-    assert len(reads) <= 1
+def test_api_key_is_read_in_one_place_and_is_no_flag():
+    reads = {where for where, function, node in calls()
+             if "API_KEY" in ast.unparse(node) and "environ" in function}
+    assert len(reads) == 1
     for module in (llava, train, evaluation, prune):
         assert "--api-key" not in Path(module.__file__).read_text()

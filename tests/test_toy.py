@@ -1,6 +1,5 @@
-"""The toy data has the layouts of the real data."""
+"""Tests of the toy data, the toy models and the toy run of toy.py."""
 
-import json
 import random
 from collections import Counter
 
@@ -13,7 +12,7 @@ from tests import toy
 from train import parse, read_records
 
 
-def test_toy_scienceqa_has_the_layout_of_the_published_one(tmp_path):
+def test_toy_scienceqa_has_the_published_layout(tmp_path):
     toy.write_scienceqa(tmp_path, sizes=(("train", 200), ("val", 8), ("test", 40)))
     problems = read_scienceqa(tmp_path, "train")
     assert {p["subject"] for p in problems} == {"natural science", "social science", "language science"}
@@ -21,41 +20,42 @@ def test_toy_scienceqa_has_the_layout_of_the_published_one(tmp_path):
     assert all(p["file"].exists() for p in problems if p["image"])
     assert problems[0].keys() >= {"lecture", "solution", "hint", "task", "grade", "topic", "skill"}
     assert all(p["choices"][p["answer"]] in p["solution"] for p in problems)
-    right = Counter((p["skill"], p["answer"]) for p in problems if p["image"])
-    assert len(right) > 12, "each skill has several answers"
+    answers = Counter((p["skill"], p["answer"]) for p in problems if p["image"])
+    assert len(answers) > 12, "each skill has several answers"
 
 
-def test_the_text_of_an_image_question_does_not_tell_the_answer():
+def test_text_of_an_image_question_does_not_contain_the_answer():
     rng = random.Random(0)
-    asked = [toy.image_problem(toy.make_scene(rng), rng) for _ in range(400)]
+    problems = [toy.image_problem(toy.make_scene(rng), rng) for _ in range(400)]
     answers = {}
-    for p in asked:
+    for p in problems:
         answers.setdefault(question(p), set()).add(p["answer"])
-    assert len(answers) == 4, "one wording per kind of question"
-    assert all(len(possible) >= 3 for possible in answers.values())
+    assert len(answers) == 4, "one text per kind of question"
+    assert all(len(answers_of_text) >= 3 for answers_of_text in answers.values())
 
 
 @pytest.mark.parametrize("shape", toy.SHAPES)
-def test_the_image_shows_what_the_caption_says(shape):
+def test_image_shows_the_shape_color_and_place_of_the_caption(shape):
     rng = random.Random(1)
     for place, (x, y) in toy.PLACES.items():
         scene = {"count": "one", "color": "red", "shape": shape, "place": place}
         pixels = np.asarray(toy.draw(scene, rng)).astype(int)
         red = (pixels[..., 0] > 180) & (pixels[..., 1] < 90)
-        middle = np.argwhere(red).mean(0)
-        assert abs(middle[1] - x) < 7 and abs(middle[0] - y) < 7, toy.caption(scene)
+        row, column = np.argwhere(red).mean(0)
+        assert abs(column - x) < 7 and abs(row - y) < 7, toy.caption(scene)
 
 
-def test_a_second_build_is_bit_identical_and_an_unfinished_part_is_built_again(tmp_path, monkeypatch):
+def test_build_is_bit_identical_and_rebuilds_an_unfinished_part(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "write_scienceqa", lambda folder: toy.write_captions(folder, size=3))
     (tmp_path / "a/unfinished-scienceqa").mkdir(parents=True)
-    for name in "ab":
+    contents = []
+    for name in ("a", "b"):
         toy.build(tmp_path / name, ("scienceqa",))
-    a, b = ({f.name: f.read_bytes() for f in (tmp_path / name / "scienceqa").iterdir()} for name in "ab")
-    assert a == b and len(a) == 3
+        contents.append({f.name: f.read_bytes() for f in (tmp_path / name / "scienceqa").iterdir()})
+    assert contents[0] == contents[1] and len(contents[0]) == 3
 
 
-def test_the_toy_models_open_and_the_captions_are_records(tmp_path):
+def test_toy_models_load_and_toy_captions_are_valid_records(tmp_path):
     tokenizer = toy.make_tokenizer(size=600)
     toy.write_captions(tmp_path / "pretrain", size=4)
     toy.write_clip(tmp_path / "clip", steps=1, size=8, batch=4)
@@ -71,31 +71,32 @@ def test_the_toy_models_open_and_the_captions_are_records(tmp_path):
     assert processor.decode(processor.encode(text)) == text
 
 
-def test_draw_losses_draws_a_panel_per_run(tmp_path):
+def test_draw_losses_draws_one_panel_per_run(tmp_path):
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        lines = (json.dumps({"loss": 3 / i} | ({"val_loss": 1} if name == "two" and i % 9 == 0 else {})) + "\n"
-                 for i in range(1, 40))
-        (tmp_path / name / "log.jsonl").write_text("".join(lines))
+        lines = [{"loss": 3 / i} for i in range(1, 40)]
+        if name == "two":
+            for line in lines[8::9]:
+                line["val_loss"] = 1
+        toy.write_lines(tmp_path / name / "log.jsonl", lines)
     toy.draw_losses([tmp_path / "one", tmp_path / "two"], tmp_path / "loss.png")
     image = np.asarray(toy.Image.open(tmp_path / "loss.png"))
     assert image.shape == (260, 840, 3)
-    drawn = (image == (0x20, 0x50, 0xb0)).all(-1)
-    assert drawn[:, :420].sum() > 100 and drawn[:, 420:].sum() > 100
-    red = (image == (0xc0, 0x20, 0x20)).all(-1)
+    blue = (image == (0x20, 0x50, 0xb0)).all(-1)                          # running mean of the losses
+    assert blue[:, :420].sum() > 100 and blue[:, 420:].sum() > 100
+    red = (image == (0xc0, 0x20, 0x20)).all(-1)                           # validation loss
     assert red[:, :420].sum() == 0 and red[:, 420:].sum() > 100
 
 
-def test_the_toy_run_is_in_float32_and_logs_the_validation_loss(tmp_path, monkeypatch):
+def test_toy_run_uses_float32_and_validation_records(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "build", lambda *_, **__: toy.write_scienceqa(
         tmp_path / "scienceqa", sizes=(("train", 8), ("val", 8), ("test", 8))))
-    monkeypatch.setattr(toy, "draw_losses", lambda *_: 1 / 0)             # after both stages
+    monkeypatch.setattr(toy, "draw_losses", lambda *_: 1 / 0)             # end the toy run after both stages
     runs = []
     with pytest.raises(ZeroDivisionError):
-        toy.play(runs.append, parse, tmp_path, tmp_path / "runs")
+        toy.run_and_check(runs.append, parse, tmp_path, tmp_path / "runs")
     assert [args.dtype for args in runs] == ["float32"] * 2 and runs[1].val.exists()
 
 
-def test_a_toy_answer_can_be_parsed():
+def test_toy_answer_can_be_parsed():
     p = toy.text_problem(random.Random(3))
     assert parse_choice(toy.target_text(p), len(p["choices"])) == p["answer"]

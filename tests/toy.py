@@ -1,20 +1,20 @@
-"""The toy data: everything a real run downloads, in the same layouts, 10,000 times smaller.
+"""Toy data: the data sets and models of a real run, 10,000 times smaller, in the same file layouts.
 
     python tests/toy.py data/toy
 
-makes from a seed, in a minute or two on two cores:
+writes these files from a seed, in one or two minutes on two cores:
 
     scienceqa/        problems.json, pid_splits.json, images/{split}/{id}/image.png
     pretrain.json     captions for stage 1, their images in pretrain/
     coco/             captions_train2014.json and instances_train2014.json, their images in train2014/
-    clip/             a vision tower, pretrained to tell which caption belongs to which image
+    clip/             a vision tower, pretrained to match images and captions
     benchmarks/       VQAv2, TextVQA, POPE, MME, MMBench and LLaVA-Bench in their published formats
     mistral/ llama/   two language models of equal depth, pretrained on text alone
 
 An image shows one to three shapes of one color on one side of a map. The language models can answer
-questions about a scene that is described in text, but were not trained on images; the vision tower was
-not trained on questions. train.py connects them: image questions that are answered correctly only with
-the real image show that the model uses it.
+questions about a scene that is described in text, but were not trained on images. The vision tower was
+not trained on questions. train.py connects them. Questions that are answered correctly only with the real
+image show that the model uses it.
 """
 
 from __future__ import annotations
@@ -75,20 +75,22 @@ COUNTS = ("one", "two", "three")
 
 
 def make_scene(rng: random.Random) -> dict[str, str]:
+    """A random scene: one to three equal shapes in one place."""
     return {"count": rng.choice(COUNTS), "color": rng.choice(list(COLORS)),
             "shape": rng.choice(SHAPES), "place": rng.choice(list(PLACES))}
 
 
 def draw(scene: dict[str, str], rng: random.Random, boxes: list | None = None) -> Image.Image:
+    """An image of the scene on a light background; the box of each shape is added to `boxes`."""
     image = Image.new("RGB", (64, 64), tuple(rng.randint(215, 255) for _ in range(3)))
-    pen, count, turn = ImageDraw.Draw(image), COUNTS.index(scene["count"]) + 1, rng.random() * math.tau
+    pen, count, angle = ImageDraw.Draw(image), COUNTS.index(scene["count"]) + 1, rng.random() * math.tau
     for i in range(count):
-        r = rng.randint(8, 10) if count == 1 else rng.randint(6, 7)
+        r = rng.randint(8, 10) if count == 1 else rng.randint(6, 7)       # half the size of the shape
         x, y = (center + rng.randint(-2, 2) for center in PLACES[scene["place"]])
-        if count > 1:                        # in a ring around the middle
-            x += round(9 * math.cos(turn + math.tau * i / count))
-            y += round(9 * math.sin(turn + math.tau * i / count))
-        if boxes is not None:                # [x, y, width, height], as COCO has them
+        if count > 1:                        # several shapes lie on a circle around the place
+            x += round(9 * math.cos(angle + math.tau * i / count))
+            y += round(9 * math.sin(angle + math.tau * i / count))
+        if boxes is not None:                # in COCO's format: [x, y, width, height]
             half = r // 3 if scene["shape"] == "bar" else r
             boxes.append([x - r, y - half, 2 * r, 2 * half])
         fill = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLORS[scene["color"]])
@@ -105,7 +107,9 @@ def draw(scene: dict[str, str], rng: random.Random, boxes: list | None = None) -
 
 
 def noun(scene: dict[str, str]) -> str:
-    return scene["shape"] + ("" if scene["count"] == "one" else "es" if scene["shape"] == "cross" else "s")
+    if scene["count"] == "one":
+        return scene["shape"]
+    return scene["shape"] + ("es" if scene["shape"] == "cross" else "s")
 
 
 def caption(scene: dict[str, str]) -> str:
@@ -118,23 +122,24 @@ def caption(scene: dict[str, str]) -> str:
 WORDS = {"noun": "cat dog tree house river stone apple lamp chair bird fish cloud".split(),
          "verb": "run jump sing eat sleep write swim read walk laugh".split(),
          "adjective": "happy tall cold quiet heavy bright soft clean brave old".split()}
-STUFF = {"solid": "iron wood ice glass sand salt".split(),
-         "liquid": "milk water oil juice honey rain".split(),
-         "gas": "air steam oxygen smoke helium wind".split()}
+SUBSTANCES = {"solid": "iron wood ice glass sand salt".split(),
+              "liquid": "milk water oil juice honey rain".split(),
+              "gas": "air steam oxygen smoke helium wind".split()}
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 MAP = "On a map north is up and east is right."
 
 
-def problem(subject, topic, skill, grade, asked, choices, right, solution, lecture="", hint="") -> dict:
+def problem(subject, topic, skill, grade, text, choices, answer, solution, lecture="", hint="") -> dict:
+    """A problem with ScienceQA's keys; `text` is the question, `answer` the correct choice."""
     choices = list(choices)
-    return {"question": asked, "choices": choices, "answer": choices.index(right), "hint": hint,
+    return {"question": text, "choices": choices, "answer": choices.index(answer), "hint": hint,
             "image": None, "task": "closed choice", "grade": f"grade{grade}",
             "subject": f"{subject} science", "topic": topic, "category": skill.split()[0].capitalize(),
             "skill": skill, "lecture": lecture, "solution": solution}
 
 
 def image_problem(scene: dict[str, str], rng: random.Random) -> dict:
-    """A question whose answer is in the image and nowhere else."""
+    """A question that cannot be answered without the image."""
     count, color, shape, place = scene.values()
     return rng.choice((
         problem("natural", "physics", "Identify colors", 2, "What color do you see?", COLORS, color,
@@ -149,14 +154,15 @@ def image_problem(scene: dict[str, str], rng: random.Random) -> dict:
 
 
 def text_problem(rng: random.Random) -> dict:
-    kind, state, wind = rng.choice(list(WORDS)), rng.choice(list(STUFF)), rng.choice(list(PLACES))
-    word, stuff = rng.choice(WORDS[kind]), rng.choice(STUFF[state])
+    """A question without an image."""
+    kind, state, wind = rng.choice(list(WORDS)), rng.choice(list(SUBSTANCES)), rng.choice(list(PLACES))
+    word, substance = rng.choice(WORDS[kind]), rng.choice(SUBSTANCES[state])
     return rng.choice((
         problem("language", "grammar", "Classify words", 3, f"What kind of word is {word}?", WORDS, kind,
                 f"The word {word} is a kind of {kind}.",
                 "A noun names, a verb acts, an adjective describes."),
-        problem("natural", "chemistry", "Classify matter", 5, f"Is {stuff} a solid, a liquid or a gas?",
-                STUFF, state, f"Usually {stuff} is a {state}."),
+        problem("natural", "chemistry", "Classify matter", 5, f"Is {substance} a solid, a liquid or a gas?",
+                SUBSTANCES, state, f"Usually {substance} is a {state}."),
         problem("social", "geography", "Find directions", 7, f"Which way is opposite to {wind}?",
                 PLACES, OPPOSITE[wind], f"Opposite to {wind} is {OPPOSITE[wind]}.", MAP),
         problem("natural", "weather", "Name winds", 9, "Where does the wind come from?", PLACES, wind,
@@ -165,24 +171,25 @@ def text_problem(rng: random.Random) -> dict:
 
 
 def write_scienceqa(folder: Path, sizes=(("train", 1272), ("val", 100), ("test", 424))) -> None:
+    """Write problems.json, pid_splits.json and images/ in ScienceQA's layout."""
     rng, problems, splits = random.Random(1), {}, {}
     for split, size in sizes:
         splits[split] = [str(len(problems) + i + 1) for i in range(size)]
-        for name in splits[split]:
-            if rng.random() < 0.5:           # in ScienceQA, too, about half have an image
+        for pid in splits[split]:
+            if rng.random() < 0.5:           # about half of the problems have an image, as in ScienceQA
                 scene = make_scene(rng)
-                problems[name] = image_problem(scene, rng) | {"split": split}
-                place = folder / "images" / split / name
-                place.mkdir(parents=True)
-                draw(scene, rng).save(place / "image.png")
+                problems[pid] = image_problem(scene, rng) | {"split": split}
+                image_folder = folder / "images" / split / pid
+                image_folder.mkdir(parents=True)
+                draw(scene, rng).save(image_folder / "image.png")
             else:
-                problems[name] = text_problem(rng) | {"split": split}
+                problems[pid] = text_problem(rng) | {"split": split}
     write_json(folder / "problems.json", problems)
     write_json(folder / "pid_splits.json", splits)
 
 
 def write_captions(folder: Path, size: int = 6000) -> None:
-    """Write the images into the folder and the records beside it."""
+    """Write images into the folder, and their captions to pretrain.json in its parent folder."""
     rng, records = random.Random(2), []
     folder.mkdir(parents=True)
     for i in range(size):
@@ -195,7 +202,7 @@ def write_captions(folder: Path, size: int = 6000) -> None:
 
 
 def write_coco(folder: Path, size: int = 200, images: bool = True) -> None:
-    """Scenes in the layout of COCO: captions_train2014.json, instances_train2014.json, train2014/."""
+    """Write scenes in COCO's layout: captions_train2014.json, instances_train2014.json, train2014/."""
     rng, entries, captions, instances = random.Random(6), [], [], []
     (folder / "train2014").mkdir(parents=True)
     for i in range(1, size + 1):
@@ -217,9 +224,9 @@ def write_coco(folder: Path, size: int = 200, images: bool = True) -> None:
 
 
 class Teacher(ThreadingHTTPServer):
-    """A local stand-in for a text-only language model: it answers from the captions and boxes that it is
-    sent and never sees an image. `prompts` holds the last message of each request; `edit(text)` may
-    change a reply, and `status` refuses all requests."""
+    """A local HTTP server with the interface of a text-only language model: it answers from the captions and
+    boxes in a request. `prompts` lists the last message of each request, `edit(text)` returns the reply that
+    is sent instead of `text`, and `status` is the HTTP status of all replies."""
 
     def __init__(self, port: int = 0, edit=str):
         super().__init__(("127.0.0.1", port), TeacherHandler)
@@ -231,7 +238,7 @@ class TeacherHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.prompts.append(body["messages"][-1]["content"])
-        text = self.server.edit(teach(body["messages"][0]["content"], body["messages"][-1]["content"]))
+        text = self.server.edit(make_reply(body["messages"][0]["content"], body["messages"][-1]["content"]))
         reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(reply)))
@@ -242,12 +249,12 @@ class TeacherHandler(BaseHTTPRequestHandler):
         pass
 
 
-def teach(system: str, symbolic: str) -> str:
-    """A reply of the kind that the system message wants, made of the words in the symbolic image."""
+def make_reply(system: str, symbolic: str) -> str:
+    """The kind of reply that the system message requests, from the captions and boxes in `symbolic`."""
     captions, _, boxes = symbolic.partition("\n\n")
     words = captions.split()
-    count, color, place = (next(word for word in words if word in known)
-                           for known in (COUNTS, COLORS, PLACES))
+    count, color, place = (next(word for word in words if word in names)
+                           for names in (COUNTS, COLORS, PLACES))
     shape = next(shape for shape in SHAPES if shape in captions)
     if "detailed description" in system:
         tops = [json.loads(line.partition(": ")[2])[1] for line in boxes.splitlines()]
@@ -261,7 +268,7 @@ def teach(system: str, symbolic: str) -> str:
         pairs = [("What color do you see?", f"The color is {color}."),
                  ("Which shape do you see?", f"The shape is a {shape}."),
                  ("How many are there?", f"The number is {count}.")]
-    return "\n===\n".join(f"Question:\n{asked}\n===\nAnswer:\n{answered}" for asked, answered in pairs)
+    return "\n===\n".join(f"Question:\n{text}\n===\nAnswer:\n{answer}" for text, answer in pairs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,12 +276,13 @@ def teach(system: str, symbolic: str) -> str:
 
 
 def write_lines(file: Path, entries: list[dict]) -> None:
+    """Write a JSON Lines file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
 
 
 def write_benchmarks(folder: Path, size: int = 12) -> None:
-    """Question files, annotations and images of VQAv2, TextVQA, POPE, MME, MMBench and LLaVA-Bench."""
+    """Write questions, annotations and images of VQAv2, TextVQA, POPE, MME, MMBench and LLaVA-Bench."""
     rng, scenes = random.Random(6), {}
     for i in range(1, size + 1):
         scenes[f"COCO_val2014_{i:012}.jpg"] = make_scene(rng)
@@ -286,9 +294,10 @@ def write_benchmarks(folder: Path, size: int = 12) -> None:
     write_mmbench(folder, scenes, rng)
     questions, references = [], []
     for i, (name, scene) in enumerate(scenes.items()):
-        kind, text, reference = (("conv", "What color do you see?", scene["color"]),
-                                 ("detail", "Describe this image.", caption(scene)),
-                                 ("complex", "Why a map?", f"It shows the {scene['place']}."))[i % 3]
+        variants = (("conv", "What color do you see?", scene["color"]),
+                    ("detail", "Describe this image.", caption(scene)),
+                    ("complex", "Why a map?", f"It shows the {scene['place']}."))
+        kind, text, reference = variants[i % 3]
         questions.append({"question_id": i, "image": name, "text": text, "category": kind})
         references.append({"question_id": i, "prompt": text, "answer_id": f"r{i}", "text": reference})
     write_lines(folder / "llavabench/questions.jsonl", questions)
@@ -298,56 +307,61 @@ def write_benchmarks(folder: Path, size: int = 12) -> None:
 
 
 def write_short_answers(folder: Path, scenes: dict[str, dict]) -> None:
-    """VQAv2 and TextVQA: ten human answers to each question."""
-    asked, annotations, texts, data = [], [], [], []
+    """Write VQAv2 and TextVQA: each question has ten human answers."""
+    questions, annotations, textvqa_questions, textvqa_data = [], [], [], []
     for i, (name, scene) in enumerate(scenes.items(), 1):
-        kind, text, right = (("other", "What color is it?", scene["color"]),
-                             ("number", "How many?", scene["count"]),
-                             ("yes/no", "Is it red?", "yes" if scene["color"] == "red" else "no"))[i % 3]
-        humans = [right] * 7 + ["none", f"a {right}", f"{right}."]
-        asked.append({"image_id": i, "question": text, "question_id": 1000 * i})
+        variants = (("other", "What color is it?", scene["color"]),
+                    ("number", "How many?", scene["count"]),
+                    ("yes/no", "Is it red?", "yes" if scene["color"] == "red" else "no"))
+        kind, text, correct = variants[i % 3]
+        answers = [correct] * 7 + ["none", f"a {correct}", f"{correct}."]
+        questions.append({"image_id": i, "question": text, "question_id": 1000 * i})
         annotations.append({"question_id": 1000 * i, "image_id": i, "answer_type": kind,
-                            "question_type": text, "multiple_choice_answer": right, "answers": [
-                                {"answer": human, "answer_confidence": "yes", "answer_id": n}
-                                for n, human in enumerate(humans, 1)]})
-        texts.append({"question_id": name[:-4], "image": name, "category": "default",
-                      "text": f"{text}\nReference OCR token: {scene['shape']}{SHORT_SUFFIX}"})
-        data.append({"question": text.lower(), "image_id": name[:-4], "question_id": i, "answers": humans})
+                            "question_type": text, "multiple_choice_answer": correct, "answers": [
+                                {"answer": answer, "answer_confidence": "yes", "answer_id": n}
+                                for n, answer in enumerate(answers, 1)]})
+        textvqa_questions.append({
+            "question_id": name[:-4], "image": name, "category": "default",
+            "text": f"{text}\nReference OCR token: {scene['shape']}{SHORT_SUFFIX}"})
+        textvqa_data.append({"question": text.lower(), "image_id": name[:-4], "question_id": i,
+                             "answers": answers})
     head = {"data_type": "mscoco", "data_subtype": "val2014", "task_type": "Open-Ended"}
-    write_json(folder / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", head | {"questions": asked})
+    write_json(folder / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", head | {"questions": questions})
     write_json(folder / "vqav2/v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
-    write_lines(folder / "textvqa/llava_textvqa_val_v051_ocr.jsonl", texts)
-    write_json(folder / "textvqa/TextVQA_0.5.1_val.json", {"dataset_name": "textvqa", "data": data})
+    write_lines(folder / "textvqa/llava_textvqa_val_v051_ocr.jsonl", textvqa_questions)
+    write_json(folder / "textvqa/TextVQA_0.5.1_val.json", {"dataset_name": "textvqa", "data": textvqa_data})
 
 
 def write_yes_no(folder: Path, scenes: dict[str, dict], rng: random.Random) -> None:
-    """POPE and MME: for each image one question with the answer yes and one with the answer no."""
-    asked, labels = [], {}
+    """Write POPE and MME: each image has one question with the answer yes and one with the answer no."""
+    pope_questions, labels = [], {}
     for n, kind in enumerate(("adversarial", "random", "popular")):
         labels[kind] = []
         for name, scene in scenes.items():
-            wrong = rng.choice([shape for shape in SHAPES if shape != scene["shape"]])
-            for shape, label in ((scene["shape"], "yes"), (wrong, "no")):
+            absent = rng.choice([shape for shape in SHAPES if shape != scene["shape"]])
+            for shape, label in ((scene["shape"], "yes"), (absent, "no")):
                 labels[kind].append({"question_id": len(labels[kind]) + 1, "image": name, "label": label,
                                      "text": f"Is there a {shape} in the image?"})
-        asked += [{"question_id": 10**7 * n + i, "image": line["image"], "category": kind,
-                   "text": line["text"] + SHORT_SUFFIX} for i, line in enumerate(labels[kind], 1)]
+        for i, entry in enumerate(labels[kind], 1):
+            pope_questions.append({"question_id": 10**7 * n + i, "image": entry["image"], "category": kind,
+                                   "text": entry["text"] + SHORT_SUFFIX})
         write_lines(folder / f"pope/coco_pope_{kind}.json", labels[kind])
-    write_lines(folder / "pope/llava_pope_test.jsonl", asked)
-    questions = []
-    for task, line in [(task, line) for task in ("color", "code_reasoning") for line in labels["random"]]:
-        image = f"{task}/{line['image']}"
-        questions.append({"question_id": image, "image": image, "category": task,
-                          "text": line["text"] + SHORT_SUFFIX})
-        (folder / "mme" / image).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "val2014" / line["image"], folder / "mme" / image)
-        with open((folder / "mme" / image).with_suffix(".txt"), "a", encoding="utf-8") as truth:
-            truth.write(f"{line['text']} Please answer yes or no.\t{line['label'].capitalize()}\n")
-    write_lines(folder / "mme/llava_mme.jsonl", questions)
+    write_lines(folder / "pope/llava_pope_test.jsonl", pope_questions)
+    mme_questions = []
+    for task in ("color", "code_reasoning"):
+        (folder / "mme" / task).mkdir(parents=True)
+        for entry in labels["random"]:
+            image = f"{task}/{entry['image']}"
+            mme_questions.append({"question_id": image, "image": image, "category": task,
+                                  "text": entry["text"] + SHORT_SUFFIX})
+            shutil.copy(folder / "val2014" / entry["image"], folder / "mme" / image)
+            with open((folder / "mme" / image).with_suffix(".txt"), "a", encoding="utf-8") as file:
+                file.write(f"{entry['text']} Please answer yes or no.\t{entry['label'].capitalize()}\n")
+    write_lines(folder / "mme/llava_mme.jsonl", mme_questions)
 
 
 def write_mmbench(folder: Path, scenes: dict[str, dict], rng: random.Random) -> None:
-    """A tsv with each question twice, its options in another order the second time."""
+    """Write MMBench: a .tsv file with each question twice, with its options in two orders."""
     rows = []
     for i, (name, scene) in enumerate(scenes.items(), 1):
         image = base64.b64encode((folder / "val2014" / name).read_bytes()).decode()
@@ -358,10 +372,10 @@ def write_mmbench(folder: Path, scenes: dict[str, dict], rng: random.Random) -> 
                          "answer": "ABCD"[options.index(scene["shape"])],
                          "category": "shape", "image": image, "source": "toy",
                          "l2-category": "coarse" if i % 2 else "fine", "comment": "", "split": "dev"})
-    file = folder / "mmbench/mmbench_dev_20230712.tsv"
-    file.parent.mkdir(parents=True)
-    with open(file, "w", newline="", encoding="utf-8") as lines:
-        writer = csv.DictWriter(lines, rows[0], delimiter="\t")
+    path = folder / "mmbench/mmbench_dev_20230712.tsv"
+    path.parent.mkdir(parents=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -385,7 +399,8 @@ def pretrain(loss_of_batch, parameters, steps: int, name: str) -> None:
 
 
 def write_random(folder: Path, seed: int = 0) -> Path:
-    """A LLaVA of random weights, so large that its output depends on every token and patch."""
+    """Write a LLaVA with random weights that are so large that the output depends on every token and patch;
+    return the folder."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     text = TextConfig(**MISTRAL | {"vocab_size": tokenizer.get_vocab_size(), "num_hidden_layers": 2})
@@ -400,7 +415,7 @@ def write_random(folder: Path, seed: int = 0) -> Path:
 
 def write_clip(folder: Path, patch_size: int = 16, steps: int = 700, size: int = 6000, batch: int = 96,
                seed: int = 0) -> None:
-    """A vision tower trained with CLIP's loss: which caption of the batch belongs to which image?"""
+    """Write a vision tower trained with CLIP's contrastive loss on images and captions."""
     torch.manual_seed(3 + 10 * seed)
     rng, words = random.Random(3), [*COUNTS, *COLORS, *SHAPES, *PLACES]
     scenes = [make_scene(rng) for _ in range(size)]
@@ -411,16 +426,17 @@ def write_clip(folder: Path, patch_size: int = 16, steps: int = 700, size: int =
     project, scale = nn.Linear(VISION.hidden_size, 48, bias=False), nn.Parameter(torch.tensor(2.3))
 
     def loss_of_batch() -> torch.Tensor:
-        pick = torch.randint(size, (batch,))
-        states = tower(normalize(pixels[pick]), feature_layer=-1)
-        seen = F.normalize(project(tower.post_layernorm(states[:, 0])), dim=-1)
-        match = scale.exp() * seen @ F.normalize(bag_of_words(texts[pick]), dim=-1).T
-        same = (texts[pick][:, None] == texts[pick]).all(-1).float()      # some captions are equal
-        same = same / same.sum(1, keepdim=True)
-        return F.cross_entropy(match, same) + F.cross_entropy(match.T, same)
+        indices = torch.randint(size, (batch,))
+        states = tower(normalize(pixels[indices]), feature_layer=-1)
+        image_features = F.normalize(project(tower.post_layernorm(states[:, 0])), dim=-1)
+        text_features = F.normalize(bag_of_words(texts[indices]), dim=-1)
+        logits = scale.exp() * image_features @ text_features.T
+        targets = (texts[indices][:, None] == texts[indices]).all(-1).float()   # some captions are equal
+        targets = targets / targets.sum(1, keepdim=True)
+        return F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)
 
-    learning = nn.ModuleList([tower, bag_of_words, project])
-    pretrain(loss_of_batch, [*learning.parameters(), scale], steps, folder.name)
+    modules = nn.ModuleList([tower, bag_of_words, project])
+    pretrain(loss_of_batch, [*modules.parameters(), scale], steps, folder.name)
     tensors = {rename_key(f"vision_tower.{name}", TO_HF).removeprefix("vision_tower."): tensor
                for name, tensor in tower.state_dict().items()}
     tensors |= {"text_model.embeddings.token_embedding.weight": bag_of_words.weight.detach(),
@@ -432,24 +448,27 @@ def write_clip(folder: Path, patch_size: int = 16, steps: int = 700, size: int =
 
 def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int = 450,
                    batch: int = 32, seed: int = 0) -> None:
-    """A decoder trained on descriptions of scenes, captions, questions and their answers."""
+    """Write a language model trained on descriptions of scenes, captions, questions and their answers."""
     torch.manual_seed(4 + 10 * seed)
     rng, text = random.Random(4 + 10 * seed), TextConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
     processor = Processor(tokenizer.to_str(), LlavaConfig(
         text=text, image_token_id=text.vocab_size, template=TEMPLATE_OF[text.model_type]))
     model = LanguageModel(text)
     for name, p in model.named_parameters():
-        if p.ndim == 2:                      # embeddings must be large beside what the layers add
-            deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(p, std=1.0 if "embed" in name else (0.3 if deep else 1.0) * p.shape[1] ** -0.5)
+        if p.ndim == 2:                      # the layers' outputs must be small relative to the embeddings
+            std = 1.0 if "embed" in name else p.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std = 0.3 * std
+            nn.init.normal_(p, std=std)
 
     def loss_of_batch() -> torch.Tensor:
         rows = [make_text(rng, processor) for _ in range(batch)]
-        ids, labels = (pad_sequence([torch.tensor(row[i]) for row in rows], batch_first=True,
-                                    padding_value=padding) for i, padding in ((0, 0), (1, IGNORE)))
-        learned = labels[:, 1:] != IGNORE
-        logits = model.lm_head(model(model.embed_tokens(ids))[:, :-1][learned])
-        return F.cross_entropy(logits, labels[:, 1:][learned])
+        ids = pad_sequence([torch.tensor(row_ids) for row_ids, _ in rows], batch_first=True)
+        labels = pad_sequence([torch.tensor(row_labels) for _, row_labels in rows], batch_first=True,
+                              padding_value=IGNORE)
+        supervised = labels[:, 1:] != IGNORE
+        logits = model.lm_head(model(model.embed_tokens(ids))[:, :-1][supervised])
+        return F.cross_entropy(logits, labels[:, 1:][supervised])
 
     pretrain(loss_of_batch, model.parameters(), steps, folder.name)
     tensors = {rename_key(f"language_model.{name}", TO_HF).removeprefix("language_model."): tensor
@@ -463,36 +482,39 @@ def write_language(folder: Path, sizes: dict, tokenizer: Tokenizer, steps: int =
 
 
 def make_text(rng: random.Random, processor: Processor) -> tuple[list[int], list[int]]:
-    """A training text of the decoder: (ids, labels)."""
+    """Token ids and labels of a training text: a description of a scene and then its caption, or a question
+    and its answer, with a description in place of an image."""
     scene = make_scene(rng)
     words = [scene["count"], scene["color"], noun(scene), scene["place"]]
-    described = caption(scene) if rng.random() < 0.4 else " ".join(rng.sample(words, 4))
+    description = caption(scene) if rng.random() < 0.4 else " ".join(rng.sample(words, 4))
     if rng.random() < 0.3:
-        before, after = processor.encode(described), processor.encode(caption(scene) + "\n")
-        return [processor.bos, *before, *after], [IGNORE] * (1 + len(before)) + after
-    asked = text_problem(rng) if rng.random() < 0.36 else image_problem(scene, rng)
-    before = described + "\n" if asked["image"] else ""
-    return processor.tokenize([{"role": "user", "content": before + question(asked | {"image": None})},
-                               {"role": "assistant", "content": target_text(asked)}])
+        prompt, target = processor.encode(description), processor.encode(caption(scene) + "\n")
+        return [processor.bos, *prompt, *target], [IGNORE] * (1 + len(prompt)) + target
+    p = text_problem(rng) if rng.random() < 0.36 else image_problem(scene, rng)
+    context = description + "\n" if p["image"] else ""
+    return processor.tokenize([{"role": "user", "content": context + question(p | {"image": None})},
+                               {"role": "assistant", "content": target_text(p)}])
 
 
 def make_tokenizer(size: int = 1000) -> Tokenizer:
-    """A BPE with byte fallback like Mistral's: special tokens, 256 bytes, then learned tokens."""
+    """A BPE tokenizer with byte fallback, like Mistral's: special tokens, 256 bytes, then merged tokens."""
     rng, corpus = random.Random(5), [f"{SYSTEM} USER: ASSISTANT: [INST] [/INST]"] * 9
     for _ in range(3000):
-        asked = text_problem(rng), image_problem(scene := make_scene(rng), rng)
-        corpus += [caption(scene), *(text(p) for p in asked for text in (question, target_text))]
-    learner = Tokenizer(models.BPE())
-    learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[A-Za-z]+|▁|[^▁A-Za-z]"), "isolated")
-    learner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size - 259, show_progress=False))
-    learned = json.loads(learner.to_str())["model"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
-              *sorted(learned["vocab"], key=learned["vocab"].get)]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)},
-                                     [tuple(merge) for merge in learned["merges"]],
+        p, scene = text_problem(rng), make_scene(rng)
+        corpus += [caption(scene), question(p), target_text(p)]
+        p = image_problem(scene, rng)
+        corpus += [question(p), target_text(p)]
+    plain = Tokenizer(models.BPE())          # without special tokens and bytes
+    plain.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[A-Za-z]+|▁|[^▁A-Za-z]"), "isolated")
+    plain.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size - 259, show_progress=False))
+    bpe = json.loads(plain.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
+              *sorted(bpe["vocab"], key=bpe["vocab"].get)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)},
+                                     [tuple(merge) for merge in bpe["merges"]],
                                      unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = learner.normalizer
+    tokenizer.normalizer = plain.normalizer
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                            decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
@@ -501,17 +523,16 @@ def make_tokenizer(size: int = 1000) -> Tokenizer:
 
 def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral", "llama", "benchmarks"),
           patch_size: int = 16, seed: int = 0) -> None:
-    """Build the parts that are missing, the pretrained models at the same time, each in a process of its
-    own. A part appears complete or not at all. With patch_size 8 the vision tower has 64 patches instead
-    of 16; `seed` is for the pretrained models."""
-    torch.set_num_threads(1)                 # the matrices are too small for a second thread
+    """Build the missing parts; the models are pretrained in parallel, one process each. With patch_size 8 the
+    vision tower has 64 patches instead of 16; `seed` changes only the pretrained models."""
+    torch.set_num_threads(1)                 # a second thread does not speed up such small matrices
     tokenizer = make_tokenizer()
-    write = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco,
-             "clip": partial(write_clip, patch_size=patch_size, seed=seed),
-             "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer, seed=seed),
-             "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer, seed=seed),
-             "benchmarks": write_benchmarks}
-    missing = [(folder, part, write[part]) for part in parts if not (folder / part).exists()]
+    writers = {"scienceqa": write_scienceqa, "pretrain": write_captions, "coco": write_coco,
+               "clip": partial(write_clip, patch_size=patch_size, seed=seed),
+               "mistral": partial(write_language, sizes=MISTRAL, tokenizer=tokenizer, seed=seed),
+               "llama": partial(write_language, sizes=LLAMA, tokenizer=tokenizer, seed=seed),
+               "benchmarks": write_benchmarks}
+    missing = [(folder, part, writers[part]) for part in parts if not (folder / part).exists()]
     pretrained = [job for job in missing if job[1] in PRETRAINED]
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=write_model, args=job, daemon=True) for job in pretrained]
@@ -527,11 +548,12 @@ def build(folder: Path, parts=("scienceqa", "pretrain", "coco", "clip", "mistral
 
 
 def write_model(*job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C ends the main process, which ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # at Ctrl-C the main process stops this one
     write_part(*job)
 
 
 def write_part(folder: Path, part: str, write) -> None:
+    """Write a part to a temporary folder, which gets its name when it is complete."""
     torch.set_num_threads(1)
     unfinished = folder / f"unfinished-{part}"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -543,16 +565,16 @@ def write_part(folder: Path, part: str, write) -> None:
 # `python train.py` without flags
 
 
-def play(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
-    """The toy run, and whether its losses and accuracies lie within tests/reference.json."""
+def run_and_check(run_stage, parse, data=Path("data/toy"), runs=Path("runs/toy")) -> None:
+    """Run the toy run, and print whether its losses and accuracies are within tests/reference.json."""
     run_toy(run_stage, parse, data, runs)
     print(check_run(runs)[1])
 
 
 def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
     """Train both stages, then answer the test questions, with each image and with it replaced by white.
-    `seed` pretrains other toy models; the records and their order stay the same."""
-    began = time.perf_counter()
+    `seed` changes only the pretrained toy models, not the records or their order."""
+    start = time.perf_counter()
     build(data, ("scienceqa", "pretrain", "clip", "mistral"), seed=seed)
     shutil.rmtree(runs, ignore_errors=True)
     for split in ("train", "val"):
@@ -573,13 +595,13 @@ def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
         tables[name] = score(problems, {p["id"]: text for p, text in answers})
     print_table(tables)
     result = {"IMG": tables["image"]["IMG"], "IMG_blank": tables["white image"]["IMG"],
-              "Avg": tables["image"]["Avg"], "seconds": round(time.perf_counter() - began, 1)}
+              "Avg": tables["image"]["Avg"], "seconds": round(time.perf_counter() - start, 1)}
     write_json(runs / "result.json", result)
     print(f"{runs / 'result.json'}: {result}")
 
 
 def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 260) -> None:
-    """Draw a panel per run: the loss of every step, pale, its running mean, and red the validation loss."""
+    """Draw one panel per run: loss of each step (light blue), running mean (blue), validation loss (red)."""
     image = Image.new("RGB", (width * len(runs), height), "white")
     for i, folder in enumerate(runs):
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -594,14 +616,14 @@ def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 26
                       for step, value in points], color, thickness)
         pen.line([(50, 30), (50, bottom), (right, bottom)], "black")
         pen.text((50, 8), f"{folder.name}: loss, {len(losses)} steps, at the end {means[-1]:.3f}", "black")
-        for share in (0.0, 0.5, 1.0):
-            pen.text((12, bottom - (bottom - 30) * share - 6), f"{top * share:.2f}", "black")
+        for fraction in (0.0, 0.5, 1.0):
+            pen.text((12, bottom - (bottom - 30) * fraction - 6), f"{top * fraction:.2f}", "black")
         image.paste(panel, (i * width, 0))
     image.save(file)
 
 
 # ---------------------------------------------------------------------------------------------
-# The reference: losses and accuracies that `python train.py` reproduces on every machine
+# The reference: losses and accuracies of `python train.py`, with tolerances for other machines
 
 REFERENCE = Path(__file__).with_name("reference.json")
 COMPARED_STEPS = 50
@@ -609,21 +631,21 @@ COMPARED_STEPS = 50
 
 def read_run(runs: Path) -> dict[str, list[float]]:
     """The first losses of both stages and the accuracies in percent of a toy run."""
-    found = {}
+    curves = {}
     for stage in ("stage1", "stage2"):
         lines = (runs / stage / "log.jsonl").read_text().splitlines()[:COMPARED_STEPS]
-        found[f"{stage} loss"] = [json.loads(line)["loss"] for line in lines]
+        curves[f"{stage} loss"] = [json.loads(line)["loss"] for line in lines]
     result = read_json(runs / "result.json")
-    return found | {name: [result[name]] for name in ("IMG", "IMG_blank", "Avg")}
+    return curves | {name: [result[name]] for name in ("IMG", "IMG_blank", "Avg")}
 
 
 def make_reference(runs: list[dict[str, list[float]]]) -> dict:
-    """The values of the first run, and as tolerance twice the largest distance of any other run from it;
-    for losses the largest within three steps before and after, for accuracies at least 5 points."""
+    """The values of the first run and their tolerances: twice the largest difference between the first and
+    another run, for losses within three steps before and after, for accuracies at least 5 points."""
     reference = {}
     for name, values in runs[0].items():
-        distances = [max(abs(run[name][i] - value) for run in runs[1:]) for i, value in enumerate(values)]
-        tolerance = [2 * max(distances[max(0, i - 3):i + 4]) for i in range(len(values))]
+        differences = [max(abs(run[name][i] - value) for run in runs[1:]) for i, value in enumerate(values)]
+        tolerance = [2 * max(differences[max(0, i - 3):i + 4]) for i in range(len(values))]
         if not name.endswith("loss"):
             tolerance = [max(5.0, tolerance[0])]
         reference[name] = {"values": [round(value, 4) for value in values],
@@ -632,32 +654,32 @@ def make_reference(runs: list[dict[str, list[float]]]) -> dict:
 
 
 def deviations(run: dict[str, list[float]], reference: dict) -> list[str]:
-    """The first value of each curve that is missing or outside its tolerance."""
-    found = []
+    """A message for the first value of each curve that is missing or outside its tolerance."""
+    errors = []
     for name, expected in reference.items():
         for i, (value, tolerance) in enumerate(zip(expected["values"], expected["tolerance"])):
             step = f" of step {i + 1}" if len(expected["values"]) > 1 else ""
             if i >= len(run[name]):
-                found.append(f"{name}{step} is missing")
+                errors.append(f"{name}{step} is missing")
                 break
             if not abs(run[name][i] - value) <= tolerance:   # also true for nan
-                found.append(f"{name}{step} is {run[name][i]:.4g} instead of {value:.4g} ± {tolerance:.2g}")
+                errors.append(f"{name}{step} is {run[name][i]:.4g} instead of {value:.4g} ± {tolerance:.2g}")
                 break
-    return found
+    return errors
 
 
 def check_run(runs: Path, file: Path = REFERENCE) -> tuple[bool, str]:
-    """Whether a toy run lies within the tolerances of reference.json, and the sentence that says so."""
+    """Whether a toy run is within the tolerances of reference.json, and a sentence with the result."""
     content = read_json(file)
-    if wrong := deviations(read_run(runs), content["curves"]):
-        return False, f"outside of tests/{file.name}: {'; '.join(wrong)}"
+    if errors := deviations(read_run(runs), content["curves"]):
+        return False, f"outside of tests/{file.name}: {'; '.join(errors)}"
     return True, (f"within tests/{file.name}: the first {COMPARED_STEPS} losses of both stages and the "
                   f"accuracies, with tolerances from {content['seeds']} seeds")
 
 
 def record_reference(seeds: int) -> None:
-    """Run `python train.py` once for each seed of the pretrained toy models, which on another machine are
-    different, too, and write reference.json. Finished runs in runs/reference are not repeated."""
+    """Run `python train.py` once per seed, and write reference.json. The seed changes the pretrained toy
+    models, because they also differ between machines. Finished runs in runs/reference are not repeated."""
     from train import parse, run_stage
     folders = [Path("runs/reference", str(seed)) for seed in range(seeds)]
     for seed, runs in enumerate(folders):
@@ -672,7 +694,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, nargs="?", default=Path("data/toy"), help="to build (default: %(default)s)")
+    add("folder", type=Path, nargs="?", default=Path("data/toy"), help="written to (default: %(default)s)")
     add("--check", type=Path, metavar="RUNS", help="compare a finished `python train.py` with reference.json")
     add("--reference", type=int, metavar="SEEDS", help="write reference.json from that many runs")
     add("--teacher", type=int, metavar="PORT", help="serve the toy teacher of prune.py --generate")
