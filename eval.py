@@ -1135,7 +1135,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ScienceQA: answers to compare")
     add("--out", type=Path, metavar="FILE", help="append the answers, one JSON line each; continues the file")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--blank", action="store_true", help="replace every image by white: what is then right needs none")
+    add("--blank", action="store_true", help="replace every image by a white one of its size (control)")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
     add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 512; --task 128 or 1024")

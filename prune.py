@@ -412,7 +412,7 @@ def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) 
     """Rows from --cache: the smallest distance between the hidden states of each choice, and how much the
     images lower the loss of the answers."""
     rows, has_gain = {}, (args.cache / "gain.npy").exists()
-    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # if neither is, measure states
+    if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # unless only gains exist
         states = measure(problems, args, args.pooling)
         rows["smallest distance"] = [        # not of the whole, which has too many pairs
             Cell("-" if name == "whole" or len(indices) < 2 else f"{F.pdist(states[indices]).min():.4g}")

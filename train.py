@@ -481,9 +481,9 @@ class LoRA(nn.Module):
     def __init__(self, frozen: nn.Module, rank: int, alpha: float, like: Tensor):
         super().__init__()
         self.frozen, self.scale = frozen, alpha / rank
-        how = {"bias": False, "device": like.device, "dtype": like.dtype}
-        self.lora_A = nn.Linear(frozen.in_features, rank, **how)
-        self.lora_B = nn.Linear(rank, frozen.out_features, **how)
+        options = {"bias": False, "device": like.device, "dtype": like.dtype}
+        self.lora_A = nn.Linear(frozen.in_features, rank, **options)
+        self.lora_B = nn.Linear(rank, frozen.out_features, **options)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -792,9 +792,9 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Arg
     for name, size in need.items():
         print(f"  {name:12} {size / 2**30:10.2f} GiB")
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if bf16 else 4)
-    both = 2 * (weights + PROCESSES * need["optimizer"])     # the newest checkpoint and the next one
-    print(f"  disk         {both / 2**30:10.2f} GiB while training, {weights / 2**30:.2f} GiB in the end\n"
-          f"  host memory  {min(2 * SHARD_BYTES, both) / 2**30:10.2f} GiB while saving, besides Python's")
+    disk = 2 * (weights + PROCESSES * need["optimizer"])     # the newest checkpoint and the next one
+    print(f"  disk         {disk / 2**30:10.2f} GiB while training, {weights / 2**30:.2f} GiB in the end\n"
+          f"  host memory  {min(2 * SHARD_BYTES, disk) / 2**30:10.2f} GiB while saving, besides Python's")
     if memory and need["peak"] > MEMORY_FRACTION * memory * 2**30:
         print(f"  more than {MEMORY_FRACTION:.0%} of {memory} GiB: use --in-backward, --lora-rank 128 or a "
               "smaller --batch-size")
