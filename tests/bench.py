@@ -11,9 +11,9 @@ the first layers of Mistral-7B.
     python tests/bench.py --gguf FILE --model FOLDER    converts a LLaMA of llama.cpp to FOLDER (package gguf)
     python tests/bench.py --layers 1 --vision-layers 2 --repeats 1 --shrink 16     a trial, in seconds
 
-What is compared runs in turns: one that is not counted, then --repeats more, so that other work on the
-machine slows all sides alike. A time is the median over the turns. A ratio is the median of each turn's
-ratio, printed with the lowest and the highest.
+The runs that are compared take turns. The first turn is not counted; --repeats turns follow. So other work
+on the machine slows all sides alike. A time is the median over the turns. A ratio is the median of each
+turn's ratio, printed with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -58,17 +58,25 @@ TFLOPS = {"A100": 312, "H100": 989, "H200": 989}         # dense bf16, from the 
 
 
 def time_in_turns(runs: dict[str, Callable], repeats: int, description: str) -> dict[str, list[float]]:
-    """Seconds of each run in each turn. Every second turn has the reverse order; the first is not counted."""
-    seconds = {name: [] for name in runs}
+    """Seconds of each run in each turn, see take_turns."""
+    def time_once(run: Callable) -> float:
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        return time.perf_counter() - start
+
+    return take_turns({name: partial(time_once, run) for name, run in runs.items()}, repeats, description)
+
+
+def take_turns(runs: dict[str, Callable], repeats: int, description: str) -> dict[str, list]:
+    """What each run returns in each turn but the first. Every second turn has the reverse order."""
+    results = {name: [] for name in runs}
     for turn in tqdm(range(1 + repeats), desc=description, leave=False):
         order = list(runs) if turn % 2 == 0 else list(reversed(runs))
         for name in order:
-            synchronize()
-            start = time.perf_counter()
-            runs[name]()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: all_turns[1:] for name, all_turns in seconds.items()}
+            results[name].append(runs[name]())
+    return {name: all_turns[1:] for name, all_turns in results.items()}
 
 
 def synchronize() -> None:
@@ -77,9 +85,9 @@ def synchronize() -> None:
 
 
 def peak_memory(device: str, build: Callable, work: Callable) -> tuple[float, float]:
-    """Peak GiB of a new process after model = build(), and after work(model) as well: on a GPU of torch's
-    allocator, on a CPU of the whole process. A new process starts with the peak of its parent, so this must
-    be called before the parent builds a large model."""
+    """Peak GiB of a new process: after model = build(), then after work(model). On a GPU it is the memory of
+    torch's allocator, on a CPU of the whole process. A new process starts with the peak of its parent, so
+    this must be called before the parent builds a large model."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(measure_peaks, device, build, work).result()
 
@@ -135,8 +143,8 @@ def image_size(args) -> tuple[int, int]:
 
 
 def make_inputs(args, rows: int) -> dict[str, dict]:
-    """The same rows for both sides: <s>, an image and text, whose second half is supervised. llava.py has one
-    id for the image, transformers one for each of its tokens."""
+    """The same rows for both sides: a token, an image, text. The second half of the text is supervised.
+    llava.py has one id for the image, transformers one for each of its tokens."""
     config, size = make_config(args), image_size(args)
     image_tokens, edge = llava.count_image_tokens(config, size), config.vision.image_size
     tiles = torch.randn(rows, llava.count_tiles(config, size), 3, edge, edge)
@@ -145,8 +153,9 @@ def make_inputs(args, rows: int) -> dict[str, dict]:
     ids[:, 1] = config.image_token_id
     labels = ids.clone()
     labels[:, :-((args.tokens - image_tokens) // 2)] = llava.IGNORE
-    times = torch.tensor([1, image_tokens] + [1] * (ids.shape[1] - 2), device=args.device)
-    theirs = {"input_ids": ids.repeat_interleave(times, 1), "labels": labels.repeat_interleave(times, 1),
+    copies = torch.ones(ids.shape[1], dtype=torch.int64, device=args.device)
+    copies[1] = image_tokens
+    theirs = {"input_ids": ids.repeat_interleave(copies, 1), "labels": labels.repeat_interleave(copies, 1),
               "pixel_values": tiles if args.anyres else tiles[:, 0]}
     if args.anyres:
         theirs["image_sizes"] = torch.tensor([size] * rows, device=args.device)
@@ -200,15 +209,17 @@ def answer_theirs(model, inputs: dict, tokens: int) -> None:
 
 def select_trainable(model, stage: int) -> list:
     """The named parameters that a stage trains, of a model of either side; the others are frozen."""
-    parts = ("projector.",) if stage == 1 else ("projector.", "language_model.")
+    parts = ("projector.", "image_newline")
+    if stage == 2:
+        parts += ("language_model.",)
     for name, p in model.named_parameters():
         p.requires_grad_(llava.rename_key(name, llava.FROM_PUBLISHED).startswith(parts))
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def make_step_ours(args, model: Llava, inputs: dict, stage: int) -> Callable:
-    """A training step as in train.py, in stage 2 with --in-backward. Its rate is 1e-7, because both sides
-    share their weights."""
+    """A training step as in train.py, in stage 2 with --in-backward, without gradient clipping. The learning
+    rate is 1e-7, so that the weights, which both sides share, hardly change."""
     optimizer = train.Adam(select_trainable(model, stage), in_backward=stage == 2, compile=args.compile)
     if hasattr(model, "wrapped"):            # compiled for the other stage, which trains other parameters
         torch.compiler.reset()
@@ -225,14 +236,15 @@ def make_step_ours(args, model: Llava, inputs: dict, stage: int) -> Callable:
 
 
 def make_step_theirs(args, model, inputs: dict, stage: int, autocast=False) -> Callable:
-    """A training step as in transformers' Trainer, with the fused AdamW: on bf16 weights, which are less
-    exact than master weights, or with `autocast` on float32 weights, whose products are in bf16."""
+    """A training step as in transformers' Trainer, without gradient clipping, with the fused AdamW: on bf16
+    weights, which are less exact than master weights, or with `autocast` on float32 weights, whose products
+    are in bf16."""
     parameters = [p for _, p in select_trainable(model, stage)]
     optimizer = torch.optim.AdamW(parameters, 1e-7, weight_decay=0, fused=True)
 
     def step() -> None:
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=autocast):
-            loss = model(**inputs).loss
+            loss = model(**inputs, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -257,7 +269,7 @@ def two_steps(args, side: str, model, **options) -> None:
 
 
 def estimated_peak(args) -> float:
-    """The GiB that train.py --plan estimates for the step of stage 2, and an empty process."""
+    """GiB that train.py --plan estimates for this step of stage 2, and the memory of an empty process."""
     with torch.device("meta"):
         model = Llava(make_config(args))
     select_trainable(model, 2)
@@ -266,7 +278,7 @@ def estimated_peak(args) -> float:
                       rows * llava.count_tiles(model.config, image_size(args)))
     flags = argparse.Namespace(**vars(args), stage=2, lora_rank=None, lora_vision=False, in_backward=True,
                                card=None, batch_size=rows, micro_batch_size=rows)
-    empty, _ = peak_memory(args.device, dict, len)
+    empty, _ = peak_memory(args.device, dict, len)           # imports torch and builds nothing
     return empty + train.estimate_memory(model, load, flags)["peak"] / 2**30
 
 
@@ -331,26 +343,31 @@ def beside_transformers(args) -> None:
         comparison = ratio(seconds["transformers"], seconds["llava.py"]) if with_theirs else []
         rows.append([name, *map(ms, seconds.values()), *comparison])
     print_table(rows + memory_rows)
-    print_utilization(args, models["llava.py"], *(median(seconds["llava.py"]) for seconds in times.values()))
+    prefill, answer, *steps = (median(seconds["llava.py"]) for seconds in times.values())
+    print_utilization(args, models["llava.py"], prefill, answer, steps)
 
 
-def print_utilization(args, model: Llava, prefill: float, answer: float, *steps: float) -> None:
-    """Print tokens/s, MFU and bandwidth of llava.py from its seconds. P are the weights of the decoder's
-    layers: the tower, the projector and lm_head are not counted, and what the last layer leaves out (2% of
-    32 layers) is counted as computed. A decode step reads the layers and lm_head once."""
+def print_utilization(args, model: Llava, prefill: float, answer: float, steps: list[float]) -> None:
+    """Print tokens/s, MFU and bandwidth of llava.py from its seconds. P is the number of weights in the
+    layers of the language model: tower, projector and lm_head are not counted. The last layer is counted in
+    full, although its MLP runs for some positions only (2% too much with 32 layers). A decode step reads the
+    layers and lm_head once."""
     weights = sum(p.numel() for p in model.language_model.layers.parameters())
     head = model.language_model.lm_head.weight
     gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else ""
     peak = next((tflops for name, tflops in TFLOPS.items() if name in gpu), None)
     for stage, seconds in enumerate(steps, 1):
-        speed, operations = args.rows * args.tokens / seconds, 4 if stage == 1 else 6
-        tflops = speed * operations * weights / 1e12
+        speed = args.rows * args.tokens / seconds
+        flops_per_weight = 4 if stage == 1 else 6
+        tflops = speed * flops_per_weight * weights / 1e12
         mfu = f", MFU {tflops / peak:.1%}" if peak else ""
-        print(f"stage {stage}: {speed:,.0f} tokens/s, {tflops:.2f} TFLOP/s at {operations}P a token{mfu}")
+        print(f"stage {stage}: {speed:,.0f} tokens/s, {tflops:.2f} TFLOP/s at {flops_per_weight}P a token"
+              f"{mfu}")
     source = torch.ones(2**29, dtype=torch.int8, device=args.device)
     target = torch.empty_like(source)
     copy = time_in_turns({"copy": partial(target.copy_, source)}, 9, "copy")["copy"]
-    bandwidth, speed = 2 * source.nbytes / median(copy), (args.answer - 1) / (answer - prefill)
+    bandwidth = 2 * source.nbytes / median(copy)
+    speed = (args.answer - 1) / (answer - prefill)
     read = speed * (weights + head.numel()) * head.element_size()
     print(f"decoding: {speed:.1f} tokens/s, {read / 1e9:.1f} GB/s, {read / bandwidth:.0%} of the bandwidth "
           "of a copy")
@@ -415,11 +432,10 @@ def time_window_attention(args) -> None:
     W = 4096 // args.shrink
     qkv = [torch.randn(1, 2 * W, heads, 128).to(args.device, getattr(torch, args.dtype)).transpose(1, 2)
            for heads in (8, 2, 2)]
-    rows = [[f"attention, window {W:,}, {2 * W:,} tokens", "SlidingWindow", "band mask", "times as fast",
-             "range"]]
+    rows = [[f"attention, window {W:,}, {2 * W:,} tokens", "llava.py", "band mask", "times as fast", "range"]]
     for name, training in (("forward, ms", False), ("forward and backward, ms", True)):
         qkv = [x.detach().requires_grad_(training) for x in qkv]
-        runs = {"SlidingWindow": partial(attend, llava.causal_attention, qkv, W, training),
+        runs = {"llava.py": partial(attend, llava.causal_attention, qkv, W, training),
                 "band mask": partial(attend, band_attention, qkv, W, training)}
         seconds = time_in_turns(runs, args.repeats, name)
         ours, band = seconds.values()
@@ -482,8 +498,8 @@ def reduce_by_prumerge(model: Llava, states: Tensor, method: str) -> None:
 
 
 def spread_attention(model: Llava, states: Tensor, deviation: float = 0.9) -> None:
-    """Scale the queries of the last layer: a random tower's attention is nearly uniform, without outliers.
-    With a standard deviation of its logarithm of 0.9, about 7% of 576 patches are PruMerge's outliers."""
+    """Scale the queries of the last layer until the logarithm of the attention has this standard deviation. A
+    random tower's attention is nearly uniform; with 0.9 about 7% of 576 patches are PruMerge's outliers."""
     query = model.vision_tower.layers[-1].self_attn["q_proj"]
     factor = deviation / model.cls_attention(states)[0].float().log().std()
     query.weight *= factor
@@ -515,7 +531,7 @@ def saving_and_opening(args) -> None:
         rows = [["open, read all weights, ms", "with a cast", "as stored", "times as long", "range"]]
         for name, cached in (("from the page cache", True), ("from the disk", False)):
             runs = {dtype: partial(open_and_read, folder, dtype, args.device, cached)
-                    for dtype in (torch.float16, torch.bfloat16)}
+                    for dtype in (torch.float16, getattr(torch, args.dtype))}
             seconds = time_in_turns(runs, args.repeats, f"opening {name}")
             rows.append([name, *map(ms, seconds.values()), *ratio(*seconds.values())])
     print_table(rows)
@@ -536,7 +552,7 @@ def watch_memory(work: Callable) -> tuple[float, float]:
     memory, done = [], threading.Event()
 
     def watch() -> None:
-        while not memory or not done.wait(0.01):
+        while not memory or not done.wait(0.01):         # at least one reading
             status = Path("/proc/self/status").read_text()
             memory.append(int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 2**20)
 
@@ -553,10 +569,11 @@ def watch_memory(work: Callable) -> tuple[float, float]:
 
 def open_and_read(folder: str, dtype: torch.dtype, device: str, cached: bool) -> None:
     """Open a checkpoint and read all weights, because a mapped file is read only when it is used."""
-    for path in [] if cached else Path(folder).glob("*.safetensors"):
-        with open(path, "rb") as file:       # remove its pages from the page cache (Linux)
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if not cached:
+        for path in Path(folder).glob("*.safetensors"):
+            with open(path, "rb") as file:   # remove its pages from the page cache (Linux)
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     for weight in Llava.from_pretrained(folder, dtype=dtype, device=device).parameters():
         weight.view(torch.int16).amax()
 
@@ -592,14 +609,9 @@ def time_answer(model: Llava, inputs: dict, tokens: int) -> tuple[float, float]:
     return first - start, (time.perf_counter() - first) / (tokens - 1)
 
 
-def time_answers(runs: dict[str, Callable], repeats: int) -> dict[str, list[list[float]]]:
-    """Seconds of the prefills and of the decode steps of each run, which returns both; in turns."""
-    pairs = {name: [] for name in runs}
-    for turn in tqdm(range(1 + repeats), desc="answers", leave=False):
-        order = list(runs) if turn % 2 == 0 else list(reversed(runs))
-        for name in order:
-            pairs[name].append(runs[name]())
-    return {name: [list(column) for column in zip(*turns[1:])] for name, turns in pairs.items()}
+def time_answers(runs: dict[str, Callable], repeats: int) -> dict[str, tuple]:
+    """Seconds of the prefill in each turn, and of a decode step, for each run; a run returns both."""
+    return {name: tuple(zip(*pairs)) for name, pairs in take_turns(runs, repeats, "answers").items()}
 
 
 def with_quantization(args) -> None:
@@ -623,14 +635,17 @@ def with_quantization(args) -> None:
 
 
 def beside_llama_cpp(args) -> None:
-    """Print the time of a text prompt and an answer in int4, beside llama.cpp with all weights in Q4_0."""
+    """Print the time of a text prompt and an answer in int4, beside llama.cpp with all matrices in Q4_0. Its
+    lm_head has 4 bits, ours 8; it rounds activations to 8 bits, ours are in bf16."""
     from llama_cpp import Llama
-    model, ids = quantized_copy(build_ours(args), "int4"), torch.randint(3, 32000, (1, args.tokens))
+    model = quantized_copy(build_ours(args), "int4")
+    ids = torch.randint(3, 32000, (1, args.tokens))
     prompt, threads = ids[0].tolist(), torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         write_gguf(args, Path(folder) / "random.gguf")
         theirs = Llama(f"{folder}/random.gguf", n_ctx=args.tokens + args.answer, n_batch=args.tokens,
                        n_ubatch=args.tokens, n_threads=threads, n_threads_batch=threads, verbose=False)
+    # Its file stays mapped although it is deleted now (Linux, macOS).
 
     def answer_llama_cpp() -> tuple[float, float]:
         theirs.reset()
@@ -643,13 +658,13 @@ def beside_llama_cpp(args) -> None:
 
     runs = {"llava.py": partial(time_answer, model, {"input_ids": ids}, args.answer),
             "llama.cpp": answer_llama_cpp}
-    times = time_answers(runs, args.repeats)
-    for seconds in times.values():
-        prefill, step = seconds
-        seconds.append([a + (args.answer - 1) * b for a, b in zip(prefill, step)])
+    (our_prefill, our_step), (their_prefill, their_step) = time_answers(runs, args.repeats).values()
+    our_answer, their_answer = ([first + (args.answer - 1) * step for first, step in zip(prefill, steps)]
+                                for prefill, steps in ((our_prefill, our_step), (their_prefill, their_step)))
     rows = [["", *runs, "times as long", "range"]]
-    for name, ours, other in zip((f"prefill of {args.tokens}, ms", "a decode step, ms",
-                                  f"answer of {args.answer} tokens, ms"), *times.values()):
+    for name, ours, other in ((f"prefill of {args.tokens}, ms", our_prefill, their_prefill),
+                              ("a decode step, ms", our_step, their_step),
+                              (f"answer of {args.answer} tokens, ms", our_answer, their_answer)):
         rows.append([name, ms(ours), ms(other), *ratio(ours, other)])
     print_table(rows)
 
@@ -664,7 +679,7 @@ FROM_GGUF = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v
 
 def write_gguf(args, file: Path) -> None:
     """Write a language model of random weights as llama.cpp reads it, its matrices in Q4_0."""
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
+    from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
     text, writer = make_config(args).text, GGUFWriter(file, "llama")
     to_gguf = {theirs: name for name, theirs in FROM_GGUF.items()}
     writer.add_context_length(text.max_position_embeddings)
@@ -675,16 +690,17 @@ def write_gguf(args, file: Path) -> None:
     writer.add_head_count_kv(text.num_key_value_heads)
     writer.add_layer_norm_rms_eps(text.rms_norm_eps)
     writer.add_rope_freq_base(text.rope_theta)
-    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]                    # llama.cpp looks for the line feed
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]       # llama.cpp needs that of the line feed
     writer.add_tokenizer_model("llama")
     writer.add_token_list([*byte_tokens, *(f"token {i}" for i in range(256, text.vocab_size))])
     writer.add_token_scores([0.0] * text.vocab_size)
-    writer.add_token_types([6] * 256 + [1] * (text.vocab_size - 256))     # bytes, ordinary tokens
+    writer.add_token_types([TokenType.BYTE] * 256 + [TokenType.NORMAL] * (text.vocab_size - 256))
     with torch.device("meta"):
         model = llava.LanguageModel(text)
     for name, p in tqdm(model.named_parameters(), "writing GGUF", leave=False):
         _, layer, module = re.fullmatch(r"(layers\.(\d+)\.)?(.+)\.weight", name).groups()
-        name = f"{f'blk.{layer}.' if layer else ''}{to_gguf[module]}.weight"
+        prefix = f"blk.{layer}." if layer else ""
+        name = f"{prefix}{to_gguf[module]}.weight"
         if p.dim() == 1:
             writer.add_tensor(name, np.ones(p.shape, np.float32))
             continue
@@ -739,11 +755,11 @@ def print_layer_errors(args) -> None:
             if isinstance(layer, llava.QuantizedLinear):
                 x = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
                 y, approximate = exact[name](x), layer(x)
-                kind = errors.setdefault(name.split(".")[-1], {"int8": [], "int4": []})
-                kind[quantize].append(((y - approximate).norm() / y.norm()).item())
+                kind = errors.setdefault(name.split(".")[-1], {})
+                kind.setdefault(quantize, []).append(((y - approximate).norm() / y.norm()).item())
     rows = [["relative error of the outputs", "int8", "int4"]]
     for kind, of_bits in errors.items():
-        rows.append([kind, *(f"{sum(e) / len(e):.4f}" if e else "" for e in of_bits.values())])
+        rows.append([kind, *(f"{sum(e) / len(e):.4f}" for e in of_bits.values())])
     print_table(rows)
 
 
@@ -773,7 +789,8 @@ def print_perplexities(args) -> None:
     for name, quantize, fits, shuffle in runs:
         llava.FITS = fits
         value = perplexity(open_decoder(args.model, quantize, dtype, shuffle), ids)
-        exact = exact or value               # of the first run
+        if exact is None:
+            exact = value
         print(f"{name:32}{value:8.3f}   x {value / exact:.4f}", flush=True)
 
 
@@ -786,11 +803,15 @@ def convert_gguf(file: Path, folder: Path) -> None:
     field = {name.removeprefix("llama."): f.contents() for name, f in reader.fields.items()}
     heads = {"attn_q": field["attention.head_count"], "attn_k": field["attention.head_count_kv"]}
     for tensor in tqdm(reader.tensors, "converting"):
-        *layer, kind = tensor.name.removesuffix(".weight").split(".")
+        *layer, kind = tensor.name.removeprefix("blk.").removesuffix(".weight").split(".")
         w = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32"))
         if kind in heads:
             w = w.unflatten(0, (heads[kind], -1, 2)).transpose(1, 2).flatten(0, 2)
-        prefix = "" if kind == "output" else f"model.layers.{layer[1]}." if layer else "model."
+        prefix = "model."
+        if kind == "output":
+            prefix = ""
+        elif layer:
+            prefix = f"model.layers.{layer[0]}."
         tensors[f"{prefix}{FROM_GGUF[kind]}.weight"] = w.contiguous()
     vocabulary = field["tokenizer.ggml.tokens"]
     llava.write_json(folder / "config.json", {
@@ -816,7 +837,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, gpu = parser.add_argument, torch.cuda.is_available()
+    add, count = parser.add_argument, llava.number(int, 1)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--window", action="store_true", help="attention and prefill past the sliding window")
     mode.add_argument("--prune", action="store_true", help="token reduction")
@@ -824,36 +845,51 @@ def parse_args() -> argparse.Namespace:
     mode.add_argument("--quantize", action="store_true", help="weights in 8 and 4 bits")
     mode.add_argument("--alone", action="store_true", help="without transformers, whose model may not fit")
     add("--layers", type=int, default=4, metavar="N",
-        help="of the language model (default: %(default)s; all: 32; with --window 0: attention only)")
-    add("--vision-layers", type=int, default=24, metavar="N", help="of the tower (default: %(default)s, all)")
+        help="of the language model (default: %(default)s; all: 32; 0 with --window: attention only)")
+    add("--vision-layers", type=count, default=24, metavar="N",
+        help="of the tower (default: all, %(default)s)")
     add("--anyres", action="store_true", help="an image of four tiles, 2,928 tokens instead of 576")
-    add("--tokens", type=int, metavar="T", help="of image and text (default: 64 of text; with --prune 52)")
-    add("--answer", type=int, default=33, metavar="N", help="tokens of an answer (default: %(default)s)")
+    add("--tokens", type=int, metavar="T", help="of image and text (default: 64 of text; --prune: 52)")
+    add("--answer", type=llava.number(int, 2), default=33, metavar="N",
+        help="tokens of an answer (default: %(default)s)")
     add("--answers", action="store_true", help="no training, for models whose optimizers do not fit")
-    add("--rows", type=int, default=2, metavar="B", help="of a training step (default: %(default)s)")
-    add("--checkpoint-blocks", type=int, default=0, metavar="N", help="as of train.py (default: %(default)s)")
-    add("--compile", action="store_true", help="llava.py's training steps as with train.py --compile")
-    add("--repeats", type=int, default=5, metavar="N", help="turns that count (default: %(default)s)")
+    add("--rows", type=count, default=2, metavar="B", help="of a training step (default: %(default)s)")
+    add("--checkpoint-blocks", type=int, default=0, metavar="N", help="of llava.py (default: %(default)s)")
+    add("--compile", action="store_true", help="compile llava.py's layers and optimizer in training")
+    add("--repeats", type=count, default=5, metavar="N", help="turns that count (default: %(default)s)")
     add("--shrink", type=int, default=1, choices=(1, 2, 4, 8, 16), help="divide all widths, for a trial")
     add("--bits", nargs="+", default=("int8", "int4"), choices=("int8", "int4"),
-        help="with --quantize (default: both; at 32 layers 24 GB have room for one beside bfloat16)")
+        help="with --quantize (default: both; with 32 layers, 24 GB hold bfloat16 and one of them)")
     add("--llama-cpp", action="store_true", help="with --quantize: int4 and text only, beside llama.cpp")
     add("--model", type=Path, metavar="FOLDER", help="with --quantize: a language model to measure")
     add("--text", type=Path, nargs="+", metavar="FILE", help="with --model: text for its perplexity")
     add("--pieces", type=int, default=1, metavar="N", help="read N x 2,048 tokens of a text (default: 1)")
     add("--gguf", type=Path, metavar="FILE", help="first convert this file of llama.cpp into --model")
-    add("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
+    devices = [device for device in llava.devices() if device != "mps"]   # synchronize() does not know mps
+    add("--device", choices=devices, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s")
     args = parser.parse_args()
     image_tokens = llava.count_image_tokens(make_config(args), image_size(args))
     if args.tokens is None:
         args.tokens = image_tokens + (52 if args.prune else 64)
+    if args.tokens < image_tokens + 2 and not (args.llama_cpp or args.window):    # these read no image
+        parser.error(f"--tokens must be at least {image_tokens + 2}: {image_tokens} of the image, 2 of text")
+    if args.anyres and (args.prune or args.window):
+        parser.error("--anyres does not work with --prune or --window")
+    if not args.layers and not args.window:
+        parser.error("--layers 0 is for --window")
+    suitable = args.quantize and not args.model and args.device == "cpu" and args.dtype == "bfloat16"
+    if args.llama_cpp and not suitable:
+        parser.error("--llama-cpp needs --quantize without --model, --device cpu and --dtype bfloat16")
+    packages = {"gguf": args.gguf or args.llama_cpp, "llama_cpp": args.llama_cpp}
+    for package, needed in packages.items():
+        if needed and importlib.util.find_spec(package) is None:
+            parser.error(f"install the package {package.replace('llama_cpp', 'llama-cpp-python')}")
     if args.gguf and not args.model:
         parser.error("--gguf needs --model, the folder to write")
     if args.quantize and args.model and not args.text:
         parser.error("--model needs --text, one or more files")
-    if args.tokens < image_tokens + 2:
-        parser.error(f"--tokens must be at least {image_tokens + 2}: {image_tokens} of the image, 2 of text")
     return args
 
 

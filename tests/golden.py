@@ -45,8 +45,8 @@ def make_batch(image_id: int, anyres: bool) -> dict:
 
 
 def to_hf_batch(inputs: dict, counts: list[int], image_id: int, anyres: bool) -> dict:
-    """The same batch in the format of transformers: image i has counts[i] image ids, and all images have
-    equally many tiles, by padding."""
+    """The same batch in the format of transformers: image i has counts[i] image ids. With AnyRes, tiles of
+    zeros are appended, so that all images have the same number of tiles."""
     remaining, ids, labels = iter(counts), [], []
     for row, row_labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]):
         repeats = torch.tensor([next(remaining) if token == image_id else 1 for token in row[mask].tolist()])
@@ -67,8 +67,8 @@ def to_hf_batch(inputs: dict, counts: list[int], image_id: int, anyres: bool) ->
 
 
 def llava_grid(width: int, height: int, grids) -> tuple[int, int]:
-    """The (width, height) of `grids` that LLaVA chooses: the one that keeps the most pixels of the image, of
-    equals the one with the fewest unused pixels, of these the first."""
+    """The (width, height) of `grids` that LLaVA chooses: the one that keeps the most pixels of the image. If
+    several do, the one with the fewest unused pixels; if these are equal, too, the first."""
     best, most_kept, least_unused = None, 0, math.inf
     for w, h in grids:
         scale = min(w / width, h / height)
@@ -119,7 +119,7 @@ def build_hf_model(case: Case):
 
 
 def token_counts(anyres: bool) -> list[int]:
-    """How many tokens, patches and newlines, replace an image of each of SIZES in transformers."""
+    """The number of tokens (patches and newlines) of an image of each of SIZES in transformers."""
     from transformers.image_processing_utils import select_best_resolution
     from transformers.models.llava_next.modeling_llava_next import unpad_image
     counts = [16] * len(SIZES)
@@ -130,9 +130,9 @@ def token_counts(anyres: bool) -> list[int]:
     return counts
 
 
-def sample_logits(logits: Tensor, real: Tensor) -> Tensor:
+def sample_logits(logits: Tensor, mask: Tensor) -> Tensor:
     """A sample of the logits [B, T, V]: every fifth position that is not padding, every ninth token id."""
-    return logits[real.bool()][::5, ::9].contiguous()
+    return logits[mask.bool()][::5, ::9].contiguous()
 
 
 def make_image(width: int, height: int) -> Image.Image:

@@ -5,9 +5,9 @@
         model = Llava.from_pretrained(**case.source)
 
 Each layout is written from the same tensors, whose names begin with the name of their part (PARTS).
-This file does not use llava.py, so that it can test it. The weights are large enough for every part to
-change the logits clearly. Sizes differ pairwise where the architecture allows it, so that a transposed
-or swapped tensor has the wrong shape.
+This file does not use llava.py, because its checkpoints test llava.py. The weights are large enough for
+every part to change the logits clearly. Sizes differ pairwise where the architecture allows it, so that a
+transposed or swapped tensor has the wrong shape.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ LLAMA = {**MISTRAL, "model_type": "llama", "intermediate_size": 52, "num_key_val
          "rope_theta": 1e4}
 IMAGE_ID = 89                                # id of <image> in llava-hf's files; liuhaotian's have none
 GRIDS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-# Every tensor name here starts with one of PARTS. PREFIXES: what stands there in each published layout.
+# A tensor name here starts with one of PARTS. PREFIXES has what replaces each of them in the published
+# layouts, in the same order, or "" if a layout has no such tensor.
 PARTS = ("text.", "head.", "newline", "vision.", "projector.1.", "projector.2.")
 PREFIXES = {
     "liuhaotian": ("model.", "lm_head.", "model.image_newline",
@@ -42,12 +43,14 @@ PREFIXES = {
     "liuhaotian linear": ("model.", "lm_head.", "", "", "model.mm_projector.", ""),
     "old": ("language_model.model.", "language_model.lm_head.", "image_newline", "vision_tower.vision_model.",
             "multi_modal_projector.linear_1.", "multi_modal_projector.linear_2."),
-    "fresh": ("language_model.model.", "language_model.lm_head.", "image_newline", "vision_tower.",
-              "multi_modal_projector.linear_1.", "multi_modal_projector.linear_2."),
+    "old without vision_model": (
+        "language_model.model.", "language_model.lm_head.", "image_newline", "vision_tower.",
+        "multi_modal_projector.linear_1.", "multi_modal_projector.linear_2."),
     "new": ("model.language_model.", "lm_head.", "model.image_newline", "model.vision_tower.",
             "model.multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_2."),
-    "newer": ("model.language_model.", "lm_head.", "model.image_newline", "model.vision_tower.vision_model.",
-              "model.multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_2."),
+    "new with vision_model": (
+        "model.language_model.", "lm_head.", "model.image_newline", "model.vision_tower.vision_model.",
+        "model.multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_2."),
     "backbone": ("model.", "lm_head.", "", "vision_model.", "", ""),
 }
 
@@ -303,14 +306,14 @@ def lora(build_base: Callable[[Path], Case], file: str) -> Callable[[Path], Case
 MISTRAL_V01 = {**MISTRAL, "rope_theta": 1e4, "sliding_window": 12}      # Mistral-7B-v0.1 has a sliding window
 LAYOUTS: dict[str, Callable[[Path], Case]] = {
     "llava-hf llava, old names": llava_hf("old", False, LLAMA),
-    "llava-hf llava, fresh names": llava_hf("fresh", False, MISTRAL),
+    "llava-hf llava, old names without vision_model": llava_hf("old without vision_model", False, MISTRAL),
     "llava-hf llava, new names": llava_hf("new", False, LLAMA),
-    "llava-hf llava, new names with vision_model": llava_hf("newer", False, MISTRAL),
+    "llava-hf llava, new names with vision_model": llava_hf("new with vision_model", False, MISTRAL),
     "llava-hf llava, .bin shards": llava_hf("old", False, LLAMA, file="pytorch_model.bin", shards=3),
     "llava-hf llava_next, old names": llava_hf("old", True, MISTRAL, shards=2),
-    "llava-hf llava_next, fresh names": llava_hf("fresh", True, LLAMA),
+    "llava-hf llava_next, old names without vision_model": llava_hf("old without vision_model", True, LLAMA),
     "llava-hf llava_next, new names": llava_hf("new", True, MISTRAL),
-    "llava-hf llava_next, new names with vision_model": llava_hf("newer", True, MISTRAL_V01),
+    "llava-hf llava_next, new names with vision_model": llava_hf("new with vision_model", True, MISTRAL_V01),
     "liuhaotian v1": liuhaotian(linear=True, file="pytorch_model.bin",
                                 missing=("mm_projector_type", "mm_vision_select_feature")),
     "liuhaotian v1.5": liuhaotian(file="pytorch_model.bin", shards=2),

@@ -26,7 +26,7 @@ def explicit_attention(q, k, v, window):
     T, repeats = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     distance = torch.arange(T)[:, None] - torch.arange(T)
-    hidden = (distance < 0) | (distance >= window)
+    hidden = (distance < 0) | (distance >= (window or T))
     scores = q @ k.mT / q.shape[3] ** 0.5
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 

@@ -109,7 +109,7 @@ def valid_flags(program: str, inputs: Path, out: Path, model=None, data=None, im
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_valid_input_is_accepted(program, inputs, tmp_path, monkeypatch):
-    """The cases below therefore fail only because of the one change that each makes."""
+    """The unchanged flags are accepted, so each case below fails only because of its one change."""
     monkeypatch.setattr(sys, "argv", [program, *map(str, valid_flags(program, inputs, tmp_path))])
     llava.command_line(PROGRAMS[program].main)
 
@@ -236,7 +236,7 @@ CHECKPOINTS = {                              # case -> (damage, part of the mess
     "grid with one side": (edit_config(image_grid_pinpoints=[[336]]), "grid"),
     "llava.py: grid with three sides": (edit_config("llava.py", grids=[[1, 2, 3]]), "grid"),
     "llava.py: grid is a string": (edit_config("llava.py", grids=["ab"]), "grid"),
-    "llava.py: grid of part of a tile": (
+    "llava.py: grid is no multiple of a tile": (
         edit_config("llava.py", image_mode="anyres", grids=[[33, 64]]), "grid"),
     "llava.py: unknown field": (edit_config("llava.py", colour="red"), "colour"),
     "llava.py is a number": (edit_config(**{"llava.py": 3}), "llava.py"),
@@ -302,7 +302,7 @@ def test_damaged_checkpoint_is_refused(number, name, inputs, tmp_path, assert_re
     program = list(PROGRAMS)[number % 4]
     flags = valid_flags(program, inputs, tmp_path, model=tmp_path / "damaged")
     assert_refused(program, flags, message, inputs, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"damaged"}, "no file is written before it"
+    assert {file.name for file in tmp_path.iterdir()} == {"damaged"}, "no file is written before the error"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -384,7 +384,7 @@ def test_damaged_image_is_refused_when_only_its_size_is_read(name, inputs, tmp_p
 # Records, ScienceQA folders, answer files
 
 
-def records(**changes) -> str:
+def make_records(**changes) -> str:
     """Return JSON of a valid record and of one with changed fields; the value ... removes a field."""
     fields = {"id": "bad", "image": "good.png", "conversations": TURNS} | changes
     bad = {key: value for key, value in fields.items() if value is not ...}
@@ -397,35 +397,35 @@ RECORDS = {                                  # case -> (content of the file, par
     "object": ("{}", "is not a list"), "empty list": ("[]", "is not a list"),
     "null": ("null", "is not a list"), "number": ("[3]", "record 0"), "list": ("[[]]", "record 0"),
     "JSON lines": ('{"id": 1}\n{"id": 2}', "not valid JSON"),
-    "no conversations": (records(conversations=...), "record bad"),
-    "conversations are null": (records(conversations=None), "record bad"),
-    "conversations are a string": (records(conversations="Hello"), "record bad"),
-    "conversations are an object": (records(conversations={"from": "human"}), "record bad"),
-    "no turns": (records(conversations=[]), "record bad"),
-    "no answer": (records(conversations=[HUMAN]), "it has no answer"),
-    "empty answer": (records(conversations=[HUMAN, GPT | {"value": ""}]), "an answer is empty"),
-    "answer is null": (records(conversations=[HUMAN, GPT | {"value": None}]), "record bad"),
-    "answer is a number": (records(conversations=[HUMAN, GPT | {"value": 3}]), "record bad"),
-    "question is null": (records(conversations=[HUMAN | {"value": None}, GPT]), "record bad"),
-    "question is a list": (records(conversations=[HUMAN | {"value": ["<image>"]}, GPT]), "record bad"),
-    "two questions": (records(conversations=[HUMAN, HUMAN]), "turn 2 is from 'human'"),
+    "no conversations": (make_records(conversations=...), "record bad"),
+    "conversations are null": (make_records(conversations=None), "record bad"),
+    "conversations are a string": (make_records(conversations="Hello"), "record bad"),
+    "conversations are an object": (make_records(conversations={"from": "human"}), "record bad"),
+    "no turns": (make_records(conversations=[]), "record bad"),
+    "no answer": (make_records(conversations=[HUMAN]), "it has no answer"),
+    "empty answer": (make_records(conversations=[HUMAN, GPT | {"value": ""}]), "an answer is empty"),
+    "answer is null": (make_records(conversations=[HUMAN, GPT | {"value": None}]), "record bad"),
+    "answer is a number": (make_records(conversations=[HUMAN, GPT | {"value": 3}]), "record bad"),
+    "question is null": (make_records(conversations=[HUMAN | {"value": None}, GPT]), "record bad"),
+    "question is a list": (make_records(conversations=[HUMAN | {"value": ["<image>"]}, GPT]), "record bad"),
+    "two questions": (make_records(conversations=[HUMAN, HUMAN]), "turn 2 is from 'human'"),
     "system turn": (
-        records(conversations=[{"from": "system", "value": "x"}, *TURNS]), "turn 1 is from 'system'"),
-    "answer first": (records(conversations=[GPT, HUMAN, HUMAN]), "turn 3 is from 'human'"),
-    "no role": (records(conversations=[{"value": "x"}, GPT]), "record bad"),
-    "roles of another format": (records(conversations=[{"role": "user", "content": "x"}]), "record bad"),
-    "<image> without an image": (records(image=...), "1 <image> in the text, but 0 images"),
-    "two images": (records(image=["good.png"] * 2), "but 2 images"),
-    "image is a number": (records(image=5), "record bad"),
-    "image is a list of numbers": (records(image=[5]), "record bad"),
-    "image is an object": (records(image={"file": "good.png"}), "record bad"),
-    "image does not exist": (records(image="none.png"), "none.png"),
-    "image in the parent folder": (records(image="../records.json"), "../records.json is outside"),
-    "absolute path": (records(image="/etc/passwd"), "/etc/passwd is outside"),
-    "image with a zero byte": (records(image="a\0b.png"), "record bad"),
-    "<image> in the answer": (records(conversations=[HUMAN, GPT | {"value": "<image>"}]), "2 <image>"),
-    "half a surrogate pair": (records(conversations=[HUMAN, GPT | {"value": "\ud800"}]), "record bad"),
-    "id is a list": (records(id=["a"], conversations=[]), "record ['a']")}
+        make_records(conversations=[{"from": "system", "value": "x"}, *TURNS]), "turn 1 is from 'system'"),
+    "answer first": (make_records(conversations=[GPT, HUMAN, HUMAN]), "turn 3 is from 'human'"),
+    "no role": (make_records(conversations=[{"value": "x"}, GPT]), "record bad"),
+    "roles of another format": (make_records(conversations=[{"role": "user", "content": "x"}]), "record bad"),
+    "<image> without an image": (make_records(image=...), "1 <image> in the text, but 0 images"),
+    "two images": (make_records(image=["good.png"] * 2), "but 2 images"),
+    "image is a number": (make_records(image=5), "record bad"),
+    "image is a list of numbers": (make_records(image=[5]), "record bad"),
+    "image is an object": (make_records(image={"file": "good.png"}), "record bad"),
+    "image does not exist": (make_records(image="none.png"), "none.png"),
+    "image in the parent folder": (make_records(image="../records.json"), "../records.json is outside"),
+    "absolute path": (make_records(image="/etc/passwd"), "/etc/passwd is outside"),
+    "image with a zero byte": (make_records(image="a\0b.png"), "record bad"),
+    "<image> in the answer": (make_records(conversations=[HUMAN, GPT | {"value": "<image>"}]), "2 <image>"),
+    "half a surrogate pair": (make_records(conversations=[HUMAN, GPT | {"value": "\ud800"}]), "record bad"),
+    "id is a list": (make_records(id=["a"], conversations=[]), "record ['a']")}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -740,7 +740,7 @@ def contradictions(inputs: Path, out: Path) -> dict[str, tuple[str, list, str]]:
             "train", [*train_flags, "--val", out / "none.json"], "none.json is missing"),
         "no validation images": (
             "train", [*train_flags, "--val", records, "--val-images", out / "none"], "there is no image"),
-        "URL of the teacher": ("prune", [*generate_flags, "--judge", "ftp://x"], "--judge"),
+        "judge URL is not HTTP": ("prune", [*generate_flags, "--judge", "ftp://x"], "--judge"),
         "no images": ("train", [*train_flags, "--images", out / "none"], "there is no image"),
         "answer beyond max_length": ("train", [*train_flags, "--max-length", 5], "within --max-length 5"),
         "show: index too large": ("train", [*train_flags, "--show", 99], "--show 99"),

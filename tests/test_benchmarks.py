@@ -278,7 +278,7 @@ def write_vqav2(folder, humans: list[str], answers: list[str]) -> list:
 
 @pytest.mark.parametrize("humans, answers, overall", [
     (["yes"] * 10, ["Yes"], 50.0),           # answers are lower-cased; the second question has none
-    (["Yes"] * 10, ["Yes"], 0.0),            # but not ten equal human answers
+    (["Yes"] * 10, ["Yes"], 0.0),            # ten equal ones are compared as they are
     (["Yes"] * 9 + ["no"], ["yes"], 50.0), (["yes"] + ["no"] * 9, ["yes"], 15.0),
     (["a"] * 3 + ["no"] * 7, ["the"], 90.0),
     (["2"] * 2 + ["no"] * 8, ["no", "two"], 30.0)])
@@ -352,9 +352,9 @@ def correct_answers(folder, task: str) -> list[dict]:
 def test_pope_scores_each_set_and_ignores_missing_answers(monkeypatch, toy, tmp_path, capsys):
     answers = correct_answers(toy / "data", "pope")
     answers[0]["text"], answers[8]["text"] = "No", "yes and no"          # adversarial, random: yes -> no
-    first_answer = answers[1] | {"text": "Yes"}                           # the second answer counts
+    duplicate = answers[1] | {"text": "Yes"}                              # the last answer counts
     without_third = [*reversed(answers[3:]), answers[1], answers[0]]
-    write_lines(tmp_path / "p", [first_answer, *without_third])
+    write_lines(tmp_path / "p", [duplicate, *without_third])
     figures = run_eval(monkeypatch, *task_flags(toy / "data", "pope"), "--predictions", tmp_path / "p",
                        "--json", tmp_path / "f")
     assert figures["adversarial"] == {"tp": 2, "fp": 0, "tn": 4, "fn": 1, "accuracy": 6 / 7, "precision": 1.0,
@@ -469,7 +469,7 @@ def test_coco_contexts_list_captions_and_boxes(tmp_path):
     assert "fractions" in content and truth["category"] == "conv"
 
 
-def test_judging_continues_after_a_failure_with_the_same_judge_only(monkeypatch, toy, tmp_path, start_judge):
+def test_interrupted_judging_continues_only_with_the_same_judge(monkeypatch, toy, tmp_path, start_judge):
     server = start_judge("8 4", "nonsense", *[(500, {}, "")] * 5, "6 6")
     flags = judge_flags(toy, tmp_path, server)
     with pytest.raises(OSError, match="answers 500"):
@@ -490,16 +490,16 @@ def test_judging_continues_after_a_failure_with_the_same_judge_only(monkeypatch,
 # Bad input
 
 
-def answer(question_id, text="yes", **fields) -> dict:
+def make_answer(question_id, text="yes", **fields) -> dict:
     return {"question_id": question_id, "text": text} | fields
 
 
 @pytest.mark.parametrize("task, answers, message", [
-    ("pope", [answer(99)], "answers question 99, which --questions lacks"),
+    ("pope", [make_answer(99)], "answers question 99, which --questions lacks"),
     ("pope", [{"question_id": 1}], "line 1: not"),
-    ("mme", [answer("color/x.jpg", prompt="?")], "color/x.jpg"),
-    ("mme", [answer("color/x.jpg")], "has no prompt"),
-    ("textvqa", [answer("x", prompt="one\ntwo\nthree")], "none of TextVQA's four forms")])
+    ("mme", [make_answer("color/x.jpg", prompt="?")], "color/x.jpg"),
+    ("mme", [make_answer("color/x.jpg")], "has no prompt"),
+    ("textvqa", [make_answer("x", prompt="one\ntwo\nthree")], "none of TextVQA's four forms")])
 def test_answers_to_other_questions_are_refused(monkeypatch, toy, tmp_path, task, answers, message):
     write_lines(tmp_path / "p", answers)
     with pytest.raises(UserError, match=message):
@@ -508,7 +508,7 @@ def test_answers_to_other_questions_are_refused(monkeypatch, toy, tmp_path, task
 
 def test_second_answer_to_a_llavabench_question_is_refused(monkeypatch, toy, tmp_path, start_judge):
     flags = judge_flags(toy, tmp_path, start_judge("1 2"))
-    write_lines(tmp_path / "p", [answer(0), answer(0)])
+    write_lines(tmp_path / "p", [make_answer(0), make_answer(0)])
     with pytest.raises(UserError, match="line 2: question 0 was answered before"):
         run_eval(monkeypatch, *flags)
 
@@ -516,7 +516,7 @@ def test_second_answer_to_a_llavabench_question_is_refused(monkeypatch, toy, tmp
 def test_pope_labels_of_another_revision_are_refused(monkeypatch, toy, tmp_path):
     *flags, adversarial_file = task_flags(toy / "data", "pope")
     labels, changed_file = read_jsonl(adversarial_file), tmp_path / "coco_pope_adversarial.json"
-    write_lines(tmp_path / "p", [answer(1)])
+    write_lines(tmp_path / "p", [make_answer(1)])
     for changed_labels in (labels[:-1], [labels[1], labels[0], *labels[2:]]):
         write_lines(changed_file, changed_labels)
         with pytest.raises(UserError, match="labels other questions"):
@@ -537,7 +537,7 @@ def test_missing_image_is_reported_before_the_model_is_loaded(monkeypatch, toy, 
         run_eval(monkeypatch, *flags, "--model", "nowhere", "--out", tmp_path / "a")
 
 
-def test_answer_file_of_another_task_or_blank_is_refused(monkeypatch, toy, tmp_path):
+def test_answer_file_with_another_task_or_blank_setting_is_refused(monkeypatch, toy, tmp_path):
     model_flags = ["--model", toy / "model", "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 2,
                    "--limit", 2, "--out", tmp_path / "a"]
     run_eval(monkeypatch, *task_flags(toy / "data", "pope"), *model_flags)
@@ -560,9 +560,9 @@ def test_answer_file_of_another_task_or_blank_is_refused(monkeypatch, toy, tmp_p
     ["--task", "llavabench", "--questions", "q", "--model", "m", "--reviews", "r"],
     ["--scienceqa", "d", "--predictions", "p", "--upload", "u"], ["--cost", "--wording", "letter"]])
 def test_invalid_flags_exit_with_code_2(monkeypatch, flags):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as error:
         run_eval(monkeypatch, *flags)
-    assert stopped.value.code == 2
+    assert error.value.code == 2
 
 
 def test_review_file_without_reviews_is_refused(monkeypatch, tmp_path):

@@ -20,7 +20,8 @@ from tests.toy import MISTRAL, write_random
 
 torch.set_num_threads(1)
 FIELDS = "question choices answer hint image grade subject lecture solution".split()
-PROBLEMS = {                                 # id -> FIELDS; data_folder completes grade and subject
+# id -> values of FIELDS; data_folder changes 2 to "grade2" and "natural" to "natural science".
+PROBLEMS = {
     "11": ("What is red?", ["a rose", "snow"], 0, "", "image.png", 2, "natural", "Look.", "Roses are."),
     "12": ("Which way is  up?", ["north", "east", "west"], 0, "A map.", "image.png", 7, "social", "", ""),
     "13": ("Is run a verb?", ["no", "yes"], 1, "", None, 6, "language", "Verbs act.", "To run acts."),
@@ -159,15 +160,16 @@ def test_compare_prints_the_lead_in_each_column(problems, tmp_path, capsys):
 # Answering with a model
 
 
-def answer(model_and_processor, problems, **options) -> dict[str, str]:
+def answer_problems(model_and_processor, problems, **options) -> dict[str, str]:
     """id -> answer to each problem, of at most 12 tokens."""
     answers = generate_answers(*model_and_processor, problems, max_new_tokens=12, **options)
     return {p["id"]: text for p, text in answers}
 
 
 def test_batched_answers_equal_single_answers(model_and_processor, problems):
-    single = answer(model_and_processor, problems, batch_size=1)
-    assert single == answer(model_and_processor, problems, batch_size=4) and len(set(single.values())) == 4
+    single = answer_problems(model_and_processor, problems, batch_size=1)
+    assert single == answer_problems(model_and_processor, problems, batch_size=4)
+    assert len(set(single.values())) == 4
 
 
 def test_chosen_option_has_the_highest_probability(model_and_processor, problems):
@@ -192,8 +194,9 @@ def test_blank_replaces_images_by_white_ones(model_and_processor, problems, tmp_
     Image.new("RGB", (30, 40), "white").save(tmp_path / "11.png")         # the sizes of the original images
     Image.new("RGB", (48, 16), "white").save(tmp_path / "12.png")
     white_problems = [p | {"file": tmp_path / f"{p['id']}.png"} for p in problems]
-    blank, normal = answer(model_and_processor, problems, blank=True), answer(model_and_processor, problems)
-    assert blank == answer(model_and_processor, white_problems)
+    blank = answer_problems(model_and_processor, problems, blank=True)
+    normal = answer_problems(model_and_processor, problems)
+    assert blank == answer_problems(model_and_processor, white_problems)
     assert blank["11"] != normal["11"] and blank["13"] == normal["13"]
 
 
@@ -258,13 +261,13 @@ def test_file_without_answers_is_refused_and_unchanged(monkeypatch, data_folder,
 @pytest.mark.parametrize("flags", [[], ["--scienceqa", "x"], ["--model", "x"],
                                    ["--scienceqa", "x", "--model", "x", "--predictions", "y"]])
 def test_invalid_flags_exit_with_code_2(monkeypatch, flags):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as error:
         run_eval(monkeypatch, *flags)
-    assert stopped.value.code == 2
+    assert error.value.code == 2
 
 
 def test_options_are_compared_in_float32(model_folder, problems):
-    """Two logits that differ in float32 and are equal in bfloat16."""
+    """The logits of A and B differ in float32 and are equal in bfloat16."""
     model = Llava.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
     processor = Processor.from_pretrained(model_folder, model.config)
     problem = [p for p in problems if p["id"] == "13"]

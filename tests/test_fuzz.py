@@ -34,7 +34,7 @@ UNUSUAL_VALUES = [
 
 
 def mutate(content, rng: random.Random):
-    """Return a copy of a JSON value with one to three replaced, removed, duplicated or renamed values."""
+    """Return a copy of a JSON value in which one to three values were replaced, removed or copied."""
     content = json.loads(json.dumps(content))
     for _ in range(rng.randint(1, 3)):
         places = list(walk(content))
@@ -89,7 +89,7 @@ def mutated_json(content, rng: random.Random) -> bytes:
 
 
 def fuzz(read, seed: int, rounds: int = ROUNDS) -> tuple[int, int]:
-    """Call read(rng) with a new generator in every round; return how many calls returned and were refused."""
+    """Call read(rng) with a new generator in every round; return the numbers of accepted, refused calls."""
     accepted = refused = 0
     for number in range(rounds):
         rng, start = random.Random(f"{seed} {number}"), time.process_time()
@@ -298,5 +298,5 @@ def test_damaged_checkpoint_opens_or_is_refused(tmp_path):
         model = llava.Llava.from_pretrained(tmp_path / "model", dtype=torch.float32)
         llava.Processor.from_pretrained(tmp_path / "model", model.config)
 
-    accepted, refused = fuzz(read, 4, ROUNDS // 10)
+    _, refused = fuzz(read, 4, ROUNDS // 10)
     assert refused

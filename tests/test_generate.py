@@ -34,7 +34,7 @@ def coco(tmp_path_factory):
 
 @pytest.fixture
 def teacher(monkeypatch):
-    """A running toy.Teacher. Waits between attempts are appended to its `waits` instead of slept."""
+    """A running toy.Teacher. time.sleep is replaced: it appends the seconds to `waits` and returns."""
     server = Teacher()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     server.waits = []
@@ -62,7 +62,7 @@ def run_generate(monkeypatch, coco, out, kind, *flags) -> None:
     run_program(monkeypatch, prune, *generate_flags(coco, out, kind, *flags))
 
 
-def read_lines(file) -> list[dict]:
+def read_jsonl(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -216,7 +216,7 @@ def test_rejected_replies_are_listed_and_counted(monkeypatch, coco, teacher, tmp
     teacher.edit = lambda text: text.replace("color", "caption") if "blue" in text else text
     out = tmp_path / "a.json"
     run_generate(monkeypatch, coco, out, "detail", "--judge", teacher.url)
-    rejected = read_lines(tmp_path / "a.rejected.jsonl")
+    rejected = read_jsonl(tmp_path / "a.rejected.jsonl")
     kept = json.loads(out.read_text())
     assert len(rejected) > 3 and all("blue" in r["text"] for r in rejected)
     assert {r["reason"] for r in rejected} == {"mentions captions or bounding boxes"}
@@ -239,7 +239,7 @@ def test_rerun_sends_only_requests_without_reply(monkeypatch, coco, teacher, tmp
     with (tmp_path / "a.replies.jsonl").open("a") as file:
         file.write('{"key": "cut of')
     run_generate(monkeypatch, coco, out, "detail", *judge, "--limit", 15)
-    assert len(teacher.prompts) == 15 and len(read_lines(tmp_path / "a.replies.jsonl")) == 15
+    assert len(teacher.prompts) == 15 and len(read_jsonl(tmp_path / "a.replies.jsonl")) == 15
     run_generate(monkeypatch, coco, out, "reasoning", *judge, "--limit", 15)
     assert len(teacher.prompts) == 30
 
@@ -267,7 +267,7 @@ def test_kill_loses_no_reply_and_repeats_only_requests_in_flight(monkeypatch, te
             real_sleep(0.001)
         process.kill()
         process.join()
-        real_sleep(0.1)                           # for requests that were sent before the kill
+        real_sleep(0.1)                           # requests sent before the kill may still arrive
         assert process.exitcode == -9
         assert not recorded.keys() & {key_of_prompt[prompt] for prompt in teacher.prompts[begin:]}
     recorded, begin = read_replies(replies), len(teacher.prompts)
@@ -282,7 +282,7 @@ def test_batch_file_is_written_and_its_results_are_read(monkeypatch, coco, teach
     out, batch = tmp_path / "a.json", tmp_path / "batch.jsonl"
     run_generate(monkeypatch, coco, out, "reasoning", "--batch", batch)
     assert not teacher.prompts and not out.exists()
-    entries = read_lines(batch)
+    entries = read_jsonl(batch)
     assert len({e["custom_id"] for e in entries}) == 40
     assert {(e["method"], e["url"]) for e in entries} == {("POST", "/v1/chat/completions")}
     results = []
@@ -294,11 +294,11 @@ def test_batch_file_is_written_and_its_results_are_read(monkeypatch, coco, teach
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in results))
     replies, retry = ("--replies", tmp_path / "results.jsonl"), tmp_path / "retry.jsonl"
     run_generate(monkeypatch, coco, tmp_path / "c.json", "reasoning", *replies, "--batch", retry)
-    assert [e["custom_id"] for e in read_lines(retry)] == [entries[0]["custom_id"]]      # the failed request
+    assert [e["custom_id"] for e in read_jsonl(retry)] == [entries[0]["custom_id"]]      # the failed request
     run_generate(monkeypatch, coco, out, "reasoning", *replies)
     assert not teacher.prompts
     assert [r["id"] for r in json.loads(out.read_text())] == [str(i) for i in range(2, 41)]
-    assert [(r["id"], r["reason"]) for r in read_lines(tmp_path / "a.rejected.jsonl")] == [("1", "no reply")]
+    assert [(r["id"], r["reason"]) for r in read_jsonl(tmp_path / "a.rejected.jsonl")] == [("1", "no reply")]
     content_before = out.read_bytes()
     run_generate(monkeypatch, coco, out, "reasoning", "--judge", teacher.url)
     assert len(teacher.prompts) == 1                                      # the failed request
@@ -370,7 +370,7 @@ def test_images_without_captions_or_boxes_are_rejected(monkeypatch, coco, teache
             content["images"] = [e for e in content["images"] if e["id"] != removed]
         file.write_text(json.dumps(content))
     run_generate(monkeypatch, folder, tmp_path / "a.json", "detail", "--judge", teacher.url)
-    rejected = [(r["id"], r["reason"]) for r in read_lines(tmp_path / "a.rejected.jsonl")]
+    rejected = [(r["id"], r["reason"]) for r in read_jsonl(tmp_path / "a.rejected.jsonl")]
     assert rejected == [("3", "no captions"), ("5", "no boxes"), ("8", "no captions")]
     assert len(json.loads((tmp_path / "a.json").read_text())) == 37
     text = capsys.readouterr().out
@@ -411,4 +411,4 @@ def test_batch_results_without_replies_reject_every_image(monkeypatch, coco, tmp
     out = tmp_path / "a.json"
     run_generate(monkeypatch, coco, out, "reasoning", "--replies", tmp_path / "results.jsonl")
     assert json.loads(out.read_text()) == []
-    assert {r["reason"] for r in read_lines(tmp_path / "a.rejected.jsonl")} == {"no reply"}
+    assert {r["reason"] for r in read_jsonl(tmp_path / "a.rejected.jsonl")} == {"no reply"}

@@ -87,8 +87,8 @@ def test_replayed_decode_steps_equal_decode_steps_without_a_graph(device, window
             step = partial(lm.decode_step, caches=caches)
             if replayed:
                 step = llava.ReplayedStep(step)
-            if device != "cuda":
-                emulate_graphs(monkeypatch, step)
+                if device != "cuda":
+                    emulate_graphs(monkeypatch, step)
             xs = torch.randn(12, 2, 1, lm.config.hidden_size, generator=torch.Generator().manual_seed(0))
             outputs.append([step(x.to(device), positions=lengths + i).clone() for i, x in enumerate(xs)])
     for expected, y in zip(*outputs):

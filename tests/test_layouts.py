@@ -39,7 +39,7 @@ def open_layout(tmp_path_factory):
 
 
 def with_projector(case, model):
-    """The case; if it has no projector, with the one that from_pretrained initialized."""
+    """The case. If it has no projector, the one that from_pretrained initialized is added."""
     names = "projector.1.weight", "projector.1.bias", "projector.2.weight", "projector.2.bias"
     if "projector.1.weight" in case.tensors:
         return case
@@ -92,15 +92,15 @@ def test_logits_loss_and_gradients_are_those_of_transformers(layout, open_layout
     gradients = gradients_or_zeros(model)
     for name, p in model.named_parameters():
         p.data = gradients[name]             # saved as if they were weights, they get llava-hf's names
-    gradients, hf_gradients = save_and_load(model, tmp_path), gradients_or_zeros(hf_model)
+    saved_gradients, hf_gradients = save_and_load(model, tmp_path), gradients_or_zeros(hf_model)
     for part, new, old in zip(layouts.PARTS, layouts.PREFIXES["new"], layouts.PREFIXES["old"]):
         for name, hf_gradient in hf_gradients.items():
             if name.startswith(new) and not (linear and part == "projector.2."):
-                error = gradients.pop(old + name.removeprefix(new))[:len(hf_gradient)] - hf_gradient
+                gradient = saved_gradients.pop(old + name.removeprefix(new))[:len(hf_gradient)]
                 # The gradient of a key bias is zero but for rounding: use the scale of the query bias.
                 scale = hf_gradients[name.replace("k_proj.bias", "q_proj.bias")].abs().max()
-                assert error.abs().max() <= 2e-5 * scale, name
-    assert all("linear_2" in name for name in gradients)
+                assert (gradient - hf_gradient).abs().max() <= 2e-5 * scale, name
+    assert all("linear_2" in name for name in saved_gradients)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,7 +116,7 @@ def test_logits_and_loss_are_the_recorded_ones(family, open_layout):
 
 @pytest.mark.parametrize("layout", HF_LAYOUTS)
 def test_transformers_opens_the_test_layouts(layout, open_layout):
-    """Tests layouts.py: transformers finds every tensor, and no other, in the files that it writes."""
+    """Tests layouts.py: transformers finds every tensor, and no other, in the files written by it."""
     hf = pytest.importorskip("transformers", minversion="5")
     case, _ = open_layout(layout)
     hf_model, report = hf.AutoModelForImageTextToText.from_pretrained(
@@ -224,7 +224,7 @@ def assert_same_text_config(text, hf_text):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_language_model_config_is_read_like_in_transformers(name, tmp_path):
+def test_a_language_model_config_is_read_as_transformers_reads_it(name, tmp_path):
     config, hf_config = read_config(CONFIGS[name], tmp_path)
     assert_same_text_config(config.text, hf_config)
     assert config.template == ("mistral_instruct" if hf_config.model_type == "mistral" else "v1")
@@ -281,8 +281,9 @@ def test_the_processor_reads_the_same_config_without_the_language_model(layout, 
 # Saving
 
 
-@pytest.mark.parametrize("layout", ["llava-hf llava, new names", "llava-hf llava_next, fresh names",
-                                    "liuhaotian v1", "liuhaotian v1.6", "mistral + clip", "LoRA over v1.6"])
+@pytest.mark.parametrize("layout", [
+    "llava-hf llava, new names", "llava-hf llava_next, old names without vision_model", "liuhaotian v1",
+    "liuhaotian v1.6", "mistral + clip", "LoRA over v1.6"])
 def test_transformers_opens_a_saved_model_and_computes_the_same_logits(layout, open_layout, tmp_path):
     hf = pytest.importorskip("transformers", minversion="5")
     case, model = open_layout(layout)
@@ -415,14 +416,15 @@ def test_an_incomplete_or_invalid_index_is_an_error(layout, tmp_path):
     assert_error(index.name, **case.source)
 
 
-class MaliciousPickle:
-    """A pickle of it makes a folder when it is unpickled."""
+class Payload:
+    """An object whose pickle creates a folder when it is loaded."""
+
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize(
-    "content", [{"a": MaliciousPickle()}, [1, 2], {"a": 3}, {"a": {"b": torch.ones(2)}}, "x"],
+    "content", [{"a": Payload()}, [1, 2], {"a": 3}, {"a": {"b": torch.ones(2)}}, "x"],
     ids=["code", "list", "number", "nested", "string"])
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "mm_projector.bin"])
 def test_a_pickle_with_more_than_tensors_is_an_error_and_not_executed(content, file, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import llava
 from llava import Llava, LlavaConfig, Processor, TextConfig, VisionConfig
 from tests.golden import SIZES, TILES, build_hf_model, llava_grid, llava_window, to_hf_batch
 from tests.layouts import GRIDS, LLAMA, MISTRAL, llava_hf, liuhaotian, write_tokenizer
+from tests.test_attention import explicit_attention
 
 torch.set_num_threads(1)
 SLIDING = MISTRAL | {"sliding_window": 24}
@@ -50,16 +51,6 @@ def split_rows(inputs: dict, image_id: int):
 
 # ---------------------------------------------------------------------------------------------
 # Attention
-
-
-def explicit_attention(q, k, v, window):
-    """Attention as it is defined: a softmax over the keys j with 0 <= i - j < window."""
-    T, groups = q.shape[2], q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    hidden = (distance < 0) | (distance >= (window or T))
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("T, window", [(1, 1), (5, None), (5, 5), (5, 8), (6, 5), (10, 5), (23, 5), (9, 1)])
@@ -152,7 +143,7 @@ def test_a_single_bf16_row_on_a_cpu_is_decoded_without_onednn(rows, dtype, onedn
 
     def record_decode_step(*args, **kwargs):
         enabled.append(torch.backends.mkldnn.enabled)
-        if len(enabled) == 11:               # the first decode step of the second generation
+        if len(enabled) == 11:               # the first decode step in pytest.raises
             raise RuntimeError("interrupted")
         return decode_step(*args, **kwargs)
 
@@ -249,7 +240,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens_of_the_batch(models):
     assert count == 8
 
 
-def test_features_are_the_input_of_the_towers_last_layer_without_cls(models):
+def test_features_come_from_the_input_of_the_towers_last_layer(models):
     _, model = models["no window"]
     images = list(torch.randn(2, 1, 3, 28, 28))
     *_, second_last, last = model.vision_tower.layers
@@ -306,7 +297,7 @@ def test_anyres_features_are_the_whole_image_then_rows_with_newlines(width, heig
 
 
 @pytest.mark.parametrize("height, width", [(100, 200), (188, 47), (392, 343), (49, 588), (500, 1)])
-def test_hf_preprocessing_equals_transformers_where_llava_differs(height, width, models):
+def test_logits_equal_transformers_where_the_anyres_rules_differ(height, width, models):
     pytest.importorskip("transformers", minversion="5")
     from transformers.image_processing_utils import select_best_resolution
     case, model = models["no window, AnyRes"]
@@ -347,11 +338,12 @@ def test_the_model_accepts_the_output_of_the_processor(tmp_path):
 
 
 def prumerge_by_loops(features, attention, keys, plus=False, ratio=None, paper=False):
-    """PruMerge's tokens by plain loops, as in the released code. Kept are the outliers, or the share `ratio`,
-    in order of decreasing attention; `plus` adds evenly spaced patches, but never the last. A token is a
-    kept patch plus the attention-weighted sum of its 32 most similar patches. The last token is the weighted
-    sum of all patches not kept. `paper`: patches in the image's order, similarity of keys that are not
-    normalized, a kept patch weighted by its attention, like its neighbors, and no last token."""
+    """PruMerge's tokens by plain loops, as in the released code. It keeps the outliers, or the share `ratio`,
+    in order of decreasing attention; `plus` adds evenly spaced patches, but never the last; with `ratio` it
+    may repeat some. A token is a kept patch plus the attention-weighted sum of its 32 most similar patches.
+    The last token is the weighted sum of all patches not kept. `paper`: patches in the image's order,
+    attention with the sum 1, similarity of keys that are not normalized, a kept patch weighted by its
+    attention, like its neighbors, and no last token."""
     P = len(attention)
     a = attention.double().numpy()
     q1, q3 = np.percentile(a, [25, 75])
@@ -401,7 +393,7 @@ def test_prumerge_equals_its_definition_in_loops(P, outliers, plus):
 
 def test_plus_with_many_outliers_keeps_all_patches_but_the_last():
     attention, keys = torch.full((40,), 1e-3), torch.randn(40, 4)
-    attention[:9] = 1.0                      # with a quarter or more, the third quartile would be 1.0, too
+    attention[:9] = 1.0                      # with 11 or more, the third quartile would be 1.0: no outliers
     assert llava.prumerge(attention, keys, True).shape == (40, 40)       # 39 patches and the last token
     assert llava.prumerge(attention, keys, False).shape == (10, 40)
 

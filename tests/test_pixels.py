@@ -69,7 +69,7 @@ def process_image(tmp_path_factory):
 @pytest.mark.parametrize("image_mode", ["crop", "pad", "anyres"])
 @pytest.mark.parametrize("mode", MODES)
 def test_pixels_are_those_of_transformers_for_any_size_and_mode(mode, image_mode, process_image):
-    """transformers shows a transparent image on white; LLaVA's code (pad) drops the transparency."""
+    """transformers puts a transparent image on white; LLaVA's code (pad) drops the transparency."""
     pytest.importorskip("transformers", minversion="5")
     generator = np.random.RandomState(MODES.index(mode))
     config = make_config(image_mode, publisher="liuhaotian" if image_mode == "pad" else "transformers")
@@ -88,7 +88,7 @@ def test_liuhaotians_anyres_drops_transparency(mode, process_image):
 
 @pytest.mark.parametrize("publisher", ["liuhaotian", "transformers"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_file_of_any_mode_is_read_like_by_its_publisher(mode, publisher, tmp_path, process_image):
+def test_a_file_of_any_mode_is_read_as_its_publisher_reads_it(mode, publisher, tmp_path, process_image):
     file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     config = make_config("crop", publisher=publisher)
     random_image(np.random.RandomState(7), mode).save(file)
@@ -207,7 +207,7 @@ def test_token_counts_of_random_sizes_are_those_of_each_publisher():
 
 @pytest.mark.parametrize("size", [*SIZES[:4], (90, 60)])
 def test_anyres_tiles_are_the_resized_image_and_parts_of_it_on_black(size):
-    """Compares with tiles that are cut here; exact fractions decide which side fills the grid."""
+    """The expected tiles are cut here. Exact fractions decide which side of the image fills the grid."""
     w, h = size
     image, config = make_image(w, h), make_config("anyres", 28, "liuhaotian")
     W, H = llava_grid(w, h, GRIDS)

@@ -20,13 +20,13 @@ TILES = {"pad": 1, "anyres": 5, "text": 0}
 
 
 def flash_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
-    """A replacement of F.scaled_dot_product_attention, which on device meta computes the attention scores."""
+    """Replaces F.scaled_dot_product_attention, because that computes the attention scores on device meta."""
     assert attn_mask is None and (enable_gqa or q.shape[1] == k.shape[1])
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 
 class FusedNorm(torch.autograd.Function):
-    """A replacement of F.rms_norm, on a GPU one kernel, which keeps its input and a number per row."""
+    """Replaces F.rms_norm. It keeps its input and one number per row, like the fused kernel on a GPU."""
 
     @staticmethod
     def forward(ctx, x, shape, weight, eps):
@@ -77,7 +77,7 @@ def trace_peak(config: LlavaConfig, args, batch: dict) -> tuple[Llava, float]:
 
 CASES = {                                    # layers, image mode, text and supervised tokens of a row, flags
     "stage 1": (32, "pad", 200, 60, "--stage 1"),
-    # Few layers: the peak is in each phase of a step that train.estimate_memory distinguishes.
+    # With few layers, the cases have their peaks in different phases of a step.
     "in-backward": (4, "text", 800, 60, "--stage 2 --in-backward --checkpoint-blocks 4"),
     "LoRA": (4, "anyres", 200, 60, "--stage 2 --lora-rank 128 --checkpoint-blocks 2"),
     "loss": (4, "text", 800, 800, "--stage 2 --lora-rank 128"),
@@ -132,7 +132,7 @@ def test_memory_estimate_of_a_7b_run_is_within_3_percent(monkeypatch, case):
     ("first layer", "size * (max(trainable)"), ("two micro-batches", 'need["gradients"]\n    at_update'),
     ("first update", 'need["activations"] if')])
 def test_estimate_without_one_of_its_terms_is_too_small_by_over_3_percent(case, term):
-    """The test above would therefore fail without the term, which is multiplied by 0 here."""
+    """The term is multiplied by 0 here: without it the test above would fail."""
     config, args, load, _ = make_case(case)
     model = build(config)
     train.choose_trainable(model, args)

@@ -144,7 +144,7 @@ def test_guided_covers_topics_and_skills_and_prefers_images():
     assert "67" in {p["id"] for p in kept}
     assert {f"skill {i}" for i in range(3)} <= {p["skill"] for p in kept}
     assert sum(bool(p["image"]) for p in kept) == 17                      # 85% of 20
-    assert len([p for p in kept if p["topic"] == "verbs"]) == 2           # the third has topic "ice"
+    assert len([p for p in kept if p["topic"] == "verbs"]) == 2           # the other without image: "ice"
 
 
 def test_guided_weights_topics_by_square_root_of_size():
@@ -266,7 +266,8 @@ def test_batched_states_equal_single_prompts(monkeypatch, scienceqa, models, tmp
     processor = Processor.from_pretrained(models[0], model.config)
     for i, p in list(enumerate(read_scienceqa(scienceqa, "train")))[::5]:
         with torch.no_grad():
-            states = [model.splice(**make_inputs(p, processor, False))[0]]    # as transformers' hidden_states
+            # the list that transformers calls hidden_states
+            states = [model.splice(**make_inputs(p, processor, False))[0]]
             cos_sin = rope(torch.arange(states[0].shape[1]), model.config.text, torch.float32)
             for decoder_layer in model.language_model.layers:
                 attend = partial(causal_attention, window=model.config.text.sliding_window)
@@ -460,7 +461,7 @@ def test_report_compares_records_without_scienceqa(monkeypatch, scienceqa, tmp_p
 
 @pytest.fixture
 def out_file(monkeypatch, tmp_path):
-    """Replace train.py by a script that appends "ran" to --out and exits with its first argument."""
+    """The --out of a fake train.py, which appends "ran" to it and exits with its first argument."""
     code = "import sys\nopen(sys.argv[3], 'a').write('ran')\nsys.exit(int(sys.argv[1]))"
     (tmp_path / "train.py").write_text(code)
     monkeypatch.setattr(prune, "__file__", str(tmp_path / "prune.py"))
@@ -489,8 +490,9 @@ def test_study_rejects_output_of_another_command(out_file):
 def fake_run_command(commands: list[str], truncated: str = ""):
     """Return a replacement for run_command that only records each command and writes its output.
 
-    A model trained on all questions answers everything that it sees. The others answer only question 25,
-    Mistral with seed 1 also question 24. The answer file with `truncated` in its path ends after 3 answers.
+    A model trained on all questions answers all of them correctly if it gets the images. Otherwise only
+    question 25 is correct, with Mistral and seed 1 also question 24. Answer files with `truncated` in their
+    path end after 3 answers.
     """
     def run_command(name, *flags):
         out = flags[-1]

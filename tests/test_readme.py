@@ -29,7 +29,8 @@ FILES = (ROOT / "README.md", ROOT / "tests/RESULTS.md")
 README, RESULTS = (file.read_text(encoding="utf-8") for file in FILES)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README + RESULTS, re.S)
             for line in block.splitlines() if not line.startswith("python3 -m venv")]
-CI_COMMANDS = ("python train.py", "pytest", "--study", "torchrun")   # whole commands, or words of a command
+# .ci/run executes the commands that equal one of these or contain it as a word.
+CI_COMMANDS = ("python train.py", "pytest", "--study", "torchrun")
 BENCHMARKS = "data/toy/benchmarks"
 TOY_ARGUMENTS = {                            # argument in the README -> argument of the test
     "openai/clip-vit-large-patch14-336": "data/toy/clip",
@@ -149,8 +150,8 @@ def test_commands_that_pytest_does_not_run_are_in_ci():
 
 @pytest.fixture(scope="module")
 def step_values():
-    """{function: value of the README's expression when the function first returns}, while an untrained toy
-    model, of the sizes that `python train.py` trains, answers the README's question."""
+    """{function: value of the README's expression when the function first returns}. An untrained toy model of
+    the sizes that `python train.py` trains answers the README's question."""
     tokenizer = toy.make_tokenizer()
     text = TextConfig(vocab_size=tokenizer.get_vocab_size(), **toy.MISTRAL)
     model = Llava(LlavaConfig(toy.VISION, text, image_token_id=text.vocab_size)).eval()

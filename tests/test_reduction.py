@@ -77,7 +77,7 @@ def test_every_tile_keeps_the_budget(method, keep):
     torch.testing.assert_close(features, torch.cat(alone))
 
 
-def test_prumerge_keeps_the_strongest_patches_and_plus_spaces_half():
+def test_prumerge_keeps_the_strongest_patches_and_plus_adds_evenly_spaced_ones():
     attention, keys = torch.rand(36), torch.randn(36, 4)
     order = attention.argsort(descending=True)
     assert llava.choose_patches(attention, tokens=8).tolist() == order[:7].tolist()
@@ -120,7 +120,7 @@ def test_impossible_budget_raises_user_error(method, keep, message):
 
 
 def test_prumerge_on_the_last_vision_layer_raises_user_error():
-    with pytest.raises(UserError, match="vision_feature_layer is -1"):     # no later layer has its attention
+    with pytest.raises(UserError, match="vision_feature_layer is -1"):     # PruMerge needs a later layer
         make_model("prumerge", vision_feature_layer=-1)
 
 

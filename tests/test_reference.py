@@ -26,7 +26,7 @@ def write_losses(folder, losses):
     (folder / "log.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
 
 
-def test_reference_has_50_losses_a_stage_and_accuracies_need_the_image():
+def test_reference_has_50_losses_per_stage_and_higher_accuracy_with_images():
     content = read_json(toy.REFERENCE)
     curves = content["curves"]
     assert content["seeds"] >= 5

@@ -176,7 +176,7 @@ def test_released_pixels(mode):
                 expected = expected[None]
             actual = llava.normalize(processor.pixels(image))
             assert actual.shape == expected.shape, image.size
-            # One of the 256 levels of a pixel is about 0.014.
+            # Two neighboring levels of a pixel (of 256) differ by 0.014.
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=str(image.size))
 
 
@@ -238,8 +238,8 @@ def test_released_splice(mode):
     ("prumerge-fixed", "token_prune_merge_advanced", {"if_adaptive": False, "reduction_ratio": 1 / 8}),
     ("prumerge+-fixed", "token_prune_merge_advanced_plus", {"if_adaptive": False, "reduction_ratio": 1 / 8})])
 def test_released_prumerge(name, method, options):
-    """Tokens of 576 patches, in float64, in which nearly equal similarities keep their order. The tower has
-    24 layers because the released code names its layer 23."""
+    """The merged tokens of 576 patches, in float64: rounding in float32 changes the order of nearly equal
+    similarities. The tower has 24 layers because the released code names its layer 23."""
     vision = VisionConfig(48, 64, 24, 3, 336, 14)
     text = TextConfig(vocab_size=8, hidden_size=48, intermediate_size=8, num_hidden_layers=0,
                       num_attention_heads=1, num_key_value_heads=1, head_dim=48)

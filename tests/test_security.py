@@ -1,4 +1,4 @@
-"""A test for each sentence of the README's section on security."""
+"""Tests of the README's section on security."""
 
 import ast
 import os

@@ -24,7 +24,7 @@ def test_toy_scienceqa_has_the_published_layout(tmp_path):
     assert len(answers) > 12, "each skill has several answers"
 
 
-def test_text_of_an_image_question_does_not_contain_the_answer():
+def test_text_of_an_image_question_does_not_determine_the_answer():
     rng = random.Random(0)
     problems = [toy.image_problem(toy.make_scene(rng), rng) for _ in range(400)]
     answers = {}
@@ -35,7 +35,7 @@ def test_text_of_an_image_question_does_not_contain_the_answer():
 
 
 @pytest.mark.parametrize("shape", toy.SHAPES)
-def test_image_shows_the_shape_color_and_place_of_the_caption(shape):
+def test_image_shows_the_color_at_the_place_of_the_caption(shape):
     rng = random.Random(1)
     for place, (x, y) in toy.PLACES.items():
         scene = {"count": "one", "color": "red", "shape": shape, "place": place}

@@ -501,7 +501,7 @@ def test_conflicting_flags_exit_with_2(toy_folder, tmp_path, capsys, extra_flags
 
 
 class LiveTensorBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that exist: `now`, and `most`, the peak."""
+    """Counts the bytes of all tensors that exist: `now`, and the most so far, `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -625,7 +625,7 @@ def test_plain_template_has_as_many_images_as_the_record(toy_folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_error_during_training_names_the_broken_image(toy_folder, tmp_path, workers):
-    shutil.copytree(toy_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("uninterrupted"))
+    shutil.copytree(toy_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("un*", "two_*"))
     (tmp_path / "copy/7.png").write_bytes((toy_folder / "7.png").read_bytes()[:60])
     message = error_message(tmp_path / "copy", tmp_path / "run", f"--workers {workers}")
     assert "7.png is not a readable" in message
@@ -643,7 +643,7 @@ def test_too_long_records_are_cut_counted_and_listed(toy_folder, tmp_path, capsy
 
 
 def test_check_data_lists_all_errors(toy_folder, tmp_path, capsys):
-    shutil.copytree(toy_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("uninterrupted"))
+    shutil.copytree(toy_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("un*", "two_*"))
     folder = tmp_path / "copy"
     frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
     frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
@@ -788,7 +788,7 @@ def test_largest_micro_batch_comes_first(toy_folder, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(train, "train", lambda *args: calls.append(args))
     train.run_stage(train.parse(toy_flags(toy_folder, tmp_path, "--seed 3 --micro-batch-size 2")))
-    ((model, optimizer, samples, val, batches, *_),) = calls
+    ((_, _, samples, _, batches, *_),) = calls
     loads = [train.largest_load(samples, [batch], 2) for batch in batches]
     assert loads[0] == max(loads) and loads[1:] != sorted(loads[1:], reverse=True)
     assert sorted(sum(batches, [])) == sorted([*range(22)] * 2)
@@ -855,12 +855,12 @@ def test_flag_out_of_range_exits_with_2(toy_folder, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as error:
         train.parse(toy_flags(toy_folder, tmp_path, flag))
-    assert exit.value.code == 2 and flag.split()[0] in capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and flag.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_default_device_and_dtype_depend_on_the_gpu_and_mps_is_no_default(toy_folder, tmp_path, monkeypatch):
+def test_default_device_and_dtype_depend_on_the_gpu_and_are_never_mps(toy_folder, tmp_path, monkeypatch):
     argv = [flag for flag in toy_flags(toy_folder, tmp_path) if flag not in ("--device", "cpu")]
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert (train.parse(argv).device, train.parse(argv).dtype) == ("cpu", "float32")
@@ -982,7 +982,7 @@ def test_lora_works_on_layers_without_a_weight(toy_folder, tmp_path, monkeypatch
 
 
 def write_wide_base(toy_folder: Path, folder: Path) -> None:
-    """Write a LLaVA of random weights with a language model in multiples of 64, as int4 requires."""
+    """Write a LLaVA of random weights. The widths of its language model are multiples of 64, for int4."""
     config = LlavaConfig(**llava.open_checkpoint(str(toy_folder / "base"), weights=False)[0])
     text = replace(config.text, hidden_size=64, intermediate_size=128, num_attention_heads=3, head_dim=64)
     torch.manual_seed(0)
@@ -1060,7 +1060,7 @@ train.main()
 
 @pytest.fixture(scope="module", autouse=True)
 def torchrun(request, toy_folder):
-    """The torchrun command that trains with two processes, or None if no selected test needs it. It starts
+    """The running torchrun, which trains with two processes, or None if no selected test needs it. It starts
     before the first test of this file, so that it runs on a second core at the same time."""
     if not any("two_process_runs" in item.fixturenames for item in request.session.items):
         yield None
@@ -1097,7 +1097,7 @@ TWO_PROCESS_FLAGS = {
 def test_two_processes_give_the_losses_and_weights_of_one(toy_folder, two_process_runs, tmp_path, run):
     expected = run_training(toy_folder, tmp_path, TWO_PROCESS_FLAGS[run])
     seed, index = {"micro": (0, 0), "in_backward": (2, 2), "lora": (3, 3)}[run]
-    assert len(train.make_batches(range(22), [1] * 22, 7, seed)[index]) == 1  # one process has none
+    assert len(train.make_batches(range(22), [1] * 22, 7, seed)[index]) == 1  # the second has no record
     for one, two in zip(read_log(tmp_path), read_log(two_process_runs / run), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)

@@ -553,7 +553,7 @@ def write_model(*job) -> None:
 
 
 def write_part(folder: Path, part: str, write) -> None:
-    """Write a part to a temporary folder, which gets its name when it is complete."""
+    """Write a part to a temporary folder, and rename the folder when the part is complete."""
     torch.set_num_threads(1)
     unfinished = folder / f"unfinished-{part}"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -694,7 +694,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, nargs="?", default=Path("data/toy"), help="written to (default: %(default)s)")
+    add("folder", type=Path, nargs="?", default=Path("data/toy"), help="for the data (default: %(default)s)")
     add("--check", type=Path, metavar="RUNS", help="compare a finished `python train.py` with reference.json")
     add("--reference", type=int, metavar="SEEDS", help="write reference.json from that many runs")
     add("--teacher", type=int, metavar="PORT", help="serve the toy teacher of prune.py --generate")
