@@ -785,7 +785,7 @@ def print_perplexities(args) -> None:
     print(f"perplexity of {ids.numel():,} tokens in rows of 2,048, computed in {args.dtype}")
     dtype, exact = getattr(torch, args.dtype), None
     runs = [(args.dtype, "none", FITS, False), ("int8", "int8", FITS, False), ("int4", "int4", FITS, False),
-            *((f"int4, columns shuffled, {fits} fits", "int4", fits, True) for fits in (2, 0, 5))]
+            *((f"int4, columns shuffled, {fits} fits", "int4", fits, True) for fits in (0, 2, 3, 5))]
     for name, quantize, fits, shuffle in runs:
         llava.FITS = fits
         value = perplexity(open_decoder(args.model, quantize, dtype, shuffle), ids)
