@@ -471,7 +471,7 @@ class VisionTower(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # 4. Weights in 8 and 4 bits of the language model
 
-GROUP, FITS = 32, 3                          # int4: columns that share a scale; rounds of least squares
+GROUP, FITS = 32, 5                          # int4: columns that share a scale; rounds of least squares
 
 
 def pack_int4(q: Tensor, width: int) -> Tensor:
