@@ -89,7 +89,7 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
 
 
 def check_problem(i: str, problem, where: str) -> None:
-    """Raise UserError unless a problem has the fields of ScienceQA; id, split and image must be names."""
+    """Raise UserError unless a problem has ScienceQA's fields; id, split and image must be file names."""
     types = {"choices": list, "answer": int, "image": str | None} | dict.fromkeys(
         ("question", "hint", "split", "grade", "subject", "lecture", "solution"), str)
     for name, type_ in types.items():

@@ -545,7 +545,7 @@ class QuantizedLinear(nn.Module):
             self.kernel_tokens = 32 if bits == 4 else 16
         self.block_rows = self.out_features
         if device.type == "cpu":
-            self.block_rows = max(1, 2**17 // self.in_features) * 64      # 16 MB in bf16: about a cache
+            self.block_rows = max(1, 2**17 // self.in_features) * 64      # 16 MB in bf16: a cache's size
         pieces = weight.split(128 if device.type == "cpu" else 1024)      # small temporary tensors
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in pieces])
         self.register_buffer("q", torch.cat(q), persistent=False)         # int4 scale: [I / GROUP, O, 2]

@@ -703,7 +703,7 @@ def read_boxes(file: Path) -> dict[str, list[str]]:
         names, boxes = {e["id"]: e["name"] for e in content["categories"]}, {str(i): [] for i in sizes}
         for e in content["annotations"]:
             (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
-            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # they are rounded
+            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # boxes are rounded
                 raise ValueError(f"box {e['bbox']} is not inside image {e['image_id']}, {width} x {height}")
             corners = (x / width, y / height, (x + w) / width, (y + h) / height)
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]

@@ -847,7 +847,7 @@ def check_record(raw, i: int, folder: Path) -> tuple[dict | ValueError, list[str
 
 
 def show(samples: Samples, index: int) -> None:
-    """Print a record as the model reads it: which tokens are image, prompt, answer, end, or learned."""
+    """Print a record as the model reads it: the kind of each token, and whether it is learned."""
     if not 0 <= index < len(samples):
         raise UserError(f"--show {index}: the records are 0 to {len(samples) - 1}")
     processor, files = samples.processor, list(samples.records[index]["images"])
