@@ -1730,7 +1730,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--base", action="append", default=[], metavar="ID",
         help="new place of a base that a run folder names; once for each, in the order of its config.json")
     add("--image-mode", choices=("pad", "crop"), help="default: the model's")
-    add("--template", choices=("plain", "mistral_instruct", "v1"), help="default: the model's")
+    add("--template", choices=("plain", "mistral_instruct", "v1"),
+        help="default: the model's; after stage 1, whose template has no question, its language model's")
     add("--prune", choices=("none", *PRUNING), help="reduce the tokens of each tile (default: the model's)")
     add("--keep-tokens", type=number(int, 1), metavar="N",
         help=f"tokens to keep of each tile, with --prune {', '.join(BUDGETED)}")
@@ -1762,6 +1763,8 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
     args.dtype = args.dtype or default_dtype(args.device, args.quantize)
     model = Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device,
                                   quantize=args.quantize, base=args.base, **config_overrides(args))
+    if args.template is None and model.config.template == "plain":        # of stage 1: it drops the question
+        model.config = replace(model.config, template=TEMPLATE_OF[model.config.text.model_type])
     return model.eval(), Processor.from_pretrained(args.tokenizer or args.model, model.config)
 
 

@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 from eval import (append, are_correct, chat, collate, fingerprint, judge_url, read_answers, read_scienceqa,
                   target_text, to_record)
-from llava import (IGNORE, TEMPLATE_OF, Llava, Processor, UserError, add_model_flags, atomic_write,
-                   command_line, farthest_points, is_writable_image, load_model, number, open_image,
-                   read_json, require, write_json)
+from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_write, command_line,
+                   farthest_points, is_writable_image, load_model, number, open_image, read_json, require,
+                   write_json)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -488,11 +488,9 @@ def train_and_evaluate(args, folder: Path, records: Path, seed: int, recipe, sha
     run_command("train.py", "--stage", 2, "--init", folder.parent / "stage1", "--data", records,
                 "--images", Path(args.scienceqa, "images", "train"), "--seed", seed, *shared,
                 *shlex.split(args.stage2), *recipe, "--resume", "--out", folder)
-    # Each model is asked with its language model's template: "plain" would drop the question.
-    template = TEMPLATE_OF[read_json(folder / "config.json")["text_config"]["model_type"]]
     for answers, flags in (("test.jsonl", ()), ("blank.jsonl", ("--pictures", "only", "--blank"))):
-        run_command("eval.py", "--scienceqa", args.scienceqa, "--model", folder, "--template", template,
-                    *flags, *shared, *shlex.split(args.eval), "--out", folder / answers)
+        run_command("eval.py", "--scienceqa", args.scienceqa, "--model", folder, *flags, *shared,
+                    *shlex.split(args.eval), "--out", folder / answers)
 
 
 def run_command(program: str, *flags) -> None:
