@@ -1188,6 +1188,10 @@ def write_json(file: Path, content) -> None:
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
     """A temporary file name to write to; it replaces `file` only if the block succeeds."""
+    if file.exists() and not file.is_file():         # a device such as /dev/stdout: written as it is
+        yield file
+        return
+    file = file.resolve()                    # the file that a link names
     temporary = file.with_name(f".{file.name}.part")
     temporary.unlink(missing_ok=True)        # of a killed run: os.link in train.py needs a free name
     try:
@@ -1519,7 +1523,8 @@ def open_image(file: Path) -> Image.Image:
             return image.copy()
     except FileNotFoundError:
         raise OSError(f"there is no image {file}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, ArithmeticError,
+            Image.DecompressionBombError) as error:
         raise OSError(f"{file} is not a readable image: {first_line(error)}") from None
 
 
@@ -1600,7 +1605,9 @@ class Processor:
     def __init__(self, tokenizer_json: str, config: LlavaConfig, legacy: bool = True):
         self.config, self.tokenizer_json, self.legacy = config, tokenizer_json, legacy
         try:
-            self.tokenizer = Tokenizer.from_str(tokenizer_json)
+            raw = json.loads(tokenizer_json) # without its ids for <image> and <pad>: in a text they are text
+            raw["added_tokens"] = [t for t in raw.get("added_tokens", ()) if t["id"] < config.image_token_id]
+            self.tokenizer = Tokenizer.from_str(json.dumps(raw))
         except Exception as error:           # tokenizers raises nothing more specific
             raise UserError(f"the tokenizer cannot be read: {first_line(error)}") from None
         self.bos, self.eos = map(self.tokenizer.token_to_id, ("<s>", "</s>"))

@@ -105,6 +105,9 @@ def run_stage(args: Args) -> None:
         return print_plan(sketch, need, samples, len(batches), args)
     newest = checkpoints.to_resume()
     print_summary(args, samples, len(batches), newest, sketch)
+    report_cut(args, samples, args.out / "cut.json")
+    if val:
+        report_cut(args, val, args.out / "val-cut.json")
     estimate = peak_memory(args.device) + estimate_memory(sketch, max(loads), args)["peak"]
     try:
         model, optimizer = build(args, config, newest)
@@ -266,7 +269,7 @@ class TrainingLog:
 
 
 def print_summary(args: Args, samples: Samples, steps: int, newest: Path | None, model: Llava) -> None:
-    """Print what is trained, and write to cut.json which records are cut or left out."""
+    """Print what is trained."""
     start = 1 + (step_number(newest) if newest else 0)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -274,13 +277,18 @@ def print_summary(args: Args, samples: Samples, steps: int, newest: Path | None,
           f"{len(samples.usable):,} records, {steps:,} steps (from step {start}), micro-batches of "
           f"{args.micro_batch_size}, {args.checkpoint_blocks} checkpointed layers; "
           f"{args.card or args.device}, {args.dtype}; to {args.out}")
+
+
+def report_cut(args: Args, samples: Samples, file: Path) -> None:
+    """Print how many records are cut or left out; unless it is a --plan, write to `file` which."""
+    if not samples.cut:
+        return
     lost = sorted(set(range(len(samples))) - set(samples.usable))
-    if samples.cut:
-        print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
-              f"{len(lost)} of them lose their whole answer and are left out: {args.out / 'cut.json'}")
-    if samples.cut and RANK == 0 and not args.plan:
-        write_json(args.out / "cut.json", {"cut": [samples.records[i]["id"] for i in samples.cut],
-                                           "left out": [samples.records[i]["id"] for i in lost]})
+    print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
+          f"{len(lost)} of them lose their whole answer and are left out{'' if args.plan else f': {file}'}")
+    if RANK == 0 and not args.plan:
+        write_json(file, {"cut": [samples.records[i]["id"] for i in samples.cut],
+                          "left out": [samples.records[i]["id"] for i in lost]})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,7 +316,7 @@ def read_json_list(file: Path) -> list:
 def try_record(raw, i: int, folder: Path) -> dict | ValueError:
     """The record, or as a returned error what is wrong with it."""
     try:
-        return read_record(raw, folder)
+        return read_record(raw, folder) | {"id": raw.get("id", i)}
     except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
         name = raw.get("id", i) if isinstance(raw, dict) else i
         reason = error if isinstance(error, ValueError) else f"not a LLaVA record ({error!r})"
@@ -334,12 +342,14 @@ def read_record(record: dict, folder: Path) -> dict:
         names = [names]
     if (marks := sum(message["content"].count("<image>") for message in messages)) != len(names):
         raise UserError(f"{marks} <image> in the text, but {len(names)} images")
+    if any("<image>" in message["content"] for message in messages[1::2]):
+        raise UserError("an answer contains <image>, which stands for an image in a question")
     for name in names:
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise UserError(f"image {name} is outside of {folder}")
         if not os.path.exists(folder / name):
             raise UserError(f"there is no image {folder / name}")
-    return {"id": record.get("id"), "messages": messages, "images": [folder / name for name in names]}
+    return {"messages": messages, "images": [folder / name for name in names]}
 
 
 class Samples(Dataset):
@@ -394,7 +404,7 @@ def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
         return [(0, 0)] * len(record["images"])
     try:
         return [Image.open(file).size[::-1] for file in record["images"]]            # reads the header only
-    except Image.DecompressionBombError as error:
+    except (ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{', '.join(map(str, record['images']))}: not a readable image: {error}") from None
 
 
@@ -426,9 +436,11 @@ def make_micro_batches(size: int, samples: list[dict | OSError]) -> list[dict] |
 
 def open_config(args: Args) -> LlavaConfig:
     """The configuration of the model to train; reads config.json alone."""
-    fields = {}
-    for source in [args.init] if args.init else [args.vision, args.language]:
+    fields, sources = {}, [args.init] if args.init else [args.vision, args.language]
+    for source in sources:
         fields |= open_checkpoint(source, weights=False, moved=args.base)[0]
+    if missing := {"vision", "text"} - fields.keys():
+        raise UserError(f"there is no {' or '.join(missing)} model in {' and '.join(sources)}")
     if args.stage == 2 and fields.get("template") == "plain":             # --init is a run of stage 1
         fields["template"] = TEMPLATE_OF[fields["text"].model_type]
     return LlavaConfig(**fields | config_overrides(args))
@@ -543,9 +555,9 @@ class Adam:
     stores bf16 moments with stochastic rounding: small changes survive on average. That is 8 bytes a
     weight in all, if each weight is updated `in_backward`, as soon as its gradient is complete."""
 
-    def __init__(self, named_parameters, betas=(0.9, 0.999), eps=1e-8, in_backward=False, compile=False):
+    def __init__(self, named_parameters, in_backward=False, compile=False):
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
-        self.betas, self.eps, self.steps, self.square_sum = betas, eps, 0, 0.0
+        self.betas, self.eps, self.steps, self.square_sum = (0.9, 0.999), 1e-8, 0, 0.0
         self.in_backward, self.state = in_backward, {}
         if compile:
             self.update_chunk = torch.compile(self.update_chunk)
@@ -776,8 +788,10 @@ def peak_memory(device: str) -> int:
 
 def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Args) -> None:
     """Print the estimated memory, disk space, FLOPs and hours on the GPU --card. A backward pass costs
-    as much as a forward pass, and for layers with trainable weights twice as much."""
+    as much as a forward pass, and for layers with trainable weights twice as much. The FLOPs of LoRA itself,
+    at rank 128 7% of a 7B model's, are left out."""
     print_summary(args, samples, steps, None, model)
+    report_cut(args, samples, args.out / "cut.json")
     config, (speed, memory), bf16 = model.config, CARDS[args.card], args.dtype == "bfloat16"
     passes = 2 + args.checkpoint_blocks / config.text.num_hidden_layers
     if args.stage == 2 and not args.lora_rank:
@@ -796,8 +810,8 @@ def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Arg
     print(f"  disk         {disk / 2**30:10.2f} GiB while training, {weights / 2**30:.2f} GiB in the end\n"
           f"  host memory  {min(2 * SHARD_BYTES, disk) / 2**30:10.2f} GiB while saving, besides Python's")
     if memory and need["peak"] > MEMORY_FRACTION * memory * 2**30:
-        print(f"  more than {MEMORY_FRACTION:.0%} of {memory} GiB: use --in-backward, --lora-rank 128 or a "
-              "smaller --batch-size")
+        print(f"  more than {MEMORY_FRACTION:.0%} of {memory} GiB: use --in-backward, --lora-rank 128, with "
+              "it --quantize int4, or a smaller --batch-size")
     tokens = args.epochs * sum(samples.lengths[i] for i in samples.usable)
     print(f"  {tokens:,} tokens, {flops / 1e15:,.3g} PFLOP: {hours:,.2f} hours on {PROCESSES} x {args.card}, "
           f"at {utilization:.0%} of {speed:g} TFLOP/s")
@@ -839,11 +853,18 @@ def check_record(raw, i: int, folder: Path) -> tuple[dict | ValueError, list[str
             with Image.open(file) as image:
                 if image.mode not in ("RGB", "L"):
                     odd.append(f"{file} is in mode {image.mode}")
-                if getattr(image, "is_animated", False):
+                if is_animated(image):
                     odd.append(f"{file} is animated: its first frame is used")
         except OSError as error:
             return ValueError(f"record {record['id']}: {error}"), []
     return record, odd
+
+
+def is_animated(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:                        # its second frame is damaged: Pillow raises errors of many types
+        return True
 
 
 def show(samples: Samples, index: int) -> None:
@@ -882,16 +903,18 @@ class Checkpoints:
 
     def __init__(self, args: Args, steps: int):
         self.out, self.folder, self.args, self.total_steps = args.out, args.out / "trainer", args, steps
-        self.newest = max(self.folder.glob("step-*"), default=None)
+        self.newest = max(self.folder.glob("step-*"), default=None, key=step_number)
+        self.data = hashlib.sha256(args.data.read_bytes()).hexdigest()    # now: the file may change later
         self.saved = read_json(self.newest / "run.json") if self.newest else {}
 
     def settings(self) -> dict:
         chosen = {name: getattr(self.args, name) for name in self.SETTINGS}
-        data = hashlib.sha256(self.args.data.read_bytes()).hexdigest()
-        return chosen | {"processes": PROCESSES, "data": data}
+        return chosen | {"processes": PROCESSES, "data": self.data}
 
     def to_resume(self) -> Path | None:
         """The checkpoint to continue from, if there is one; UserError if a setting of SETTINGS differs."""
+        if self.newest is None and (self.out / "config.json").exists():
+            raise UserError(f"{self.out} holds a model, which the run would overwrite: name another --out")
         if self.newest is None:
             return None
         if not self.args.resume:
@@ -1011,7 +1034,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--clip", type=rate, metavar="NORM", help="largest norm of the gradient, 0: none (default: 1)")
     recipe("--max-length", type=positive, metavar="T", help="tokens a record (default: 2048, anyres 4096)")
     recipe("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain, the model's")
-    recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: mlp2x_gelu")
+    recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: the model's, or mlp2x_gelu")
     recipe("--image-mode", choices=("pad", "crop", "anyres"), help="default: the model's, or pad")
     recipe("--prune", choices=("none", *PRUNING), help="reduce each tile's tokens (default: the model's)")
     recipe("--keep-tokens", type=positive, metavar="N", help="tokens of a tile after --prune")
@@ -1022,7 +1045,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--seed", type=number(int, 0, 2**62), default=0, help="default: %(default)s")
 
     fitting = parser.add_argument_group("memory and speed").add_argument
-    fitting("--micro-batch-size", type=positive, metavar="N", help="records at once (default: what fits)")
+    fitting("--micro-batch-size", type=positive, metavar="N",
+            help="records at once (default: what fits; on a CPU the whole batch)")
     fitting("--checkpoint-blocks", type=count, metavar="N",
             help="first layers with activation checkpointing (default: as few as fit; in stage 1 none)")
     fitting("--in-backward", action="store_true", help="update each weight when its gradient is complete")
@@ -1044,7 +1068,7 @@ def parse(argv: list[str] | None = None) -> Args:
     recipe = RECIPE["lora" if args.lora_rank else str(args.stage)]
     batch_size = args.batch_size or recipe["batch_size"]
     for applies, sentence in (
-            (bool(args.init) == bool(args.vision and args.language),
+            (bool(args.vision) != bool(args.language) or bool(args.init) == bool(args.vision),
              "give either --init, or --vision and --language"),
             (args.card and not args.plan, "--card is the GPU of a --plan"),
             ((args.val_images or args.val_every) and not args.val, "--val-images and --val-every need --val"),
@@ -1074,6 +1098,8 @@ def parse(argv: list[str] | None = None) -> Args:
 
 def main() -> None:
     if not sys.argv[1:]:
+        if PROCESSES > 1:
+            raise UserError("the toy run takes one process: python train.py")
         from tests import toy
         return toy.run_and_check(run_stage, parse)
     args = parse()

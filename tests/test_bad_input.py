@@ -423,7 +423,9 @@ RECORDS = {                                  # case -> (content of the file, par
     "image in the parent folder": (make_records(image="../records.json"), "../records.json is outside"),
     "absolute path": (make_records(image="/etc/passwd"), "/etc/passwd is outside"),
     "image with a zero byte": (make_records(image="a\0b.png"), "record bad"),
-    "<image> in the answer": (make_records(conversations=[HUMAN, GPT | {"value": "<image>"}]), "2 <image>"),
+    "<image> in both": (make_records(conversations=[HUMAN, GPT | {"value": "<image>"}]), "2 <image>"),
+    "<image> in the answer": (make_records(conversations=[
+        HUMAN | {"value": "Is it?"}, GPT | {"value": "<image>"}]), "an answer contains <image>"),
     "half a surrogate pair": (make_records(conversations=[HUMAN, GPT | {"value": "\ud800"}]), "record bad"),
     "id is a list": (make_records(id=["a"], conversations=[]), "record ['a']")}
 
@@ -750,7 +752,7 @@ def contradictions(inputs: Path, out: Path) -> dict[str, tuple[str, list, str]]:
         "answers in a missing folder": (
             "eval", [*eval_flags, "--out", out / "none/answers.jsonl"], "none/answers.jsonl"),
         "answers with other settings": (
-            "eval", [*eval_flags, "--out", inputs / "answers.jsonl"], "was made with another"),
+            "eval", [*eval_flags, "--out", inputs / "answers.jsonl"], "was made with unknown settings"),
         "records as answers": ("eval", [*eval_flags, "--out", records], "records.json"),
         "keep 0": ("prune", [*random_flags, "--keep", 0], "--keep 0"),
         "keep more than all": ("prune", [*random_flags, "--keep", 99], "--keep 99"),

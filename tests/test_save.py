@@ -1,6 +1,7 @@
 """Test saving: shards, whole models from run folders, moved bases; and errors of bad flags and configs."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -142,6 +143,18 @@ def test_save_does_not_overwrite_files(random_model, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is not empty"):
         run_llava(monkeypatch, "--model", random_model, "--save", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_write_follows_links_and_leaves_devices_as_they_are(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    llava.write_json(tmp_path / "link", [1])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "[\n 1\n]"
+    os.mkfifo(tmp_path / "device")
+    reader = os.open(tmp_path / "device", os.O_RDONLY | os.O_NONBLOCK)
+    llava.write_json(tmp_path / "device", [1])
+    assert os.read(reader, 99) == b"[\n 1\n]" and not (tmp_path / "device").is_file()
+    os.close(reader)
 
 
 def test_a_moved_base_is_named_and_the_base_flag_gives_its_new_place(random_model, tmp_path, monkeypatch):

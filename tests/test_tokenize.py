@@ -127,6 +127,17 @@ def test_several_images_keep_their_positions(open_processor):
     assert ids.index(processor.config.image_token_id) > ids.index(2)
 
 
+def test_names_of_added_tokens_are_text_in_a_text(open_processor, tmp_path):
+    """The tokenizer of a saved model has ids for <image> and <pad> that its embedding may not have."""
+    processor = open_processor("mistral_instruct")
+    processor.save_pretrained(tmp_path)
+    saved = Processor.from_pretrained(tmp_path, processor.config)
+    assert json.loads(saved.tokenizer_json)["added_tokens"][-1]["content"] == "<pad>"
+    for text in ("What does <pad> mean?", "It is <image>."):
+        assert saved.encode(text) == processor.encode(text)
+        assert max(saved.encode(text)) < processor.config.image_token_id
+
+
 @pytest.mark.parametrize("template", TEMPLATES[:2])
 def test_message_may_consist_of_an_image_only(template, open_processor):
     processor = open_processor(template)

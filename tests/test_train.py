@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -416,6 +417,31 @@ def test_resuming_with_other_flags_or_data_raises(toy_folder, uninterrupted, tmp
     assert "data was" in error_message(toy_folder, tmp_path / "run", "--resume", records[1:])
 
 
+def test_folder_with_a_model_is_not_trained_into(toy_folder, tmp_path):
+    shutil.copytree(toy_folder / "base", tmp_path / "run")
+    message = error_message(toy_folder, tmp_path / "run", f"--init {tmp_path}/run")
+    assert "run holds a model, which the run would overwrite" in message
+    before, after = ({file.name: file.read_bytes() for file in folder.iterdir()}
+                     for folder in (toy_folder / "base", tmp_path / "run"))
+    assert before == after
+
+
+def test_data_that_changes_during_a_run_does_not_change_its_checkpoints(toy_folder, tmp_path):
+    shutil.copy(toy_folder / "data.json", tmp_path)
+    checkpoints = train.Checkpoints(train.parse(toy_flags(
+        toy_folder, tmp_path / "run", f"--data {tmp_path}/data.json")), 10)
+    before = checkpoints.settings()
+    (tmp_path / "data.json").unlink()
+    assert checkpoints.settings() == before
+
+
+def test_newest_checkpoint_has_the_highest_number(toy_folder, tmp_path):
+    for name in ("step-999999", "step-1000000"):
+        llava.write_json(tmp_path / "trainer" / name / "run.json", {})
+    newest = train.Checkpoints(train.parse(toy_flags(toy_folder, tmp_path)), 10).newest
+    assert newest.name == "step-1000000"
+
+
 # ---------------------------------------------------------------------------------------------
 # Trainable parameters and memory
 
@@ -492,7 +518,7 @@ def test_compile_compiles_every_layer_and_the_update(toy_folder, uninterrupted, 
 @pytest.mark.parametrize("extra_flags, message", [
     ("--in-backward --clip 1", "--clip"), ("--in-backward --micro-batch-size 2", "--micro-batch-size"),
     ("--stage 1 --lora-rank 4", "stage 2"), ("--lora-vision", "--lora-rank"), ("--card h100", "--plan"),
-    ("--vision x --language y", "--init"),
+    ("--vision x --language y", "--init"), ("--language y", "--init"),
 ])
 def test_conflicting_flags_exit_with_2(toy_folder, tmp_path, capsys, extra_flags, message):
     with pytest.raises(SystemExit) as error:
@@ -640,6 +666,47 @@ def test_too_long_records_are_cut_counted_and_listed(toy_folder, tmp_path, capsy
     listed = json.loads((tmp_path / "cut.json").read_text())
     assert set(listed["left out"]) < set(listed["cut"]) and "late" in listed["cut"]
     assert f"{len(listed['cut'])} records are longer" in capsys.readouterr().out
+
+
+def test_cut_validation_records_are_listed_and_a_plan_lists_nothing(toy_folder, tmp_path, capsys):
+    run_training(toy_folder, tmp_path / "run", f"--val {toy_folder}/data.json --max-length 50")
+    listed = json.loads((tmp_path / "run/val-cut.json").read_text())
+    assert listed == json.loads((tmp_path / "run/cut.json").read_text()) and listed["cut"]
+    capsys.readouterr()
+    train.run_stage(train.parse(toy_flags(toy_folder, tmp_path / "plan", "--max-length 50 --plan")))
+    text = capsys.readouterr().out
+    assert "are left out\n" in text and "cut.json" not in text and not (tmp_path / "plan").exists()
+
+
+def test_record_without_an_id_has_its_index(toy_folder):
+    record = train.try_record({"conversations": [turn("human", "What?"), GOOD[1]]}, 7, toy_folder)
+    assert record["id"] == 7
+
+
+def test_image_with_a_damaged_second_frame_counts_as_animated():
+    class Damaged:
+        @property
+        def is_animated(self):
+            raise IndexError
+
+    assert train.is_animated(Damaged()) and not train.is_animated(Image.new("RGB", (9, 9)))
+
+
+def test_error_about_an_image_header_names_the_file(tmp_path):
+    info = PngInfo()
+    info.add_text("comment", "x" * 2_000_000, zip=True)      # more than Pillow accepts
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(OSError, match="a.png: not a readable image"):
+        train.image_sizes({"images": [tmp_path / "a.png"]}, LlavaConfig(image_mode="anyres"))
+
+
+@pytest.mark.parametrize("flags, missing", [
+    ("--init {0}/mistral", "no vision model"), ("--vision {0}/clip --language {0}/clip", "no text model")])
+def test_plan_names_a_missing_model(toy_folder, tmp_path, flags, missing):
+    llava.write_json(tmp_path / "mistral/config.json", llava.hf_config(LlavaConfig(), True)["text_config"])
+    llava.write_json(tmp_path / "clip/config.json", llava.hf_config(LlavaConfig(), True)["vision_config"])
+    with pytest.raises(llava.UserError, match=missing):
+        train.open_config(train.parse(f"--stage 1 --data d --out o {flags.format(tmp_path)}".split()))
 
 
 def test_check_data_lists_all_errors(toy_folder, tmp_path, capsys):
