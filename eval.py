@@ -17,12 +17,14 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
+import threading
 import time
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -31,6 +33,7 @@ from http.client import HTTPException
 from itertools import takewhile
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -113,7 +116,7 @@ def question(problem: dict, wording: str = "qcm") -> str:
         options = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, problem["choices"]))
         return f"{image}{hint}{problem['question']}{options}{LETTER_SUFFIX}".replace("  ", " ")
     options = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, problem["choices"]))
-    text = (f"Question: {problem['question']}\nContext: {problem['hint'] or 'N/A'}\n"
+    text = (f"Question: {problem['question']}\nContext: {problem['hint'].strip() or 'N/A'}\n"
             f"Options: {options}\n").replace("  ", " ").strip().replace("Question: ", "")
     return text + "\n<image>" if problem["image"] else text
 
@@ -290,7 +293,13 @@ def append(file: Path, entry: dict) -> None:
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(entry) + "\n")
     except OSError as error:
-        raise OSError(f"{file} cannot be written ({error.strerror}): make room, then continue it") from None
+        raise OSError(f"{file} cannot be written ({error.strerror}): after a remedy the same command "
+                      "continues it") from None
+
+
+def write_lines(file: Path, entries: list[dict]) -> None:
+    with atomic_write(file) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,7 +380,10 @@ def resume(file: Path, questions: list[dict], settings: dict) -> list[dict]:
     entries = continue_lines(file, "question_id", "text", key=by_prompt)
     ids, keys = set(map(by_id, questions)), set(map(by_prompt, questions))
     for entry in entries:
-        made_with = entry["metadata"] if isinstance(entry.get("metadata"), dict) else {}
+        made_with = entry.get("metadata")
+        if not isinstance(made_with, dict):
+            raise UserError(f"{file}: the answer to question {by_id(entry)} was made with unknown settings: "
+                            "name another --out")
         different = [name for name in settings if made_with.get(name) != settings[name]]
         if by_id(entry) in ids and by_prompt(entry) not in keys:
             different.append("prompt")
@@ -407,8 +419,7 @@ def answer_all(args: Args, questions: list[dict]) -> list[dict]:
             append(args.out, answers[by_prompt(p)])
     entries = [answers.pop(by_prompt(p)) for p in questions] + list(answers.values())
     if args.out:
-        with atomic_write(args.out) as temporary:
-            temporary.write_bytes("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        write_lines(args.out, entries)
     return entries
 
 
@@ -479,9 +490,10 @@ def expect_format(file, what: str):
 
 def read_questions(files: list) -> list[dict]:
     """The questions of LLaVA's question files, one JSON object a line. Their "text" becomes "prompt", because
-    "text" will be the answer."""
+    "text" will be the answer; of other keys only "category" is used."""
     questions = [q for file in files for q in read_lines(file, "question_id", "image", "text")]
-    return [{"prompt": q.pop("text")} | q for q in questions]
+    return [{"question_id": q["question_id"], "image": q["image"], "prompt": q["text"],
+             "category": q.get("category")} for q in questions]
 
 
 def read_vqav2(files: list) -> list[dict]:
@@ -605,6 +617,8 @@ def mme_key(entry: dict) -> tuple[str, str, str]:
 def read_mme(args: Args, questions: list[dict]) -> dict:
     """MME's key -> yes or no, from the templates (a file per task) or the release folder (one per image)."""
     folder, truth = Path(args.annotations[0]), {}
+    if not folder.is_dir():
+        raise OSError(f"--annotations {folder} is not a folder")
     for task in {mme_key(q)[0] for q in questions}:
         template = folder / f"{task}.txt"
         files = [template] if template.exists() else (folder / task).glob("**/*.txt")
@@ -655,11 +669,16 @@ def read_mmbench(files: list) -> list[dict]:
     for file in files:
         with expect_format(file, "a tsv of MMBench"), open(file, newline="", encoding="utf-8") as lines:
             questions += map(mmbench_question, csv.DictReader(lines, delimiter="\t"))
+    without = [q["question_id"] for q in questions if "truth" not in q]
+    if 0 < len(without) < len(questions):
+        raise UserError(f"{' '.join(map(str, files))}: row {without[0]} has no answer, but others have one")
     return questions
 
 
 def mmbench_question(row: dict[str, str]) -> dict:
     """A row as a question, as in LLaVA's script: hint, question, options up to the first empty one."""
+    if None in row or None in row.values():
+        raise ValueError(f"row {row['index']} has another number of cells than the first line")
     row = {name: None if cell in EMPTY_CELLS else cell for name, cell in row.items()}
     given = {name: cell for name, cell in row.items() if str(cell).lower() not in ("none", "nan")}
     options = {letter: row[letter] for letter in takewhile(lambda letter: letter in given, "ABCD")}
@@ -793,15 +812,16 @@ def parse_verdict(content: str) -> list[float]:
     """The ratings of reference and model from a reply's first line; [-1, -1] for anything else and "8, 7"."""
     try:
         first, second = map(float, content.split("\n")[0].replace(",", " ").split(" "))
-        return [first, second]
     except ValueError:
         return [-1, -1]
+    return [first, second] if math.isfinite(first + second) else [-1, -1]
 
 
 def judge_answers(args: Args, questions: list[dict]) -> None:
     """Append a review of each answer to args.reviews[0], unless it is there."""
     file, url, left = args.reviews[0], judge_url(args), []
     stored = {by_id(review): review for review in continue_lines(file, "question_id", key=by_id)}
+    refuse_foreign(file, stored, questions)  # before a request is sent
     for q in questions:
         if q["text"] is None:
             continue
@@ -813,7 +833,7 @@ def judge_answers(args: Args, questions: list[dict]) -> None:
             raise UserError(f"{file} has a review of question {by_id(q)} by another judge or of another "
                             "answer: name another --reviews")
     for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
-        content = chat(url, args.judge_model, judge_messages(q, q["text"]))
+        content, _ = chat(url, args.judge_model, judge_messages(q, q["text"]))
         append(file, {"question_id": q["question_id"], "id": n, "category": q["truth"]["category"],
                       "answer1_id": q["truth"]["reference"].get("answer_id"),
                       "answer2_id": q["settings"]["answer"], "content": content,
@@ -838,65 +858,92 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
         print(f"{file}: {len(reviews)} reviews; {unreadable} without two ratings count as -1 -1")
         for name, pairs in ratings.items():
             reference, model = (round(mean, 3) for mean in np.asarray(pairs, float).mean(0).tolist())
-            ratios[name].append(round(100 * model / reference, 1) if reference else 0.0)
+            ratios[name].append(round(model / reference * 100, 1) if reference else 0.0)
         reviewed.append(set(map(by_id, reviews)))
+        if questions:
+            refuse_foreign(file, reviewed[-1], questions)
     asked = set(map(by_id, questions)) or set.union(*reviewed)
-    if foreign := set.union(*reviewed) - asked:
-        raise UserError(f"a review is about question {min(foreign)}, which is not asked")
     figures = {name: sum(found) / len(found) for name, found in sorted(ratios.items())}
     missing = len(asked - set.intersection(*reviewed))
     return figures | {"reviews": ratios["all"], "missing": missing, "questions": len(asked)}
 
 
+def refuse_foreign(file: Path, reviewed: Iterable[str], questions: list[dict]) -> None:
+    if foreign := set(reviewed) - set(map(by_id, questions)):
+        raise UserError(f"{file} has a review of question {min(foreign)}, which is not asked: name another "
+                        "--reviews, or ask all questions")
+
+
 def judge_url(args: Args) -> str:
     """The address of the endpoint: --judge, or OPENAI_BASE_URL."""
     url = args.judge or os.environ.get("OPENAI_BASE_URL", "")
-    if not url.startswith(("http://", "https://")):
+    try:
+        valid = url.isascii() and urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname
+    except ValueError:                       # such as http://[::1/v1
+        valid = False
+    if not valid:
         raise UserError("name an endpoint such as http://localhost:8000/v1 with --judge or OPENAI_BASE_URL")
     return url
 
 
+def api_key() -> str:
+    """OPENAI_API_KEY, or "" without one."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY has a line break or a character that is not ASCII: copy it again")
+    return key
+
+
+SECONDS = 60                                 # that an attempt may take to connect, and then to be read
+
+
 def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, max_tokens: int = 1024,
-         seconds: float = 60) -> str:
-    """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...].
-    At most 5 attempts of `seconds`, with waits of 1, 2, 4 and 8 s, or as Retry-After asks for. UserError
-    for a refused request and for a reply of another form, OSError where the endpoint is not reached or
-    fails."""
+         stop: threading.Event | None = None) -> tuple[str, str | None]:
+    """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...], and
+    why it ends: "stop", or "length" if max_tokens cut it off. At most 5 attempts, with waits of 1, 2, 4 and
+    8 s, or as Retry-After asks for; none after `stop` is set. UserError for a refused request and for a
+    reply of another form, OSError where the endpoint is not reached or fails."""
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
                       {"Content-Type": "application/json"})
-    if key := os.environ.get("OPENAI_API_KEY", "").strip():
+    if key := api_key():
         request.add_unredirected_header("Authorization", f"Bearer {key}")      # for this server only
     for wait in (1, 2, 4, 8, 0):
         try:
-            return read_reply(request, seconds)
+            return read_reply(request)
         except HTTPError as error:
             if error.code in (401, 403):
                 raise UserError(f"{url} refuses the request ({error.code}): check OPENAI_API_KEY") from None
-            if 400 <= error.code < 500 and error.code not in (408, 409, 425, 429):
+            if 300 <= error.code < 500 and error.code not in (408, 409, 425, 429):
                 raise UserError(f"{url} refuses the request ({error.code} {error.reason}): check the name of "
                                 "the model and the endpoint") from None
             failure = OSError(f"{url} answers {error.code} {error.reason}: try again later")
             if wait:
                 wait = retry_after(error.headers.get("Retry-After"), wait)
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             failure = UserError(f"{url} does not reply with a chat completion: is it OpenAI-compatible?")
         except (OSError, HTTPException) as error:
             failure = OSError(f"{url} gives no answer ({getattr(error, 'reason', error)}): is it running?")
-        if wait:
+        if wait and stop is None:
             time.sleep(wait)
+        elif wait and stop.wait(wait):       # the program is ending
+            break
     raise failure
 
 
-def read_reply(request: Request, seconds: float) -> str:
-    """The text of a chat completion; urlopen's timeout holds for each packet, `seconds` also for all."""
-    end, content = time.monotonic() + seconds, b""
-    with urlopen(request, timeout=seconds) as response:
+def read_reply(request: Request) -> tuple[str, str | None]:
+    """The text and the finish_reason of a chat completion. urlopen's timeout holds for each packet."""
+    end, content = time.monotonic() + SECONDS, b""
+    with urlopen(request, timeout=SECONDS) as response:
         while packet := response.read1():
             content += packet
             if time.monotonic() > end:
                 raise TimeoutError("timed out")
-    return "" + json.loads(content)["choices"][0]["message"]["content"]   # TypeError for null
+    choice = json.loads(content)["choices"][0]
+    text = choice["message"]["content"]
+    if text is None:                         # the model refuses to answer
+        text = ""
+    return "" + text, choice.get("finish_reason")        # TypeError if it is not a string
 
 
 def retry_after(header: str | None, default: float) -> float:
@@ -937,8 +984,11 @@ def run_task(args: Args) -> dict:
     """Ask the model or read its answers, write the upload file, print and return the figures."""
     benchmark, entries = BENCHMARKS[args.task], []
     questions = read_task(args, benchmark) if args.questions else []
-    if args.judge_model:
-        judge_url(args)                      # a mistake in it shows before the model is asked
+    if args.judge_model:                     # mistakes in these show before the model is asked
+        judge_url(args)
+        api_key()
+        if not args.reviews[0].parent.is_dir():
+            raise OSError(f"{args.reviews[0]} cannot be written: there is no such folder")
     if args.model:
         asked = questions[:args.limit]
         entries = answer_all(args, asked)[:len(asked)]       # without those to other question files
@@ -1182,6 +1232,14 @@ def find_misuse(args: Args, parser: argparse.ArgumentParser) -> str | None:
         return "--task needs --questions, and --model or --predictions"
     if args.task and task != "mmbench" and args.model and not args.images:
         return "--model needs --images"
+    if args.task and args.model and not (args.out or args.upload or annotations or task == "mmbench"):
+        return "--model needs --out, or its answers are lost"
+    written = [file for file in (args.out, args.json, args.upload) if file]
+    read = (args.predictions, *(args.compare or ()), *(args.questions or ()), *(args.annotations or ()),
+            *(args.reviews or ()))
+    named = [os.path.abspath(file) for file in (*written, *read) if file]
+    if any(named.count(os.path.abspath(file)) > 1 for file in written):
+        return "--out, --json or --upload names the file of another flag, which it would overwrite"
     if task == "llavabench":
         if args.judge_model and reviews != 1:
             return "--judge-model needs one --reviews FILE"

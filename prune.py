@@ -39,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from eval import (append, are_correct, chat, collate, fingerprint, judge_url, read_answers, read_scienceqa,
-                  target_text, to_record)
+                  target_text, to_record, write_lines)
 from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_write, command_line,
                    farthest_points, is_writable_image, load_model, number, open_image, read_json, require,
                    write_json)
@@ -168,11 +168,13 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
     """
     folder = args.cache or args.out.with_suffix(".cache")
     file, notes = folder / f"{what}.npy", folder / f"{what}.json"
-    prompts = repr([p["prompt"] for p in problems])
-    settings = {"questions": hashlib.sha256(prompts.encode()).hexdigest()[:8]}
+    texts = repr([(p["prompt"], target_text(p)) for p in problems])
+    settings = {"questions": hashlib.sha256(texts.encode()).hexdigest()[:8]}
+    if what not in ("loss", "gain"):
+        settings["layer"] = args.layer
     if args.model:
         model, processor = load_model(args)
-        settings |= {"model": fingerprint(model, processor), "layer": args.layer}
+        settings |= {"model": fingerprint(model, processor), "dtype": args.dtype}
     elif not (file.exists() and np.isfinite(np.load(file)).all()):
         raise UserError(f"{file} is missing or unfinished: name the --model to measure with")
     if file.exists():
@@ -196,8 +198,8 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
 
 def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], model: Llava,
                     processor: Processor, args, what: str) -> None:
-    """Fill the missing rows, from long prompts to short ones: a batch then needs little padding, and if the
-    memory is too small, the first batch fails."""
+    """Fill the missing rows, from long prompts to short ones: a batch then needs little padding, and too
+    little memory shows early."""
     if what not in ("loss", "gain"):
         cut_layers(model, args.layer)
     order = sorted(missing, key=lambda i: (not problems[i]["image"], -len(problems[i]["prompt"])))
@@ -391,7 +393,7 @@ def choose(args) -> None:
 
 def print_report(args) -> None:
     problems, stems = read_problems(args), [file.stem for file in args.report]
-    names = stems if len(set(stems)) == len(stems) else [str(file) for file in args.report]
+    names = stems if len({"whole", *stems}) == 1 + len(stems) else [str(file) for file in args.report]
     indices_of = {"whole": list(range(len(problems)))} if args.scienceqa else {}
     indices_of |= {name: list(choose_listed(problems, file)) for name, file in zip(names, args.report)}
     sets = {name: [problems[i] for i in indices] for name, indices in indices_of.items()}
@@ -428,8 +430,8 @@ def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) 
 # ---------------------------------------------------------------------------------------------
 # 4. The study: train on each choice with several seeds, evaluate, compare
 
-# Variant: (method, additional flags of train.py). "all, one epoch" takes as many steps as the toy study's 12
-# epochs on a twelfth. The template "plain" drops the question, as Miao et al. do.
+# Variant: (method, additional flags of train.py). "all, one epoch" reads as many records as the 12 toy epochs
+# on a twelfth. The template "plain" drops the question, as Miao et al. do.
 VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "random": ("random", ()),
             "stratified": ("stratified", ()), "maxmin": ("maxmin", ()), "guided": ("guided", ()),
             "guided, plain": ("guided", ("--template", "plain")), "gain": ("gain", ())}
@@ -438,8 +440,10 @@ VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "ran
 def study(args) -> None:
     """Train each language model on each variant with each seed, and evaluate each with the images and with
     white images. Every step is a printed command; a finished one is not repeated, so a study can be
-    interrupted, split with --variants, and extended. The table shows every finished training."""
+    interrupted, split with --variants, and extended. The table shows all finished trainings of --seeds."""
     llms = [Path(language.partition("@")[0]).name for language in args.language]
+    if len(set(llms)) < len(llms):
+        raise UserError(f"two of --language are named {llms[-1]}, and so would be their folders: rename one")
     variants = dict(VARIANTS)
     for file in args.from_list or []:
         if file.stem in variants:
@@ -478,6 +482,8 @@ def make_choice(args, method: str | Path, seed: int, runs: Path, shared: list[st
         name, flags = f"{method}-{seed}", [*flags, "--seed", seed]
     elif method in ("maxmin", "gain"):
         model = args.model or runs / {"maxmin": "stage1", "gain": "random-0"}[method]
+        if method == "gain" and not args.model and not model.exists():
+            raise UserError("gain measures with the first training on random: put random before gain")
         flags += ["--model", model, *shared]
     records = args.study / "sets" / f"{name}.json"
     run_command("prune.py", "--scienceqa", args.scienceqa, *flags, "--out", records)
@@ -499,8 +505,7 @@ def run_command(program: str, *flags) -> None:
     done, line = done_file(out), shlex.join(["python", program, *words])
     if done.exists():
         if (made := done.read_text()) != line:
-            raise UserError(f"{out} was made by another command, {made}: remove it and {done}, or name "
-                            "another --study")
+            raise UserError(f"{out} was made by another command, {made}: name another --study")
         return
     print(f"\n$ {line}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -573,14 +578,14 @@ def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | 
     return Cell(f"{x:+.1f} ({low:+.1f} to {high:+.1f})", (min(0.5, end), max(0.5, end)), (left, right))
 
 
-def two_level_interval(values: np.ndarray, draws: int = 10000) -> tuple[float, float, float]:
+def two_level_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent.
 
     Each draw takes S trainings and N questions with replacement and averages over both. For a paired
     difference, values[s, n] is the difference between two trainings with seed s on question n. What the
     trainings add to the width is too small by the factor sqrt((S - 1) / S): for S = 1 they add nothing.
     """
-    S, N = values.shape
+    (S, N), draws = values.shape, 10000
     columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: fewer to draw from
     rng = np.random.default_rng(0)
     trainings = rng.multinomial(S, np.full(S, 1 / S), draws)              # [draws, S]
@@ -645,17 +650,20 @@ MARKS = {"Question:", "Answer:", "==="}
 SAMPLING = {"temperature": 0.2, "max_tokens": 1024}
 UNWANTED = {                                 # reason to reject a reply: what it contains
     "mentions captions or bounding boxes": re.compile(r"\bcaptions?\b|\bbounding[ -]box", re.IGNORECASE),
-    "prints coordinates": re.compile(r"[01]?\.\d+\s*,\s*[01]?\.\d+|\[\s*[\d.]+\s*,"),
+    "prints coordinates": re.compile(r"(?<![\d.])[01]?\.\d+\s*,\s*[01]?\.\d+|\[\s*[\d.]+\s*,"),
     "contains <image>": re.compile("<image>")}
 
 
 def expand(args) -> None:
     """Naive expansion: each image-caption pair becomes a record that begins with a random instruction."""
     images = list(read_captions(args.expand).items())[:args.limit]
+    pairs = [(image_id, file, i, text) for image_id, (file, texts) in images for i, text in enumerate(texts)]
     records = [make_record(image_id, file, [("", text)], args.style, f"{args.seed} {image_id} {i}")
-               for image_id, (file, texts) in images for i, text in enumerate(texts)]
+               for image_id, file, i, text in pairs if "<image>" not in text]
     write_json(args.out, records)
     print(f"{args.out}: {len(records)} records of {len(images)} images")
+    if left_out := len(pairs) - len(records):
+        print(f"left out {left_out} captions that contain <image>, which stands for an image in a record")
 
 
 def make_record(image_id: str, file: str, pairs: list[tuple[str, str]], style: str, seed: str) -> dict:
@@ -737,16 +745,19 @@ def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:32], body
 
 
-def read_replies(file: Path) -> dict[str, str]:
-    """{key: text} of the replies received so far, or of the results of OpenAI's batch interface. Prints how
-    many lines have no reply, such as those that failed in the batch."""
+def read_replies(file: Path) -> dict[str, dict]:
+    """{key: {"key", "text", "finish_reason"}} of the replies received so far, or of the results of OpenAI's
+    batch interface. Prints how many lines have no reply, such as those that failed in the batch."""
     replies, unreadable = {}, 0
     for line in file.read_bytes().splitlines():
         try:
             entry = json.loads(line)
             if "custom_id" in entry:
-                entry = {"key": entry["custom_id"], **entry["response"]["body"]["choices"][0]["message"]}
-            replies[entry["key"]] = entry.get("text", entry.get("content")).strip()      # None has no strip
+                choice = entry["response"]["body"]["choices"][0]
+                entry = {"key": entry["custom_id"], "text": choice["message"]["content"],
+                         "finish_reason": choice.get("finish_reason")}
+            entry["text"] = entry["text"].strip()        # None has no strip
+            replies[entry["key"]] = entry
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             unreadable += 1
     if unreadable:
@@ -762,9 +773,9 @@ def ask_teacher(url: str, requests: dict[str, dict], workers: int, file: Path) -
     def ask(key: str, body: dict) -> None:
         try:
             if not stop.is_set():
-                text = chat(url, **body)
+                text, finish_reason = chat(url, **body, stop=stop)
                 with lock:
-                    append(file, {"key": key, "text": text})
+                    append(file, {"key": key, "text": text, "finish_reason": finish_reason})
         except BaseException:
             stop.set()
             raise
@@ -787,10 +798,10 @@ def generate(args) -> None:
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)     # a kill may have cut off the last line
         replies = read_replies(file)
     if args.replies:
-        for key, text in read_replies(args.replies).items():
+        for key, reply in read_replies(args.replies).items():
             if key not in replies:
-                append(file, {"key": key, "text": text})
-                replies[key] = text
+                append(file, reply)
+                replies[key] = reply
     requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
     if args.dry_run or args.batch:
         size = sum(len(json.dumps(body["messages"])) for body in requests.values())
@@ -807,23 +818,22 @@ def generate(args) -> None:
         write_generated(args, images, left_out, replies)
 
 
-def write_lines(file: Path, entries: list[dict]) -> None:
-    with atomic_write(file) as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-
-
-def write_generated(args, images: list[tuple], left_out: list[dict], replies: dict[str, str]) -> None:
+def write_generated(args, images: list[tuple], left_out: list[dict], replies: dict[str, dict]) -> None:
     """Write the records, and beside them the rejected replies with the reason; print a summary."""
     records, rejected = [], list(left_out)
     for image_id, file, key, body in images:
-        pairs, reason = check_reply(args.generate, replies.get(key), body["messages"])
+        reply = replies.get(key, {})
+        pairs, reason = check_reply(args.generate, reply.get("text"), body["messages"])
+        if reply.get("finish_reason") == "length":
+            reason = "cut off at max_tokens"
         if reason:
-            rejected.append({"id": image_id, "reason": reason, "text": replies.get(key)})
+            rejected.append({"id": image_id, "reason": reason, "text": reply.get("text")})
         else:
             records.append(make_record(image_id, file, pairs, "detailed", f"{args.seed} {image_id}"))
     write_json(args.out, records)
     write_lines(args.out.with_suffix(".rejected.jsonl"), rejected)
-    print(f"{args.out}: {len(records)} records of {len(images)} images; {len(rejected)} rejected")
+    n = len(images) + len(left_out)
+    print(f"{args.out}: {len(records)} records of {n} images; {len(rejected)} rejected")
     for reason, n in Counter(entry["reason"] for entry in rejected).most_common():
         print(f"{n:8} {reason}")
     answers = [turn["value"].split() for record in records for turn in record["conversations"][1::2]]
@@ -910,7 +920,8 @@ def add_task_flags(add) -> None:
     add("--seeds", type=number(int, 1), default=2, metavar="N", help="study: how many seeds (%(default)s)")
     add("--variants", nargs="+", metavar="NAME", help=f"study: some of {', '.join(map(repr, VARIANTS))}")
     for name, program in (("stage1", "train.py"), ("stage2", "train.py"), ("eval", "eval.py")):
-        add(f"--{name}", default="", metavar="FLAGS", help=f"study: more flags for {program}, in quotes")
+        add(f"--{name}", default="", metavar="FLAGS",
+            help=f"study: more flags for {program}, in quotes and after =, as in --{name}=\"--batch-size 8\"")
     add("--style", default="brief", choices=INSTRUCTIONS, help="expand: instructions (default: %(default)s)")
     add("--captions", type=Path, metavar="FILE", help="generate: COCO captions, or [{image, caption}]")
     add("--boxes", type=Path, metavar="FILE", help="generate: COCO instances")
@@ -953,6 +964,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"a study does not take --{name.replace('_', '-')}: give flags of its trainings "
                              "within --stage1, --stage2 and --eval, and choices of your own with --from-list")
+        for name in ("stage1", "stage2", "eval"):
+            try:
+                words = shlex.split(getattr(args, name))
+            except ValueError as error:
+                parser.error(f"--{name}: {error}")
+            if name == "eval" and {"--limit", "--split", "--pictures"} & set(words):
+                parser.error("--eval takes no --limit, --split or --pictures: a study answers the whole test")
     if args.draw and not is_writable_image(args.draw):
         parser.error("--draw needs the name of an image file, such as report.png")
 

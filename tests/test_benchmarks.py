@@ -45,7 +45,8 @@ class JudgeHandler(BaseHTTPRequestHandler):
         judge.requests.append((self.path, dict(self.headers), json.loads(content)))
         reply = judge.replies[0] if len(judge.replies) == 1 else judge.replies.pop(0)
         if isinstance(reply, str):
-            reply = 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
+            reply = 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply},
+                                                     "finish_reason": "stop"}]})
         status, headers, body = reply
         self.send_response(status)
         for name, value in ({"Content-Length": len(body)} | headers).items():
@@ -99,7 +100,7 @@ def waits(monkeypatch):
 
 def test_request_has_openais_form_and_the_key_if_one_is_set(start_judge, monkeypatch):
     server = start_judge("8 7\nBoth are fine.")
-    assert chat(server.url + "/", "gpt-4", MESSAGES) == "8 7\nBoth are fine."
+    assert chat(server.url + "/", "gpt-4", MESSAGES) == ("8 7\nBoth are fine.", "stop")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     chat(server.url, "gpt-4", MESSAGES, temperature=0, max_tokens=9)
     (path, headers, body), (_, headers_with_key, body_with_options) = server.requests
@@ -111,12 +112,18 @@ def test_request_has_openais_form_and_the_key_if_one_is_set(start_judge, monkeyp
 
 @pytest.mark.parametrize("first_reply", [
     (429, {}, "slow down"), (500, {}, ""), (200, {}, "<html>"), (200, {}, '{"choices": []}'),
-    (200, {}, '{"choices": [{"message": {"content": null}}]}'),
+    (200, {}, '{"choices": [{"message": {"content": 5}}]}'), (200, {}, "[" * 100_000),
     (200, {"Content-Length": 99}, '{"choices": [{"mes')])
 def test_failed_request_is_repeated(start_judge, waits, first_reply):
     server = start_judge(first_reply, "1 2")
-    assert chat(server.url, "m", MESSAGES) == "1 2"
+    assert chat(server.url, "m", MESSAGES)[0] == "1 2"
     assert waits == [1] and len(server.requests) == 2
+
+
+def test_reply_without_text_is_empty_and_is_not_requested_again(start_judge):
+    reply = '{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}'
+    server = start_judge((200, {}, reply))
+    assert chat(server.url, "m", MESSAGES) == ("", "length") and len(server.requests) == 1
 
 
 @pytest.mark.parametrize("reply, exception, message", [
@@ -138,29 +145,54 @@ def test_refused_key_is_neither_sent_again_nor_printed(start_judge, waits, monke
     assert len(server.requests) == 1 and waits == [] and "secret" not in str(error.value)
 
 
-def test_rejected_request_is_not_repeated(start_judge, waits):
-    server = start_judge((404, {}, "no such model"))
-    with pytest.raises(UserError, match="404.*check the name of the model"):
+@pytest.mark.parametrize("status", [308, 404])
+def test_rejected_request_is_not_repeated(start_judge, waits, status):
+    server = start_judge((status, {}, "no such model"))
+    with pytest.raises(UserError, match=f"{status}.*check the name of the model"):
         chat(server.url, "m", MESSAGES)
     assert len(server.requests) == 1 and waits == []
 
 
-def test_error_if_the_judge_is_down_or_does_not_reply(start_judge, waits):
+def test_no_attempt_follows_the_end_of_the_program(start_judge):
+    server, stop = start_judge((503, {"Retry-After": 60}, "busy")), threading.Event()
+    stop.set()
+    with pytest.raises(OSError, match="503"):
+        chat(server.url, "m", MESSAGES, stop=stop)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("key, url, message", [
+    ("sk-a\nsk-b", "http://localhost/v1", "OPENAI_API_KEY has a line break"),
+    ("“sk-a”", "http://localhost/v1", "not ASCII"), ("", "http://[::1/v1", "name an endpoint"),
+    ("", "http:///v1", "name an endpoint"), ("", "http://localhost/é", "name an endpoint")])
+def test_wrong_key_or_address_is_refused_before_a_request(monkeypatch, toy, tmp_path, start_judge, key, url,
+                                                          message):
+    flags = judge_flags(toy, tmp_path, start_judge("1 2"))
+    flags[flags.index("--judge") + 1] = url
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match=message) as error:
+        run_eval(monkeypatch, *flags)
+    assert "sk-" not in str(error.value)
+
+
+def test_error_if_the_judge_is_down_or_does_not_reply(monkeypatch, start_judge, waits):
     server = start_judge("1 2")
     server.shutdown()
+    monkeypatch.setattr(eval, "SECONDS", 0.05)
     with pytest.raises(OSError, match="gives no answer .*timed out"):
-        chat(server.url, "m", MESSAGES, seconds=0.05)                   # no reply to an open connection
+        chat(server.url, "m", MESSAGES)      # no reply to an open connection
     server.server_close()
     with pytest.raises(OSError, match="gives no answer"):
         chat(server.url, "m", MESSAGES)
     assert waits == [1, 2, 4, 8] * 2
 
 
-def test_timeout_holds_for_the_whole_reply(start_judge, waits):
+def test_timeout_holds_for_the_whole_reply(monkeypatch, start_judge, waits):
     server, start = start_judge("1 2"), eval.time.monotonic()
     server.byte_delay = 0.05                 # each packet comes within the timeout, the whole reply takes 4 s
+    monkeypatch.setattr(eval, "SECONDS", 0.2)
     with pytest.raises(OSError, match="timed out"):
-        chat(server.url, "m", MESSAGES, seconds=0.2)
+        chat(server.url, "m", MESSAGES)
     assert eval.time.monotonic() - start < 3 and waits == [1, 2, 4, 8]
 
 
@@ -168,7 +200,7 @@ def test_retry_after_is_obeyed_up_to_60_seconds(start_judge, waits):
     assert [retry_after(header, 2) for header in ("7", "-1", "?", None)] == [7, 0, 2, 2]
     server = start_judge((429, {"Retry-After": 7}, ""), (503, {"Retry-After": 3600}, ""),
                          (429, {"Retry-After": "?"}, ""), "5")
-    assert chat(server.url, "m", MESSAGES) == "5"
+    assert chat(server.url, "m", MESSAGES)[0] == "5"
     assert waits == [7, 60, 4]
 
 
@@ -427,6 +459,13 @@ def review(question_id: int, ratings: list, category: str = "llava_bench_conv") 
     return {"question_id": question_id, "tuple": ratings, "category": category}
 
 
+def test_ratio_of_ratings_is_rounded_in_the_official_order(monkeypatch, tmp_path):
+    write_lines(tmp_path / "r", [review(i, [6, 6 if i < 9 else 5]) for i in range(17)])
+    figures = run_eval(monkeypatch, "--task", "llavabench", "--reviews", tmp_path / "r",
+                       "--json", tmp_path / "f")
+    assert figures["all"] == 92.2            # round(100 * 5.529 / 6, 1) is 92.1
+
+
 def test_reviews_are_scored_with_the_official_roundings(monkeypatch, tmp_path):
     write_lines(tmp_path / "a", [review(0, [9, 7]), review(1, [8, -1], "detail"), review(2, [7, 5.5])])
     write_lines(tmp_path / "b", [review(0, [3, 1]), {"question_id": 1, "score": [1, 1]}])
@@ -558,6 +597,9 @@ def test_answer_file_with_another_task_or_blank_setting_is_refused(monkeypatch, 
     ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--reviews", "r"],
     ["--task", "vqav2", "--questions", "q", "--predictions", "p", "--annotations", "a", "--split", "val"],
     ["--task", "llavabench", "--questions", "q", "--model", "m", "--reviews", "r"],
+    ["--task", "pope", "--questions", "q", "--model", "m", "--images", "d"],
+    ["--scienceqa", "d", "--model", "m", "--out", "a", "--json", "./a"],
+    ["--scienceqa", "d", "--predictions", "p", "--json", "p"],
     ["--scienceqa", "d", "--predictions", "p", "--upload", "u"], ["--cost", "--wording", "letter"]])
 def test_invalid_flags_exit_with_code_2(monkeypatch, flags):
     with pytest.raises(SystemExit) as error:
@@ -577,16 +619,19 @@ def test_images_outside_the_image_folder_are_refused(monkeypatch, toy, tmp_path)
         write_lines(tmp_path / "q.jsonl", [q])
         with pytest.raises(UserError, match="is outside of"):
             run_eval(monkeypatch, "--task", "pope", "--questions", tmp_path / "q.jsonl", "--model", "none",
-                     "--images", tmp_path)
+                     "--images", tmp_path, "--out", tmp_path / "a")
 
 
 def test_mistakes_are_reported_before_the_model_is_loaded(monkeypatch, toy, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     monkeypatch.setattr(eval, "load_model", lambda args: pytest.fail("the model is loaded"))
-    model_flags = ["--model", "none", "--images", tmp_path]
+    model_flags = ["--model", "none", "--images", tmp_path, "--out", tmp_path / "a"]
     with pytest.raises(UserError, match="name an endpoint"):
         run_eval(monkeypatch, *task_flags(toy / "data", "llavabench"), *model_flags, "--judge-model", "m",
                  "--reviews", tmp_path / "r")
+    with pytest.raises(OSError, match="none/r cannot be written: there is no such folder"):
+        run_eval(monkeypatch, *task_flags(toy / "data", "llavabench"), *model_flags, "--judge-model", "m",
+                 "--judge", "http://localhost:1/v1", "--reviews", tmp_path / "none/r")
     q = {"question_id": 7, "image": "a.png", "text": "Is <image> one?", "category": "random"}
     write_lines(tmp_path / "q", [q])
     with pytest.raises(UserError, match="question 7: its text has another number of <image>"):
@@ -594,6 +639,32 @@ def test_mistakes_are_reported_before_the_model_is_loaded(monkeypatch, toy, tmp_
     task_and_questions = task_flags(toy / "data", "pope")[:4]
     with pytest.raises(OSError, match="there is no such folder"):
         run_eval(monkeypatch, *task_and_questions, *model_flags, "--out", tmp_path / "none/a.jsonl")
+
+
+def test_review_of_another_question_is_refused_before_a_request(monkeypatch, toy, tmp_path, start_judge):
+    server = start_judge("1 2")
+    write_lines(tmp_path / "reviews", [review(77, [1, 2])])
+    with pytest.raises(UserError, match="reviews has a review of question 77, which is not asked"):
+        run_eval(monkeypatch, *judge_flags(toy, tmp_path, server))
+    assert not server.requests
+
+
+def test_other_keys_of_a_question_file_are_not_used(tmp_path):
+    write_lines(tmp_path / "q", [{"question_id": 7, "image": "a.png", "text": "Is it?", "truth": "yes",
+                                  "prompt": "Else?", "file": "b.png", "message": 5}])
+    assert eval.read_questions([tmp_path / "q"]) == [
+        {"question_id": 7, "image": "a.png", "prompt": "Is it?", "category": None}]
+
+
+@pytest.mark.parametrize("changed, message", [
+    ("2\tWhich?\tone\ttwo\tA\tx\tmore", "row 2 has another number of cells"),
+    ("2\tWhich?\tone\ttwo", "row 2 has another number of cells"),
+    ("2\tWhich?\tone\ttwo\t\tx", "row 2 has no answer, but others have one")])
+def test_unequal_rows_of_mmbench_are_refused(tmp_path, changed, message):
+    head = "index\tquestion\tA\tB\tanswer\timage\n1\tWhich?\tone\ttwo\tA\tx\n"
+    (tmp_path / "m.tsv").write_text(head + changed + "\n")
+    with pytest.raises(UserError, match=message):
+        eval.read_mmbench([tmp_path / "m.tsv"])
 
 
 def test_answer_with_half_a_surrogate_pair_is_refused(tmp_path):

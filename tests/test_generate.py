@@ -100,6 +100,14 @@ def test_expand_reads_a_list_of_pairs_and_applies_limit(monkeypatch, tmp_path):
         ("00/0", "00/0.jpg", "scene 0"), ("00/1", "00/1.jpg", "scene 1")]
 
 
+def test_expand_leaves_out_captions_that_contain_the_image_token(monkeypatch, tmp_path, capsys):
+    pairs = [{"image": "0.jpg", "caption": "A <image> tag."}, {"image": "0.jpg", "caption": "A dog."}]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    run_program(monkeypatch, prune, "--expand", tmp_path / "pairs.json", "--out", tmp_path / "a.json")
+    assert len(json.loads((tmp_path / "a.json").read_text())) == 1
+    assert "left out 1 captions that contain <image>" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------
 # Requests to the teacher
 
@@ -198,7 +206,7 @@ def test_generated_records_are_valid_training_data(monkeypatch, coco, teacher, t
     ("conversation", GOOD_REPLY.replace("It is red.", "<image> shows red."), "contains <image>"),
     ("reasoning", GOOD_REPLY, ""),
     ("reasoning", GOOD_REPLY + "\n===\n" + GOOD_REPLY, "more than one question"),
-    ("detail", "It is red.\n\nIt costs 1.50, or 2.50 more.", ""),
+    ("detail", "It is red.\n\nIt costs 1.50, 2.50 or 12.50, 0.75 more.", ""),
     ("detail", GOOD_REPLY, "blocks in a description"),
     ("detail", " \n", "an empty part"),
     ("detail", None, "no reply"),
@@ -291,19 +299,22 @@ def test_batch_file_is_written_and_its_results_are_read(monkeypatch, coco, teach
         body = {"choices": [{"message": {"role": "assistant", "content": text}}]}
         results.append({"custom_id": e["custom_id"], "response": {"status_code": 200, "body": body}})
     results.append({"custom_id": entries[0]["custom_id"], "response": None, "error": {"message": "expired"}})
+    results[-2]["response"]["body"]["choices"][0]["finish_reason"] = "length"
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in results))
     replies, retry = ("--replies", tmp_path / "results.jsonl"), tmp_path / "retry.jsonl"
     run_generate(monkeypatch, coco, tmp_path / "c.json", "reasoning", *replies, "--batch", retry)
     assert [e["custom_id"] for e in read_jsonl(retry)] == [entries[0]["custom_id"]]      # the failed request
     run_generate(monkeypatch, coco, out, "reasoning", *replies)
     assert not teacher.prompts
-    assert [r["id"] for r in json.loads(out.read_text())] == [str(i) for i in range(2, 41)]
-    assert [(r["id"], r["reason"]) for r in read_jsonl(tmp_path / "a.rejected.jsonl")] == [("1", "no reply")]
+    assert [r["id"] for r in json.loads(out.read_text())] == [str(i) for i in range(2, 40)]
+    rejected = read_jsonl(tmp_path / "a.rejected.jsonl")
+    assert [(r["id"], r["reason"]) for r in rejected] == [("1", "no reply"), ("40", "cut off at max_tokens")]
     content_before = out.read_bytes()
     run_generate(monkeypatch, coco, out, "reasoning", "--judge", teacher.url)
     assert len(teacher.prompts) == 1                                      # the failed request
     run_generate(monkeypatch, coco, tmp_path / "b.json", "reasoning", "--judge", teacher.url)
-    assert out.read_bytes() == (tmp_path / "b.json").read_bytes() != content_before
+    records = json.loads((tmp_path / "b.json").read_text())
+    assert json.loads(out.read_text()) == records[:-1] != json.loads(content_before)
 
 
 def test_dry_run_prints_the_first_request_and_the_total(monkeypatch, coco, teacher, tmp_path, capsys):

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -305,12 +306,28 @@ def test_interrupted_measurement_resumes(monkeypatch, scienceqa, models, tmp_pat
 
 @pytest.mark.parametrize("flags, complaint", (("--model {1}", "differs in model"),
                                               ("--model {0} --layer 1", "differs in layer"),
+                                              ("--layer 1", "differs in layer"),
+                                              ("--model {0} --dtype bfloat16", "differs in .*dtype"),
                                               ("--model {0} --pictures only", "differs in questions")))
 def test_cache_with_other_settings_is_rejected(monkeypatch, scienceqa, models, tmp_path, flags, complaint):
     measure_states(monkeypatch, scienceqa, models[0], tmp_path / "a.json")
     with pytest.raises(SystemExit, match=complaint):
         choose_ids(monkeypatch, scienceqa, tmp_path / "a.json", "--method", "maxmin", "--keep", 5,
                    *flags.format(*models).split())
+
+
+def test_a_run_of_stage_1_reads_the_questions(monkeypatch, scienceqa, models, tmp_path):
+    """Its template is "plain", which has no question: all questions without an image would be equal."""
+    expected = measure_states(monkeypatch, scienceqa, models[0], tmp_path / "a.json")
+    shutil.copytree(models[0], tmp_path / "stage1")
+    config = json.loads((tmp_path / "stage1/config.json").read_text())
+    config["llava.py"]["template"] = "plain"
+    (tmp_path / "stage1/config.json").write_text(json.dumps(config))
+    states = measure_states(monkeypatch, scienceqa, tmp_path / "stage1", tmp_path / "b.json")
+    assert (states == expected).all()
+    plain = measure_states(monkeypatch, scienceqa, tmp_path / "stage1", tmp_path / "c.json",
+                           "--template", "plain")
+    assert [len(np.unique(x, axis=0)) for x in (states, plain)] == [20, 13]
 
 
 def test_error_about_nonfinite_states_names_the_question(monkeypatch, scienceqa, models, tmp_path):
@@ -538,6 +555,7 @@ def test_study_trains_all_variants_and_tabulates_differences(monkeypatch, scienc
     assert sum("--blank" in c for c in commands) == sum(c.startswith("eval.py") for c in commands) / 2
     plain = next(c for c in commands if f"{out}/llama/guided-plain-1" in c)
     assert "--template plain" in plain and "--epochs 4" in plain and f"{out}/sets/guided.json" in plain
+    assert not any("--template" in c for c in commands if c.startswith("eval.py"))     # see load_model
     assert "--keep 2" in next(c for c in commands if "--method maxmin" in c)         # 1/12 of 24
     assert f"--model {out}/llama/random-0" in next(c for c in commands if "--method gain" in c)
     one_epoch = next(c for c in commands if "all-one-epoch-0" in c)
@@ -564,6 +582,18 @@ def test_study_trains_named_variants_and_shows_all_finished(monkeypatch, science
     assert rows["llama: guided"][0] == "2" and rows["llama: random"][0] == "3"
     with pytest.raises(SystemExit, match="'best' is none of 'all', "):
         run_study(monkeypatch, scienceqa, out, "--variants", "best")
+    with pytest.raises(SystemExit, match="put random before gain"):
+        run_study(monkeypatch, scienceqa, tmp_path / "new", "--variants", "gain", "random")
+    with pytest.raises(SystemExit, match="two of --language are named llama"):
+        run_study(monkeypatch, scienceqa, tmp_path / "new", "--language", "a/llama", "b/llama")
+
+
+@pytest.mark.parametrize("flag, words", [("--stage1", "--lr '1"), ("--eval", "--limit 4")])
+def test_study_rejects_unfit_flags_for_its_programs(monkeypatch, scienceqa, tmp_path, capsys, flag, words):
+    monkeypatch.setattr(prune, "run_command", fake_run_command(commands := []))
+    with pytest.raises(SystemExit) as error:
+        run_study(monkeypatch, scienceqa, tmp_path / "study", flag, words)
+    assert error.value.code == 2 and not commands and f"error: {flag}" in capsys.readouterr().err
 
 
 def test_study_uses_published_lists_as_variants(monkeypatch, scienceqa, tmp_path):
