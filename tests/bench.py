@@ -497,11 +497,11 @@ def reduce_by_prumerge(model: Llava, states: Tensor, method: str) -> None:
     llava.prumerge(attention, keys, **llava.PRUMERGE[method]) @ states[0, 1:]
 
 
-def spread_attention(model: Llava, states: Tensor, deviation: float = 0.9) -> None:
-    """Scale the queries of the last layer until the logarithm of the attention has this standard deviation. A
-    random tower's attention is nearly uniform; with 0.9 about 7% of 576 patches are PruMerge's outliers."""
+def spread_attention(model: Llava, states: Tensor) -> None:
+    """Scale the queries of the last layer until the logarithm of the attention has a standard deviation of 0.9.
+    A random tower's attention is nearly uniform; with 0.9 about 7% of 576 patches are PruMerge's outliers."""
     query = model.vision_tower.layers[-1].self_attn["q_proj"]
-    factor = deviation / model.cls_attention(states)[0].float().log().std()
+    factor = 0.9 / model.cls_attention(states)[0].float().log().std()
     query.weight *= factor
     query.bias *= factor
 

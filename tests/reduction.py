@@ -3,8 +3,8 @@
     python tests/reduction.py --out runs/reduction --seeds 3
 
 trains a LLaVA with all tokens and evaluates it on the image questions of the test split, with each method at
-1/2, 1/4 and 1/8 of the tokens. It then trains both stages with each method at 1/4. Every command is printed;
-a finished command is not repeated. The results are written to table.md and table.png.
+1/2, 1/4 and 1/8 of the tokens. It then trains both stages with each method but prumerge at 1/4. Every command
+is printed; a finished command is not repeated. The results are written to table.md and table.png.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 import prune
 from eval import read_scienceqa, to_record
-from llava import write_json
+from llava import command_line, write_json
 from tests import toy
 
 METHODS = ("random", "pool", "divprune", "prumerge", "prumerge+")
@@ -107,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

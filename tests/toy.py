@@ -600,8 +600,9 @@ def run_toy(run_stage, parse, data: Path, runs: Path, seed: int = 0) -> None:
     print(f"{runs / 'result.json'}: {result}")
 
 
-def draw_losses(runs: list[Path], file: Path, width: int = 420, height: int = 260) -> None:
+def draw_losses(runs: list[Path], file: Path) -> None:
     """Draw one panel per run: loss of each step (light blue), running mean (blue), validation loss (red)."""
+    width, height = 420, 260                 # of a panel, in pixels
     image = Image.new("RGB", (width * len(runs), height), "white")
     for i, folder in enumerate(runs):
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
