@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from llava import (Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, add_model_flags,
                    atomic_write, command_line, config_overrides, count_image_tokens, count_tiles, load_model,
-                   number, open_checkpoint, open_image, read_json, require, write_json)
+                   number, open_checkpoints, open_image, read_json, require, write_json)
 
 Args = argparse.Namespace
 LETTERS = "ABCDE"
@@ -1154,9 +1154,7 @@ def run_cost(args: Args) -> dict[str, dict]:
     """Print and return the costs of --model, or of the published models."""
     configs = PUBLISHED
     if args.model:
-        fields = open_checkpoint(args.model, weights=False, moved=args.base)[0]
-        if missing := {"vision", "text"} - fields.keys():
-            raise UserError(f"{args.model} has no {' or '.join(missing)} model, so it is not a LLaVA")
+        fields, _, _ = open_checkpoints([args.model], weights=False, moved=args.base)
         configs = {args.model: LlavaConfig(**fields)}
     models = {name: costs(replace(config, **config_overrides(args)), args.cost)
               for name, config in configs.items()}

@@ -537,7 +537,9 @@ class QuantizedLinear(nn.Module):
         self.tinygemm = (bits == 4 and device.type == "cuda" and torch.version.hip is None
                          and self.in_features % 128 == 0
                          and torch.cuda.get_device_capability(device) >= (8, 0))
-        cpu_kernel = device.type == "cpu" and (bits == 8 or kernel_width() is not None)
+        # torch's 8-bit CPU kernel reads 16 columns at once, in other widths beyond the weight.
+        fits = self.in_features % 16 == 0 if bits == 8 else kernel_width() is not None
+        cpu_kernel = device.type == "cpu" and fits
         self.kernel_tokens = 0               # with more tokens than this, blocks are faster
         if self.tinygemm:
             self.kernel_tokens = 128
@@ -912,6 +914,9 @@ class Llava(nn.Module):
             raise UserError(f"the text has {marks} <image>, but {len(images or ())} images are given")
         features = self.encode_images(images, image_sizes) if images else []
         ids = input_ids.masked_fill(is_image, 0)                          # the image id can exceed V
+        if (ids >= embed.num_embeddings).any():
+            raise UserError(f"the token id {int(ids.max())} is not among the model's {embed.num_embeddings}: "
+                            "the tokenizer is that of another model")
         text = embed(ids.to(embed.weight.device))                         # [B, T, C]
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE)
@@ -1011,13 +1016,8 @@ class Llava(nn.Module):
         given = tuple(source is not None for source in (path_or_repo_id, vision, language))
         if given not in ((True, False, False), (False, True, True)):
             raise UserError("name one LLaVA, or a vision tower and a language model")
-        found, stored, bases = {}, {}, []    # fields of LlavaConfig, tensors, exact names of the sources
-        for source in [vision, language] if vision else [path_or_repo_id]:
-            more, tensors, exact_name = open_checkpoint(str(source), moved=base)
-            found, stored, bases = found | more, stored | tensors, [*bases, exact_name]
-        if missing := {"vision", "text"} - found.keys():
-            raise UserError(f"there is no {' or '.join(missing)} model in {' and '.join(bases)}: name both, "
-                            "a vision tower and a language model")
+        sources = [vision, language] if vision else [path_or_repo_id]
+        found, stored, bases = open_checkpoints(sources, moved=base)
         config, state = LlavaConfig(**found | overrides), {}
         with torch.device("meta"):
             model = cls(config)
@@ -1115,8 +1115,10 @@ TO_HF = (                                    # from the names here to those of l
 # Fields of LlavaConfig that llava-hf's keys do not fully determine; hf_config saves them as "llava.py".
 EXTRA_FIELDS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune", "keep_tokens")
 TEMPLATE_OF = {"mistral": "mistral_instruct", "llama": "v1"}
-# Defaults of transformers for keys that config.json does not have. They are not the values of the
+# Defaults of transformers for keys that config.json does not have: AnyRes grids as (height, width), and
+# the values of each part. They are not the values of the
 # released models; a missing sliding_window means 4096, a null one means none.
+HF_GRIDS = {"llava": (), "llava_next": ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))}
 HF_DEFAULTS = {
     "mistral": TextConfig(rms_norm_eps=1e-6, rope_theta=1e4, sliding_window=4096,
                           max_position_embeddings=131072),
@@ -1274,7 +1276,11 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
         try:
             base_fields, base_stored, _ = open_checkpoint(base, needed, dependents=(*dependents, name))
         except OSError as error:
-            remedy = "give the new place of every base with --base" if "bases" in raw else "correct the name"
+            if Path(base).is_dir():          # it is there: the error names what is wrong in it
+                raise
+            remedy = "give the new place of every base with --base"
+            if "bases" not in raw or dependents:         # --base names those of the opened folder
+                remedy = f"correct the name in {config_file}"
             raise OSError(f"{folder} needs its base {base}, which is named in its config and cannot be "
                           f"opened ({first_line(error)}): {remedy}") from None
         found, stored = found | base_fields, stored | base_stored
@@ -1288,6 +1294,21 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
     if found.get("projector") == "linear":   # the second layer that hf_tensors adds is the identity
         stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return found, stored, name
+
+
+def open_checkpoints(sources: list, weights: bool = True, moved=()
+                     ) -> tuple[dict, dict[str, StoredTensor], list[str]]:
+    """Like open_checkpoint, of one LLaVA, or of a vision tower and a language model."""
+    found, stored, names = {}, {}, []
+    for source in sources:
+        more, tensors, name = open_checkpoint(str(source), weights, moved)
+        if len(sources) > 1 and {"vision", "text"} <= more.keys():
+            raise UserError(f"{source} is a whole LLaVA, which is named alone, not a part of one")
+        found, stored, names = found | more, stored | tensors, [*names, name]
+    if missing := {"vision", "text"} - found.keys():
+        raise UserError(f"there is no {' or '.join(missing)} model in {' and '.join(names)}: name both, "
+                        "a vision tower and a language model")
+    return found, stored, names
 
 
 def read_adapter(folder: Path) -> dict:
@@ -1305,10 +1326,13 @@ def read_adapter(folder: Path) -> dict:
 
 def add_lora(stored: dict[str, StoredTensor], own: dict[str, Tensor], adapter: dict, folder: Path) -> None:
     """Add the LoRA tensors of `own` to the stored tensors that they change."""
-    for key, a in own.items():
-        if not key.endswith("lora_A.weight"):
-            continue
-        target, b = key.replace("lora_A.", ""), own.get(key.replace("lora_A", "lora_B"))
+    loras_a = [key for key in own if key.endswith("lora_A.weight")]
+    known = {*loras_a, *(key.replace("lora_A", "lora_B") for key in loras_a)}
+    if unknown := [key for key in own if "lora_" in key and (key not in known or not adapter)]:
+        raise UserError(f"{folder}: {unknown[0]} is not a LoRA as PEFT saves it, with adapter_config.json")
+    for key in loras_a:
+        a, b = own[key], own.get(key.replace("lora_A", "lora_B"))
+        target = key.replace("lora_A.", "")
         if b is None or target not in stored or (b.shape[0], a.shape[1]) != stored[target].tensor.shape:
             raise UserError(f"{folder}: {key} has no matching lora_B, or no matching weight in the base")
         loras = *stored[target].loras, (a, b, adapter["lora_alpha"] / adapter["r"])      # after a base's own
@@ -1388,13 +1412,13 @@ def read_hf_config(raw: dict, file: Path) -> dict:
     require(raw, file, "vision_config", vision_feature_select_strategy=("default",),
             vision_feature_layer=(-2, -1),
             projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
-    text = raw["text_config"]
+    text, kind = raw["text_config"], raw["model_type"]
     return {"text": parse_config(text.get("model_type", "llama"), text, file, nested=True),
             "vision": parse_config("clip", raw["vision_config"], file, nested=True),
             "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
             "vision_feature_layer": raw.get("vision_feature_layer", -2), "hf_preprocessing": True,
-            "image_mode": "anyres" if raw["model_type"] == "llava_next" else "crop",
-            "grids": [(w, h) for h, w in read_grids(raw.get("image_grid_pinpoints"), file)]}
+            "image_mode": "anyres" if kind == "llava_next" else "crop",
+            "grids": [(w, h) for h, w in read_grids(raw.get("image_grid_pinpoints", HF_GRIDS[kind]), file)]}
 
 
 def read_liuhaotian_config(raw: dict, file: Path) -> dict:
@@ -1624,8 +1648,9 @@ class Processor:
         if config is None:
             config = LlavaConfig(**open_checkpoint(str(path_or_repo_id), weights=False)[0])
         if not file.exists():
-            raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository that has one, such as "
-                          "--tokenizer llava-hf/llava-1.5-7b-hf or mistralai/Mistral-7B-Instruct-v0.2")
+            example = {"mistral": "mistralai/Mistral-7B-Instruct-v0.2", "llama": "llava-hf/llava-1.5-7b-hf"}
+            raise OSError(f"{path_or_repo_id} has no tokenizer.json: name a repository of the same language "
+                          f"model that has it, such as --tokenizer {example[config.text.model_type]}")
         if settings_file.exists():
             settings = require(read_json(settings_file), settings_file)
         try:
@@ -1776,7 +1801,7 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, Processor]:
 
 
 def config_overrides(args: argparse.Namespace) -> dict:
-    """The fields of LlavaConfig that flags replace; a --prune without a budget drops the model's budget."""
+    """The fields of LlavaConfig that flags replace; a --prune that takes no budget drops the model's."""
     names = ("projector", "image_mode", "template", "prune", "keep_tokens")
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     return given if given.get("prune") in (None, *BUDGETED) else {"keep_tokens": None} | given

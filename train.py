@@ -49,7 +49,7 @@ from tqdm import tqdm
 from eval import collate, language_flops, projector_flops, vision_flops
 from llava import (FROM_PUBLISHED, IGNORE, PRUNING, TEMPLATE_OF, Llava, LlavaConfig, Processor, TextConfig,
                    UserError, atomic_write, command_line, config_overrides, count_image_tokens, count_tiles,
-                   default_dtype, devices, first_line, hf_config, number, open_checkpoint, open_file,
+                   default_dtype, devices, first_line, hf_config, number, open_checkpoints, open_file,
                    open_image, read_json, rename_key, save_sharded, write_json)
 
 Args = argparse.Namespace
@@ -436,11 +436,8 @@ def make_micro_batches(size: int, samples: list[dict | OSError]) -> list[dict] |
 
 def open_config(args: Args) -> LlavaConfig:
     """The configuration of the model to train; reads config.json alone."""
-    fields, sources = {}, [args.init] if args.init else [args.vision, args.language]
-    for source in sources:
-        fields |= open_checkpoint(source, weights=False, moved=args.base)[0]
-    if missing := {"vision", "text"} - fields.keys():
-        raise UserError(f"there is no {' or '.join(missing)} model in {' and '.join(sources)}")
+    sources = [args.init] if args.init else [args.vision, args.language]
+    fields, _, _ = open_checkpoints(sources, weights=False, moved=args.base)
     if args.stage == 2 and fields.get("template") == "plain":             # --init is a run of stage 1
         fields["template"] = TEMPLATE_OF[fields["text"].model_type]
     return LlavaConfig(**fields | config_overrides(args))

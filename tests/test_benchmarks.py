@@ -366,7 +366,7 @@ def test_parse_letter_follows_vlmevalkit(text, letter):
 @pytest.mark.parametrize("content, ratings", [
     ("8 7\nok", [8, 7]), ("8,7", [8, 7]), ("1e1 5", [10, 5]), ("8, 7", [-1, -1]), ("8 7 ", [-1, -1]),
     ("8/10 7/10", [-1, -1]), ("8\t7", [-1, -1]), ("Assistant 1: 8", [-1, -1]), ("", [-1, -1]),
-    ("8.5 7", [8.5, 7])])
+    ("8.5 7", [8.5, 7]), ("nan 5", [-1, -1])])           # officially NaN, which is not JSON
 def test_parse_verdict_follows_the_official_script(content, ratings):
     assert parse_verdict(content) == ratings
 
@@ -423,6 +423,14 @@ def test_mme_also_reads_the_truth_from_templates(monkeypatch, toy, tmp_path):
         with open(templates / f"{task}.txt", "a") as file:
             file.write(f"{image}\t{text}\t{answer['text'].upper()}\n")
     assert correct_answers(tmp_path, "mme") == answers
+
+
+def test_missing_folder_of_mme_is_named(monkeypatch, toy, tmp_path):
+    flags = task_flags(toy / "data", "mme")
+    flags[flags.index("--annotations") + 1] = tmp_path / "none"
+    write_lines(tmp_path / "p", correct_answers(toy / "data", "mme"))
+    with pytest.raises(OSError, match="none is not a folder"):
+        run_eval(monkeypatch, *flags, "--predictions", tmp_path / "p")
 
 
 def test_mmbench_counts_a_question_only_if_all_rotations_are_correct(monkeypatch, toy, tmp_path):

@@ -242,6 +242,7 @@ def test_rerun_sends_only_requests_without_reply(monkeypatch, coco, teacher, tmp
     out, judge = tmp_path / "a.json", ("--judge", teacher.url)
     run_generate(monkeypatch, coco, out, "detail", *judge, "--limit", 10)
     assert len(teacher.prompts) == 10
+    assert {r["finish_reason"] for r in read_jsonl(tmp_path / "a.replies.jsonl")} == {"stop"}
     run_generate(monkeypatch, coco, out, "detail", *judge, "--limit", 15)
     assert len(teacher.prompts) == len(set(teacher.prompts)) == 15
     with (tmp_path / "a.replies.jsonl").open("a") as file:

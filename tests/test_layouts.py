@@ -250,6 +250,10 @@ def test_missing_keys_of_a_nested_config_get_the_defaults_of_transformers(name, 
     assert_same_text_config(config.text, hf_config.text_config)
     assert config.image_token_id == hf_config.image_token_index == IMAGE_ID
     assert config.vision_feature_layer == hf_config.vision_feature_layer == -2
+    without_grids = llava_hf_config(text, anyres=True)
+    del without_grids["image_grid_pinpoints"]
+    config, hf_config = read_config(without_grids, tmp_path / "2")
+    assert list(config.grids) == [(w, h) for h, w in hf_config.image_grid_pinpoints]
     for field, value in vars(config.vision).items():
         assert value == getattr(hf_config.vision_config, field), field
 
@@ -492,7 +496,9 @@ def test_an_incomplete_lora_run_folder_is_an_error(tmp_path):
     no_weight = {layer_9 + "A.weight": torch.ones(3, 40), layer_9 + "B.weight": torch.ones(56, 3)}
     without_b = {key: tensor for key, tensor in adapter.items() if key != lora_b}
     for tensors, expected in ((without_b, "down_proj"), (adapter | {lora_b: torch.ones(7, 3)}, "down_proj"),
-                              (adapter | no_weight, "layers.9")):
+                              (adapter | no_weight, "layers.9"),
+                              (adapter | {"x.lora_B.weight": torch.ones(1, 1)}, "x.lora_B.weight is not"),
+                              (adapter | {"x.lora_embedding_A": torch.ones(1)}, "x.lora_embedding_A is not")):
         save_file(tensors, run / "adapter_model.safetensors")
         assert_error(expected, **case.source)
     save_file(adapter, run / "adapter_model.safetensors")
@@ -502,6 +508,8 @@ def test_an_incomplete_lora_run_folder_is_an_error(tmp_path):
         (run / "adapter_config.json").write_text(config)
     (run / "adapter_config.json").unlink()
     assert_error("adapter_config.json", **case.source)
+    (run / "adapter_model.safetensors").rename(run / "model.safetensors")
+    assert_error("with adapter_config.json", **case.source)
 
 
 def test_a_model_without_vision_tower_or_language_model_is_an_error(tmp_path):
@@ -511,6 +519,9 @@ def test_a_model_without_vision_tower_or_language_model_is_an_error(tmp_path):
     assert_error("vision", path_or_repo_id=text)
     assert_error("vision", vision=clip)
     assert_error("vision", path_or_repo_id=text, vision=clip)
+    whole = LAYOUTS["llava-hf llava, old names"](tmp_path / "whole").source["path_or_repo_id"]
+    assert_error("is a whole LLaVA", vision=clip, language=whole)
+    assert_error("is a whole LLaVA", vision=whole, language=text)
 
 
 def test_a_missing_base_is_named(tmp_path):

@@ -312,6 +312,12 @@ def test_logits_equal_transformers_where_the_anyres_rules_differ(height, width, 
         torch.testing.assert_close(model(**inputs), expected, rtol=2e-5, atol=2e-5)
 
 
+def test_token_of_another_tokenizer_is_an_error(models):
+    _, model = models["no window"]
+    with pytest.raises(ValueError, match="the tokenizer is that of another model"):
+        model(torch.tensor([[1, model.config.text.vocab_size]]))
+
+
 def test_number_of_image_ids_must_equal_the_number_of_images(models):
     _, model = models["no window"]
     inputs = make_inputs(model, [6, 4], [[1, 4], [3]])

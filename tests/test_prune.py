@@ -424,6 +424,14 @@ def test_report_counts_coverage_repetition_and_overlap(monkeypatch, scienceqa, t
     assert width > 300 and height == 24 * len(text.splitlines())
 
 
+def test_report_names_a_file_with_the_name_of_the_whole_by_its_path(monkeypatch, scienceqa, tmp_path, capsys):
+    (tmp_path / "whole.json").write_text("[0, 4]")
+    run_prune(monkeypatch, "--scienceqa", scienceqa, "--report", tmp_path / "whole.json")
+    text = capsys.readouterr().out
+    assert text.split()[:2] == ["whole", str(tmp_path / "whole.json")]
+    assert row_cells(text, "topic: maps ") == ["12", "50.0%", "2", "100.0%"]
+
+
 def test_report_shows_the_smallest_distance_in_a_cache(monkeypatch, scienceqa, models, tmp_path, capsys):
     states = measure_states(monkeypatch, scienceqa, models[0], tmp_path / "a.json")
     distance = smallest_distance(torch.from_numpy(states[:4]))

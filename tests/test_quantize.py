@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava
-from llava import Llava, QuantizedLinear, UserError
+from llava import Llava, LlavaConfig, QuantizedLinear, UserError
 from tests.layouts import MISTRAL, backbones, llava_hf
 
 torch.set_num_threads(1)
@@ -92,6 +92,13 @@ def test_bf16_blocks_with_avx512_equal_the_dequantized_weight(bits, monkeypatch)
     y.backward(torch.ones_like(y))
     assert relative_error(y, x.float() @ dequantize(layer).T) < 1e-2
     assert relative_error(x.grad[0], dequantize(layer).sum(0)) < 1e-2
+
+
+@pytest.mark.parametrize("rows, columns", [(96, 40), (33, 33)])
+def test_8_bit_layers_of_any_width_equal_the_dequantized_weight(rows, columns):
+    """torch's kernel reads beyond the weight unless the width is a multiple of 16."""
+    layer, x = QuantizedLinear(torch.randn(rows, columns), 8), torch.randn(4, columns).bfloat16()
+    assert relative_error(layer(x), x.float() @ dequantize(layer).T) < 3e-2
 
 
 @each_case
@@ -308,7 +315,7 @@ def test_default_dtype_with_quantize_is_bfloat16(model_folder, flags, dtype, mon
 
     monkeypatch.setattr(llava.Processor, "from_pretrained", lambda *_: None)
     monkeypatch.setattr(Llava, "from_pretrained", open_model)
-    monkeypatch.setattr(nn.Linear, "config", None, raising=False)
+    monkeypatch.setattr(nn.Linear, "config", LlavaConfig(), raising=False)
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     llava.add_model_flags(parser)

@@ -175,6 +175,15 @@ def test_a_moved_base_is_named_and_the_base_flag_gives_its_new_place(random_mode
         Llava.from_pretrained(tmp_path / "run", base=["a", "b"])
 
 
+def test_a_moved_base_of_a_base_is_corrected_in_its_config(random_model, tmp_path):
+    shutil.copytree(random_model, tmp_path / "old")
+    write_lora_run(tmp_path / "old", tmp_path / "run1")
+    write_lora_run(tmp_path / "run1", tmp_path / "run2")
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(OSError, match=r"run1 needs its base .*: correct the name in .*/run1/config.json$"):
+        Llava.from_pretrained(tmp_path / "run2")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
 def test_each_file_is_opened_once(random_model, tmp_path, monkeypatch, dtype):
     Llava.from_pretrained(random_model, dtype=torch.float32).save_pretrained(tmp_path, shard_bytes=400_000)

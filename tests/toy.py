@@ -239,7 +239,8 @@ class TeacherHandler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.prompts.append(body["messages"][-1]["content"])
         text = self.server.edit(make_reply(body["messages"][0]["content"], body["messages"][-1]["content"]))
-        reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+        reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text},
+                                         "finish_reason": "stop"}]}).encode()
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
