@@ -499,7 +499,7 @@ def reduce_by_prumerge(model: Llava, states: Tensor, method: str) -> None:
 
 def spread_attention(model: Llava, states: Tensor) -> None:
     """Scale the queries of the last layer until the logarithm of the attention has a standard deviation of
-    0.9: about 7% of 576 patches are then PruMerge's outliers. A random tower's attention is nearly uniform."""
+    0.9: about 7% of 576 patches are then PruMerge's outliers. A random tower's attention is uniform."""
     query = model.vision_tower.layers[-1].self_attn["q_proj"]
     factor = 0.9 / model.cls_attention(states)[0].float().log().std()
     query.weight *= factor

@@ -85,7 +85,7 @@ def test_prompt_and_target_are_those_of_llavas_training_data(problems):
     assert question(second).startswith("Which way is up?\nContext: A map.\nOptions: (A) north (B) east (C) ")
     assert target_text(second) == " The answer is A."          # the published target has this space
     assert question(last) == "Who? whose?\nContext: One.\nOptions: (A) he (B) she (C) it (D) we (E) I"
-    assert question(first | {"hint": " \n"}) == question(first)       # hints are stripped, as in LLaVA's script
+    assert question(first | {"hint": " \n"}) == question(first)       # stripped, as in LLaVA's script
     assert "\nContext: A map.\nOptions" in question(second | {"hint": "A map. "})
     assert to_record(first)["image"] == "11/image.png" and "image" not in to_record(last)
 
