@@ -25,6 +25,7 @@ import time
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -309,7 +310,7 @@ def write_lines(file: Path, entries: list[dict]) -> None:
 
 
 def generate_answers(model: Llava, processor: Processor, questions: list[dict], batch_size: int = 16,
-                     max_new_tokens: int = 512, blank: bool = False, options: bool = False,
+                     max_new_tokens: int = 1024, blank: bool = False, options: bool = False,
                      ) -> Iterator[tuple[dict, str]]:
     """Each question and the model's greedy answer, the longest questions first: the rows of a batch have
     similar lengths, and a batch that does not fit in memory fails at once. `blank` replaces every image by
@@ -894,7 +895,7 @@ def api_key() -> str:
     return key
 
 
-SECONDS = 60                                 # that an attempt may take to connect, and then to be read
+SECONDS = 60                                 # that an attempt may take
 
 
 def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, max_tokens: int = 1024,
@@ -910,7 +911,7 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
         request.add_unredirected_header("Authorization", f"Bearer {key}")      # for this server only
     for wait in (1, 2, 4, 8, 0):
         try:
-            return read_reply(request)
+            return call_in_time(read_reply, request)
         except HTTPError as error:
             if error.code in (401, 403):
                 raise UserError(f"{url} refuses the request ({error.code}): check OPENAI_API_KEY") from None
@@ -931,15 +932,28 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
     raise failure
 
 
+def call_in_time(function: Callable, *args):
+    """function(*args) in a thread; TimeoutError after SECONDS. A timeout of urlopen holds for each packet."""
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    if thread.is_alive():                    # it is left behind
+        raise TimeoutError("timed out")
+    return future.result()
+
+
 def read_reply(request: Request) -> tuple[str, str | None]:
-    """The text and the finish_reason of a chat completion. urlopen's timeout holds for each packet."""
-    end, content = time.monotonic() + SECONDS, b""
+    """The text and the finish_reason of a chat completion."""
     with urlopen(request, timeout=SECONDS) as response:
-        while packet := response.read1():
-            content += packet
-            if time.monotonic() > end:
-                raise TimeoutError("timed out")
-    choice = json.loads(content)["choices"][0]
+        choice = json.loads(response.read())["choices"][0]
     text = choice["message"]["content"]
     if text is None:                         # the model refuses to answer
         text = ""
@@ -1186,7 +1200,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--blank", action="store_true", help="replace every image by a white one of its size (control)")
     add("--batch-size", type=number(int, 1), default=16, metavar="N", help="questions at once (%(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
-    add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 512; --task 128 or 1024")
+    add("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 1024; short answers 128")
     add("--split", default="test", help="ScienceQA: default %(default)s")
     add("--pictures", default="any", choices=("any", "only", "none"), help="ScienceQA: only or no images")
     add("--wording", default="qcm", choices=("qcm", "letter"), help="ScienceQA: its prompt (%(default)s)")
@@ -1205,7 +1219,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if mistake := find_misuse(args, parser):
         parser.error(mistake)
     if args.max_new_tokens is None:
-        args.max_new_tokens = BENCHMARKS[args.task].max_new_tokens if args.task else 512
+        args.max_new_tokens = BENCHMARKS[args.task].max_new_tokens if args.task else 1024
     return args
 
 

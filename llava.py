@@ -29,6 +29,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -744,9 +745,9 @@ def prumerge(attention: Tensor, keys: Tensor, plus: bool = False, ratio: float |
              paper: bool = False, tokens: int | None = None) -> Tensor:
     """PruMerge as a matrix [m + 1, P]: its product with a tile's features [P, C] gives the tokens.
     attention [P]: of the CLS token to each patch; keys [P, C]; tokens: the number of all tokens. To each
-    chosen patch the attention-weighted sum of its 32 most similar patches is added. The last token is
-    that sum over all patches not chosen. This is the released code; the `paper` does not normalize keys,
-    weights a chosen patch by its attention, like its neighbors, and has no last token."""
+    chosen patch the attention-weighted sum of its 32 most similar patches is added. The last token is that
+    sum over all patches not chosen. This is the released code for one tile; the `paper` does not normalize
+    keys, weights a chosen patch by its attention, like its neighbors, and has no last token."""
     kept = choose_patches(attention, plus, ratio, paper, tokens)
     weight_of_kept, directions = torch.ones_like(attention), F.normalize(keys, dim=-1)
     if paper:
@@ -816,7 +817,8 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
         selected.append(pick)
         sums = squares + squares[pick]
         distances = torch.addmv(sums, x, x[pick], alpha=-2)
-        distances[distances < 32 * torch.finfo(x.dtype).eps * sums] = 0   # rounding errors
+        close = (distances < 32 * torch.finfo(x.dtype).eps * sums).nonzero()[:, 0]   # mostly rounding errors
+        distances[close] = (x[close] - x[pick]).square().sum(1)
         nearest = torch.minimum(nearest, distances)
         nearest[pick] = -1                   # never again, not even among duplicates
         pick = int(nearest.argmax())
@@ -896,6 +898,8 @@ class Llava(nn.Module):
     def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
         """AnyRes: tiles [1 + n, P, C], the whole image and its n parts -> the tokens of the first; then those
         of the parts as one map, row by row, without padding and with a newline after each row."""
+        if len(tiles) == 1:
+            return torch.cat((tiles[0], self.image_newline[None]))
         side, width = self.config.vision.side, choose_grid(size, self.config.grids)[0]   # patches, pixels
         x = tiles[1:].unflatten(0, (-1, width // self.config.vision.image_size))
         x = x.unflatten(2, (side, side)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
@@ -1222,7 +1226,8 @@ def open_file(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 return {key: tensors.get_tensor(key) for key in tensors.keys()}
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        zipped = zipfile.is_zipfile(file)    # torch's format since 1.6; files of the older one are read
+        tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
     except FileNotFoundError:
         raise OSError(f"{file} is missing") from None
     except UnpicklingError:
@@ -1601,6 +1606,9 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
     pieces of their own. As in LLaVA's code, a single <image> moves to the front of its message, and
     answers have these ends."""
     pieces = []
+    if template == "plain" and len(messages) > 2:
+        raise UserError("the template plain is for one image and its caption, not for a conversation: use "
+                        "--template mistral_instruct or v1")
     for i, message in enumerate(messages):
         text, role = message["content"], ("user", "assistant")[i % 2]
         if message["role"] != role:

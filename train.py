@@ -56,7 +56,7 @@ Args = argparse.Namespace
 RECIPE = {                                   # Miao et al. 2024: 558k captions, then ScienceQA
     "1": {"lr": 1e-3, "batch_size": 64, "epochs": 1},
     "2": {"lr": 2e-5, "batch_size": 32, "epochs": 15},
-    "lora": {"lr": 2e-4, "batch_size": 32, "epochs": 15},                 # LLaVA-1.5's rate
+    "lora": {"lr": 2e-4, "batch_size": 32, "epochs": 15},                 # LLaVA-1.5's rate of LoRA
 }
 CARDS = {                                    # TFLOP/s of dense bf16 in the data sheet, memory in GiB
     "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "rtx4090": (165, 24),
@@ -372,7 +372,10 @@ class Samples(Dataset):
 
     def tokenize(self, i: int) -> tuple[list[int], list[int], int, bool]:
         """(ids, labels, number of tokens including those of the images, whether nothing was cut)."""
-        ids, labels = self.processor.tokenize(self.records[i]["messages"])
+        try:
+            ids, labels = self.processor.tokenize(self.records[i]["messages"])
+        except UserError as error:
+            raise UserError(f"record {self.records[i]['id']}: {error}") from None
         config, length, image = self.processor.config, 0, 0
         for position, token in enumerate(ids):
             more = 1
@@ -937,7 +940,7 @@ class Checkpoints:
             dist.barrier()
 
     def write(self, model: Llava, processor: Processor, step: int, tensors) -> None:
-        unfinished, older = self.folder / "part", list(self.folder.glob("step-*"))
+        unfinished = self.folder / "part"
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             if self.args.lora_rank:
@@ -952,17 +955,18 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"step {step} could not be saved to {self.folder} ({error}): what was saved "
                           "before is untouched; free some space and use --resume") from None
-        newest = unfinished.rename(self.folder / f"step-{step:06}")
-        self.publish(newest)
-        for folder in older:
-            shutil.rmtree(folder)
+        self.publish(unfinished.rename(self.folder / f"step-{step:06}"))
 
     def publish(self, checkpoint: Path) -> None:
-        """Link the model's files of a checkpoint into the run folder."""
-        for file in checkpoint.iterdir() if RANK == 0 else ():
+        """Link the model's files of the newest checkpoint into the run folder, and remove the older ones."""
+        if RANK > 0:
+            return
+        for file in checkpoint.iterdir():
             if not file.name.startswith(("optimizer", "run.json")):
                 with atomic_write(self.out / file.name) as target:
                     link(file, target)
+        for older in set(self.folder.glob("step-*")) - {checkpoint}:
+            shutil.rmtree(older)
 
 
 def link(source: Path, target: Path) -> None:

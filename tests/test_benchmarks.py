@@ -35,7 +35,7 @@ class Judge(ThreadingHTTPServer):
     def __init__(self, *replies):
         super().__init__(("127.0.0.1", 0), JudgeHandler)
         self.replies, self.requests, self.stopped = list(replies), [], threading.Event()
-        self.byte_delay = 0                  # if not 0: seconds between two bytes of a reply
+        self.header_delay = self.byte_delay = 0          # seconds between two headers, two bytes of a body
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
@@ -49,10 +49,13 @@ class JudgeHandler(BaseHTTPRequestHandler):
                                                      "finish_reason": "stop"}]})
         status, headers, body = reply
         self.send_response(status)
-        for name, value in ({"Content-Length": len(body)} | headers).items():
-            self.send_header(name, str(value))
-        self.end_headers()
         try:
+            for name, value in ({"Content-Length": len(body)} | headers).items():
+                self.send_header(name, str(value))
+                if judge.header_delay:
+                    self.flush_headers()
+                    judge.stopped.wait(judge.header_delay)
+            self.end_headers()
             if judge.byte_delay:
                 for byte in body.encode():
                     self.wfile.write(bytes([byte]))
@@ -190,6 +193,15 @@ def test_error_if_the_judge_is_down_or_does_not_reply(monkeypatch, start_judge, 
 def test_timeout_holds_for_the_whole_reply(monkeypatch, start_judge, waits):
     server, start = start_judge("1 2"), eval.time.monotonic()
     server.byte_delay = 0.05                 # each packet comes within the timeout, the whole reply takes 4 s
+    monkeypatch.setattr(eval, "SECONDS", 0.2)
+    with pytest.raises(OSError, match="timed out"):
+        chat(server.url, "m", MESSAGES)
+    assert eval.time.monotonic() - start < 3 and waits == [1, 2, 4, 8]
+
+
+def test_timeout_holds_for_slow_headers(monkeypatch, start_judge, waits):
+    server, start = start_judge((200, {f"X-{i}": "x" for i in range(40)}, "")), eval.time.monotonic()
+    server.header_delay = 0.05               # 2 s in all
     monkeypatch.setattr(eval, "SECONDS", 0.2)
     with pytest.raises(OSError, match="timed out"):
         chat(server.url, "m", MESSAGES)

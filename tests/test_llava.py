@@ -277,6 +277,14 @@ def test_count_image_tokens_equals_the_number_of_features(name, models):
         assert len(set(counts)) == 4
 
 
+def test_an_anyres_image_of_one_tile_ends_with_a_newline(models):
+    _, model = models["window, AnyRes"]
+    tile = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    whole, newline = model.encode_images([tile], [SIZES[0]])[0].split([model.config.vision.side**2, 1])
+    expected = model.projector(model.vision_tower(tile)[0, 1:])
+    assert torch.allclose(whole, expected, atol=1e-5) and torch.equal(newline[0], model.image_newline)
+
+
 @pytest.mark.parametrize("width, height", [(56, 56), (200, 100), (100, 30), (47, 188), (343, 392), (588, 49),
                                            (1, 500)])
 def test_anyres_features_are_the_whole_image_then_rows_with_newlines(width, height, models):

@@ -117,6 +117,12 @@ def test_farthest_points_choose_duplicates_last_and_each_once(seed):
     assert picks[6:] == [i for i in range(12) if i not in picks[:6]]
 
 
+def test_farthest_points_prefer_close_points_to_duplicates():
+    """In float32 the formula alone cannot tell 20 from 0 beside 10,000."""
+    x = torch.tensor([[0.0], [0.0], [20.0], *[[10000.0]] * 10])
+    assert farthest_points(x, 4).tolist() == farthest_points(x.double(), 4).tolist() == [3, 0, 2, 1]
+
+
 def test_farthest_points_start_nearest_to_the_mean():
     x = torch.tensor([[9.0], [0], [4], [1], [5]])                         # mean 3.8
     assert farthest_points(x, 2).tolist() == [2, 0] and farthest_points(x, 2, start=3).tolist() == [3, 0]

@@ -61,6 +61,11 @@ def save_bare_pickle(content, file: Path) -> None:
     file.write_bytes(pickle.dumps(content))
 
 
+def test_files_in_the_older_format_of_torch_are_read(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.bin", _use_new_zipfile_serialization=False)
+    assert llava.open_file(tmp_path / "a.bin")["a"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "mm_projector.bin", "non_lora_trainables.bin",
                                   "adapter_model.bin"])
 @pytest.mark.parametrize("save", [torch.save, save_bare_pickle], ids=["zip", "bare"])

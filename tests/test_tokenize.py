@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava import IGNORE, SYSTEM, LlavaConfig, Processor, TextConfig, render
+from llava import IGNORE, SYSTEM, LlavaConfig, Processor, TextConfig, UserError, render
 from tests.golden import HERE, TEXTS, hf_token_ids
 from tests.layouts import write_tokenizer
 from tests.toy import make_tokenizer
@@ -83,6 +83,8 @@ def test_plain_template_supervises_the_caption_and_its_newline(open_processor):
     assert ids[2:] == labels[2:] and 2 not in ids               # no end of sequence: </s> has id 2
     with_question = [{"role": "user", "content": "Describe it.\n<image>"}, MESSAGES[1]]
     assert tokenize(processor, with_question) == (ids, labels)  # the question is dropped
+    with pytest.raises(UserError, match="not for a conversation"):
+        tokenize(processor, MESSAGES)        # a later question would be dropped, too
 
 
 @pytest.mark.parametrize("template", TEMPLATES[:2])

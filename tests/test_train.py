@@ -304,6 +304,13 @@ def test_run_killed_while_saving_resumes_to_bit_identical_weights(
     assert [line["loss"] for line in read_log(tmp_path)] == [line["loss"] for line in read_log(uninterrupted)]
 
 
+def test_resuming_removes_checkpoints_that_a_killed_run_left(toy_folder, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.copytree(uninterrupted / "trainer/step-000010", tmp_path / "run/trainer/step-000009")
+    run_training(toy_folder, tmp_path / "run", "--resume")
+    assert saved_weights(tmp_path / "run") == saved_weights(uninterrupted)
+
+
 def test_resuming_links_the_files_that_a_stopped_run_did_not_link(
         toy_folder, uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -647,6 +654,12 @@ def test_plain_template_has_as_many_images_as_the_record(toy_folder):
     for record in train.read_records(toy_folder / "data.json", toy_folder):
         ids, _ = processor.tokenize(record["messages"])
         assert ids.count(processor.config.image_token_id) == len(record["images"])
+
+
+def test_conversation_in_the_plain_template_names_the_record(toy_folder, tmp_path):
+    records = [{"id": "two", "conversations": [turn("human", "What?"), turn("gpt", "Red.")] * 2}]
+    message = error_message(toy_folder, tmp_path / "run", "--template plain", records)
+    assert message.startswith("record two: the template plain is for one image and its caption")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
