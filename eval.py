@@ -826,13 +826,14 @@ def judge_answers(args: Args, questions: list[dict]) -> None:
     for q in questions:
         if q["text"] is None:
             continue
-        digest = hashlib.sha256(q["text"].encode()).hexdigest()[:8]
-        q["settings"] = {"judge_model": args.judge_model, "answer": digest}
+        texts = {"answer": q["text"], "request": json.dumps(judge_messages(q, q["text"]))}
+        digests = {name: hashlib.sha256(text.encode()).hexdigest()[:8] for name, text in texts.items()}
+        q["settings"] = {"judge_model": args.judge_model} | digests
         if by_id(q) not in stored:
             left.append(q)
         elif stored[by_id(q)].get("metadata", q["settings"]) != q["settings"]:
             raise UserError(f"{file} has a review of question {by_id(q)} by another judge or of another "
-                            "answer: name another --reviews")
+                            "answer or reference: name another --reviews")
     for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
         content, _ = chat(url, args.judge_model, judge_messages(q, q["text"]))
         append(file, {"question_id": q["question_id"], "id": n, "category": q["truth"]["category"],

@@ -46,7 +46,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image, ImageColor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers, processors
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -1232,7 +1232,7 @@ def open_file(file: Path) -> dict[str, Tensor]:
         raise OSError(f"{file} is missing") from None
     except UnpicklingError:
         raise OSError(f"{file} contains more than tensors, perhaps code: it is not opened") from None
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise OSError(f"{file} is damaged or not a file of tensors: {first_line(error)}") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{file} is not a dictionary of named tensors")
@@ -1289,7 +1289,12 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
             raise OSError(f"{folder} needs its base {base}, which is named in its config and cannot be "
                           f"opened ({first_line(error)}): {remedy}") from None
         found, stored = found | base_fields, stored | base_stored
-    found |= read_config(raw, config_file)
+    own = read_config(raw, config_file)
+    for part in ("vision", "text"):
+        if "bases" in raw and found.get(part, own[part]) != own[part]:
+            raise UserError(f"{folder} was trained on a base with another {part} model than "
+                            f"{' and '.join(moved or raw['bases'])}")
+    found |= own
     stored |= {key: StoredTensor(tensor) for key, tensor in tensors.items() if "lora_" not in key}
     add_lora(stored, tensors, adapter, folder)
     embedding = stored.get("language_model.embed_tokens.weight")
@@ -1297,6 +1302,9 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
         copy = StoredTensor(embedding.tensor.clone())        # tied, but each may be trained
         stored.setdefault("language_model.lm_head.weight", copy)
     if found.get("projector") == "linear":   # the second layer that hf_tensors adds is the identity
+        second = tensors.get("projector.2.weight")
+        if second is not None and not torch.equal(second, torch.eye(*second.shape, dtype=second.dtype)):
+            raise UserError(f"{folder}: the second layer of its linear projector is not the identity")
         stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return found, stored, name
 
@@ -1632,7 +1640,8 @@ def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
 
 
 class Processor:
-    """Conversations and images to tensors, token ids to text."""
+    """Conversations and images to tensors, token ids to text. The template of a run of stage 1, "plain", has
+    no question: to ask one, open the run with template="v1" or "mistral_instruct"."""
 
     def __init__(self, tokenizer_json: str, config: LlavaConfig, legacy: bool = True):
         self.config, self.tokenizer_json, self.legacy = config, tokenizer_json, legacy
@@ -1719,6 +1728,8 @@ class Processor:
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         gap = range(tokenizer.get_vocab_size(), self.config.image_token_id)          # ids without a token
         tokenizer.add_special_tokens([*(f"<unused{i}>" for i in gap), "<image>", "<pad>"])
+        if tokenizer.encode("").ids != [self.bos]:           # then transformers would begin without <s>
+            tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", self.bos)])
         write_json(Path(folder) / "tokenizer.json", json.loads(tokenizer.to_str()))
         write_json(Path(folder) / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy, "bos_token": "<s>",
@@ -1968,6 +1979,8 @@ def save_whole(args: argparse.Namespace) -> None:
     model.save_pretrained(args.save)
     processor.save_pretrained(args.save)
     print(f"{args.save}: {sum(p.numel() for p in model.parameters()):,} parameters, for transformers")
+    if model.config.prune != "none":
+        print(f"transformers has no --prune {model.config.prune}: there the model reads all image tokens")
 
 
 def main() -> None:

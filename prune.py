@@ -444,6 +444,7 @@ def study(args) -> None:
     llms = [Path(language.partition("@")[0]).name for language in args.language]
     if len(set(llms)) < len(llms):
         raise UserError(f"two of --language are named {llms[-1]}, and so would be their folders: rename one")
+    check_settings(args)
     variants = dict(VARIANTS)
     for file in args.from_list or []:
         if file.stem in variants:
@@ -466,6 +467,18 @@ def study(args) -> None:
             for llm in llms:
                 train_and_evaluate(args, run_folder(args, llm, variant, seed), records, seed, recipe, shared)
     summarize(args, llms, list(variants))
+
+
+def check_settings(args) -> None:
+    """Write the settings of a study to study.json; UserError if it was begun with others."""
+    names = ("scienceqa", "keep", "pretrain", "vision", "model", "tokenizer", "image_mode", "dtype", "stage1",
+             "stage2", "eval")
+    settings, file = {name: str(getattr(args, name)) for name in names}, args.study / "study.json"
+    begun = read_json(file) if file.exists() else settings
+    if changed := [name for name in names if begun.get(name) != settings[name]]:
+        raise UserError(f"{args.study} was begun with --{changed[0].replace('_', '-')} "
+                        f"{begun.get(changed[0])}: name another --study")
+    write_json(file, settings)
 
 
 def run_folder(args, llm: str, variant: str, seed: int) -> Path:
@@ -964,13 +977,16 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"a study does not take --{name.replace('_', '-')}: give flags of its trainings "
                              "within --stage1, --stage2 and --eval, and choices of your own with --from-list")
-        for name in ("stage1", "stage2", "eval"):
+        if args.tokenizer and len(args.language) > 1:
+            parser.error("--tokenizer would replace that of every --language: leave it out")
+        for name, own in (("stage1", ()), ("stage2", ("--seed",)),
+                          ("eval", ("--limit", "--split", "--pictures"))):
             try:
-                words = shlex.split(getattr(args, name))
+                given = {word.split("=")[0] for word in shlex.split(getattr(args, name))}
             except ValueError as error:
                 parser.error(f"--{name}: {error}")
-            if name == "eval" and {"--limit", "--split", "--pictures"} & set(words):
-                parser.error("--eval takes no --limit, --split or --pictures: a study answers the whole test")
+            if wrong := given & set(own):
+                parser.error(f"--{name} takes no {min(wrong)}, which the study sets")
     if args.draw and not is_writable_image(args.draw):
         parser.error("--draw needs the name of an image file, such as report.png")
 

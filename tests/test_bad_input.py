@@ -747,7 +747,7 @@ def contradictions(inputs: Path, out: Path) -> dict[str, tuple[str, list, str]]:
         "answer beyond max_length": ("train", [*train_flags, "--max-length", 5], "within --max-length 5"),
         "show: index too large": ("train", [*train_flags, "--show", 99], "--show 99"),
         "show: negative index": ("train", [*train_flags, "--show", -1], "--show -1"),
-        "cost of a vision tower": ("eval", ["--cost", "--model", out / "clip"], "is not a LLaVA"),
+        "cost of a vision tower": ("eval", ["--cost", "--model", out / "clip"], "there is no text model in"),
         "unknown split": ("eval", [*eval_flags, "--split", "holdout"], "has no split 'holdout'"),
         "answers in a missing folder": (
             "eval", [*eval_flags, "--out", out / "none/answers.jsonl"], "none/answers.jsonl"),

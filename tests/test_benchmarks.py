@@ -543,6 +543,12 @@ def test_interrupted_judging_continues_only_with_the_same_judge(monkeypatch, toy
     assert run_eval(monkeypatch, *flags) == figures and len(server.requests) == 9
     with pytest.raises(UserError, match="by another judge or of another answer"):
         run_eval(monkeypatch, *judge_flags(toy, tmp_path, server, "another"))
+    reference = toy / "data/llavabench/answers_gpt4.jsonl"
+    (tmp_path / "other").write_text(reference.read_text().replace('"text": "', '"text": "Not '))
+    flags[flags.index(reference)] = tmp_path / "other"
+    with pytest.raises(UserError, match="or of another answer or reference"):
+        run_eval(monkeypatch, *flags)
+    assert len(server.requests) == 9
 
 
 # ---------------------------------------------------------------------------------------------

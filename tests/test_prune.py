@@ -598,11 +598,14 @@ def test_study_trains_named_variants_and_shows_all_finished(monkeypatch, science
         run_study(monkeypatch, scienceqa, out, "--variants", "best")
     with pytest.raises(SystemExit, match="put random before gain"):
         run_study(monkeypatch, scienceqa, tmp_path / "new", "--variants", "gain", "random")
+    with pytest.raises(SystemExit, match="study was begun with --keep 2: name another --study"):
+        run_study(monkeypatch, scienceqa, out, "--keep", 3)
     with pytest.raises(SystemExit, match="two of --language are named llama"):
         run_study(monkeypatch, scienceqa, tmp_path / "new", "--language", "a/llama", "b/llama")
 
 
-@pytest.mark.parametrize("flag, words", [("--stage1", "--lr '1"), ("--eval", "--limit 4")])
+@pytest.mark.parametrize("flag, words", [("--stage1", "--lr '1"), ("--eval", "--limit 4"),
+                                         ("--stage2", "--lr 1 --seed=5"), ("--tokenizer", "parts/mistral")])
 def test_study_rejects_unfit_flags_for_its_programs(monkeypatch, scienceqa, tmp_path, capsys, flag, words):
     monkeypatch.setattr(prune, "run_command", fake_run_command(commands := []))
     with pytest.raises(SystemExit) as error:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import llava
-from llava import Llava, Processor, UserError, command_line
+from llava import Llava, Processor, UserError, command_line, replace
 from tests import toy
 
 
@@ -75,7 +75,8 @@ def test_saved_tokenizer_has_the_image_token_id_of_a_larger_embedding(random_mod
     Processor(original.to_str(), config).save_pretrained(tmp_path)
     saved = llava.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert saved.token_to_id("<image>") == config.image_token_id
-    assert saved.encode("What color is it?").ids == original.encode("What color is it?").ids
+    ids = saved.encode("What color is it?", add_special_tokens=False).ids
+    assert ids == original.encode("What color is it?").ids
     assert processor.tokenizer.token_to_id("<unused0>") is None
 
 
@@ -173,6 +174,43 @@ def test_a_moved_base_is_named_and_the_base_flag_gives_its_new_place(random_mode
     assert all(torch.equal(tensor, expected[name]) for name, tensor in whole.items())
     with pytest.raises(UserError, match="has 1 bases .* --base names 2"):
         Llava.from_pretrained(tmp_path / "run", base=["a", "b"])
+
+
+def test_a_base_with_another_model_is_an_error(random_model, tmp_path):
+    write_lora_run(random_model, tmp_path / "run")
+    shutil.copytree(random_model, tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 1e-3         # the shapes are the same
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="run was trained on a base with another text model than .*/other"):
+        Llava.from_pretrained(tmp_path / "run", base=[str(tmp_path / "other")])
+
+
+def test_a_trained_second_layer_of_a_linear_projector_is_an_error(random_model, tmp_path):
+    """transformers may have trained the identity that save_pretrained adds."""
+    Llava(replace(Llava.from_pretrained(random_model).config, projector="linear")).save_pretrained(tmp_path)
+    tensors = llava.open_file(tmp_path / "model.safetensors")
+    assert Llava.from_pretrained(tmp_path).config.projector == "linear"
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors["multi_modal_projector.linear_2.weight"][0, 1] = 0.5
+    llava.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="the second layer of its linear projector is not the identity"):
+        Llava.from_pretrained(tmp_path)
+
+
+def test_transformers_begins_a_text_of_a_saved_tokenizer_with_bos(random_model, tmp_path):
+    hf = pytest.importorskip("transformers", minversion="5")
+    tokenizer = hf.AutoTokenizer.from_pretrained(random_model)
+    ids = tokenizer("What is it?")["input_ids"]
+    assert ids == [1, *Processor.from_pretrained(random_model).encode("What is it?")]
+
+
+def test_save_says_that_transformers_does_not_reduce_tokens(random_model, tmp_path, monkeypatch, capsys):
+    model = Llava.from_pretrained(random_model, prune="prumerge")
+    model.save_pretrained(tmp_path / "model")
+    Processor.from_pretrained(random_model, model.config).save_pretrained(tmp_path / "model")
+    run_llava(monkeypatch, "--model", tmp_path / "model", "--save", tmp_path / "whole")
+    assert "transformers has no --prune prumerge" in capsys.readouterr().out
 
 
 def test_a_moved_base_of_a_base_is_corrected_in_its_config(random_model, tmp_path):
