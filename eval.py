@@ -44,8 +44,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava import (Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, add_model_flags,
-                   atomic_write, command_line, config_overrides, count_image_tokens, count_tiles, load_model,
-                   number, open_checkpoints, open_image, read_json, require, write_json)
+                   atomic_write, check_outputs, command_line, config_overrides, count_image_tokens,
+                   count_tiles, load_model, number, open_checkpoints, open_image, read_json, require,
+                   write_json)
 
 Args = argparse.Namespace
 LETTERS = "ABCDE"
@@ -857,6 +858,8 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
             if "category" in review:
                 ratings[str(review["category"]).removeprefix("llava_bench_")].append(rating)
         unreadable = ratings["all"].count([-1, -1])
+        if unreadable == len(reviews):
+            raise UserError(f"{file}: no review has two ratings in its first line: is the model a judge?")
         print(f"{file}: {len(reviews)} reviews; {unreadable} without two ratings count as -1 -1")
         for name, pairs in ratings.items():
             reference, model = (round(mean, 3) for mean in np.asarray(pairs, float).mean(0).tolist())
@@ -1219,6 +1222,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = parser.parse_args(argv)
     if mistake := find_misuse(args, parser):
         parser.error(mistake)
+    inputs = [args.predictions]
+    for files in (args.compare, args.questions, args.annotations, args.reviews):
+        inputs += files or []
+    check_outputs(parser, (args.out, args.json, args.upload), inputs)
     if args.max_new_tokens is None:
         args.max_new_tokens = BENCHMARKS[args.task].max_new_tokens if args.task else 1024
     return args
@@ -1247,12 +1254,6 @@ def find_misuse(args: Args, parser: argparse.ArgumentParser) -> str | None:
         return "--model needs --images"
     if args.task and args.model and not (args.out or args.upload or annotations or task == "mmbench"):
         return "--model needs --out, or its answers are lost"
-    written = [file for file in (args.out, args.json, args.upload) if file]
-    read = (args.predictions, *(args.compare or ()), *(args.questions or ()), *(args.annotations or ()),
-            *(args.reviews or ()))
-    named = [os.path.abspath(file) for file in (*written, *read) if file]
-    if any(named.count(os.path.abspath(file)) > 1 for file in written):
-        return "--out, --json or --upload names the file of another flag, which it would overwrite"
     if task == "llavabench":
         if args.judge_model and reviews != 1:
             return "--judge-model needs one --reviews FILE"

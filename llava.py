@@ -1168,7 +1168,8 @@ def read_json(file: Path):
     except FileNotFoundError:
         raise OSError(f"{file} is missing") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON, or is cut off: {first_line(error)}") from None
+        hint = ", perhaps it is JSON Lines" if "Extra data" in str(error) else ", or is cut off"
+        raise UserError(f"{file} is not valid JSON{hint}: {first_line(error)}") from None
 
 
 def require(raw: dict, where: Path | str, *keys: str, **supported) -> dict:
@@ -1320,7 +1321,7 @@ def open_checkpoints(sources: list, weights: bool = True, moved=()
         found, stored, names = found | more, stored | tensors, [*names, name]
     if missing := {"vision", "text"} - found.keys():
         raise UserError(f"there is no {' or '.join(missing)} model in {' and '.join(names)}: name both, "
-                        "a vision tower and a language model")
+                        "a vision tower and a language model, which train.py makes a LLaVA of")
     return found, stored, names
 
 
@@ -1515,6 +1516,9 @@ def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
     def write_part() -> None:
         parts.append(file.with_name(f".{file.stem}.{len(parts) + 1}.part"))
         save_file(shard, parts[-1], metadata={"format": "pt"})
+        mask = os.umask(0)                   # safetensors makes files for their owner alone
+        os.umask(mask)
+        parts[-1].chmod(0o666 & ~mask)
         part_of.update(dict.fromkeys(shard, len(parts) - 1))
         shard.clear()
 
@@ -1751,6 +1755,9 @@ def command_line(main) -> None:
     program = Path(sys.argv[0]).name
     try:
         main()
+    except BrokenPipeError:                  # the reader of the output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # for what is still buffered
+        sys.exit(141)
     except (UserError, OSError, SafetensorError) as error:
         sys.exit(f"{program}: {error}")
     except torch.OutOfMemoryError as error:
@@ -1758,6 +1765,16 @@ def command_line(main) -> None:
                  "--image-mode pad or a smaller --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def check_outputs(parser: argparse.ArgumentParser, outputs: Iterable, inputs: Iterable) -> None:
+    """Exit with code 2 if a file to write is also named by another flag; OSError if it is a folder."""
+    written, read = ([os.path.abspath(file) for file in files if file] for files in (outputs, inputs))
+    for file in written:
+        if (written + read).count(file) > 1:
+            parser.error(f"{file} is named by another flag, too, and would be overwritten")
+        if os.path.isdir(file):
+            raise OSError(f"{file} is a folder, not the name of a file to write")
 
 
 def number(kind: type, least: float, most: float = math.inf):
@@ -1828,8 +1845,12 @@ def config_overrides(args: argparse.Namespace) -> dict:
 
 def stream_answer(model: Llava, processor: Processor, messages, images, **sampling) -> str:
     """Print the answer to a conversation while it is generated, and return it."""
-    ids, text, shown = [], "", 0
+    ids, text, shown, limit = [], "", 0, model.config.text.max_position_embeddings
     inputs = processor(messages, images)
+    image_tokens = sum(count_image_tokens(model.config, size) - 1 for size in inputs["image_sizes"])
+    if (tokens := inputs["input_ids"].shape[1] + image_tokens) > limit:
+        print(f"the conversation has {tokens} tokens, but the model was made for {limit}: the answer may be "
+              "useless", file=sys.stderr)
     for token in model.generate(**inputs, eos_token_id=processor.eos, **sampling):
         ids.append(token)
         text = processor.decode(ids)
@@ -1964,6 +1985,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.prompt = args.image.pop()
     if args.save and (args.prompt or args.image):
         parser.error("--save writes the model and asks nothing: leave out the question and --image")
+    check_outputs(parser, [args.show_kept], args.image)
     if args.show_kept and not (args.image and is_writable_image(args.show_kept)):
         parser.error("--show-kept needs an --image, and as its own value an image file such as kept.png")
     return args
@@ -2002,8 +2024,14 @@ def main() -> None:
         messages.append({"role": "user", "content": question})
         if args.trace and len(messages) == 1:
             print_trace(model, processor(messages, images))
-        answer = stream_answer(model, processor, messages, images, **sampling)
-        messages.append({"role": "assistant", "content": answer})
+        try:
+            answer = stream_answer(model, processor, messages, images, **sampling)
+            messages.append({"role": "assistant", "content": answer})
+        except UserError as error:
+            if args.prompt:
+                raise
+            print(error, file=sys.stderr)    # the conversation goes on without this question
+            messages.pop()
         question = "" if args.prompt else read_question()
 
 

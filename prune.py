@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 from eval import (append, are_correct, chat, collate, fingerprint, judge_url, read_answers, read_scienceqa,
                   target_text, to_record, write_lines)
-from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_write, command_line,
-                   farthest_points, is_writable_image, load_model, number, open_image, read_json, require,
-                   write_json)
+from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_write, check_outputs,
+                   command_line, farthest_points, is_writable_image, load_model, number, open_image,
+                   read_json, require, write_json)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -815,12 +815,15 @@ def generate(args) -> None:
             if key not in replies:
                 append(file, reply)
                 replies[key] = reply
+        if args.out.exists() and not any(key in replies for *_, key, _ in images):
+            raise UserError(f"{args.replies} has no reply to these requests, so {args.out} is kept")
     requests = {key: body for *_, key, body in images if key not in replies}     # equal prompts share one
     if args.dry_run or args.batch:
         size = sum(len(json.dumps(body["messages"])) for body in requests.values())
         print(f"{len(requests)} requests, {size:,} characters, about {size // 4:,} tokens")
     if args.dry_run:
-        print(json.dumps(next(iter(requests.values()), None), indent=1))
+        for body in list(requests.values())[:1]:             # none if all have a reply
+            print(json.dumps(body, indent=1))
     elif args.batch:
         write_lines(args.batch, [{"custom_id": key, "method": "POST", "url": "/v1/chat/completions",
                                   "body": body} for key, body in requests.items()])
@@ -972,23 +975,33 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if not getattr(args, flag):
             parser.error(f"--{args.task} needs --{flag}".replace("_", "-"))
     if args.task == "study":
-        for name in ("prune", "keep_tokens", "template", "base", "quantize", "split", "pictures", "seed",
-                     "image_text", "layer", "pooling", "batch_size"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"a study does not take --{name.replace('_', '-')}: give flags of its trainings "
-                             "within --stage1, --stage2 and --eval, and choices of your own with --from-list")
-        if args.tokenizer and len(args.language) > 1:
-            parser.error("--tokenizer would replace that of every --language: leave it out")
-        for name, own in (("stage1", ()), ("stage2", ("--seed",)),
-                          ("eval", ("--limit", "--split", "--pictures"))):
-            try:
-                given = {word.split("=")[0] for word in shlex.split(getattr(args, name))}
-            except ValueError as error:
-                parser.error(f"--{name}: {error}")
-            if wrong := given & set(own):
-                parser.error(f"--{name} takes no {min(wrong)}, which the study sets")
+        check_study(parser, args)
     if args.draw and not is_writable_image(args.draw):
         parser.error("--draw needs the name of an image file, such as report.png")
+    inputs = [args.expand, args.captions, args.boxes, args.replies, args.pretrain, args.image_text,
+              *(args.report or ()), *(args.from_list or ())]
+    if args.scienceqa:
+        inputs += [Path(args.scienceqa, name) for name in ("problems.json", "pid_splits.json")]
+    check_outputs(parser, (args.out, args.draw, args.batch), inputs)
+
+
+def check_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with code 2 for flags that a study does not take, or sets itself."""
+    for name in ("prune", "keep_tokens", "template", "base", "quantize", "split", "pictures", "seed",
+                 "image_text", "layer", "pooling", "batch_size"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"a study does not take --{name.replace('_', '-')}: give flags of its trainings "
+                         "within --stage1, --stage2 and --eval, and choices of your own with --from-list")
+    if args.tokenizer and len(args.language) > 1:
+        parser.error("--tokenizer would replace that of every --language: leave it out")
+    for name, own in (("stage1", ()), ("stage2", ("--seed",)),
+                      ("eval", ("--limit", "--split", "--pictures"))):
+        try:
+            given = {word.split("=")[0] for word in shlex.split(getattr(args, name))}
+        except ValueError as error:
+            parser.error(f"--{name}: {error}")
+        if wrong := given & set(own):
+            parser.error(f"--{name} takes no {min(wrong)}, which the study sets")
 
 
 def main() -> None:

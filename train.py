@@ -76,6 +76,8 @@ progress = partial(tqdm, leave=False, disable=RANK > 0)
 
 def run_stage(args: Args) -> None:
     """Run one stage: read the records, choose what fits into memory, train, and save to args.out."""
+    if args.out.is_file():
+        raise OSError(f"--out {args.out} is a file, not a folder for the run")
     config = open_config(args)
     if args.max_length is None:
         args.max_length = 4096 if config.image_mode == "anyres" else 2048
@@ -210,7 +212,7 @@ def check_finite(what: str, value: float, samples: Samples, batches: list[list[i
     if math.isfinite(value):
         return
     names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
-    raise UserError(f"step {step}: the {what} is {value}, so the run stops; its last checkpoint is kept. Use "
+    raise UserError(f"step {step}: the {what} is {value}, so the run stops; what was saved is kept. Use "
                     "a lower --lr or remove the record that causes it; the step contained the records "
                     f"{names}")
 

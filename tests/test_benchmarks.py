@@ -633,6 +633,12 @@ def test_invalid_flags_exit_with_code_2(monkeypatch, flags):
     assert error.value.code == 2
 
 
+def test_reviews_without_any_ratings_are_refused(monkeypatch, tmp_path):
+    write_lines(tmp_path / "r", [review(i, [-1, -1]) for i in range(3)])
+    with pytest.raises(UserError, match="no review has two ratings .* is the model a judge"):
+        run_eval(monkeypatch, "--task", "llavabench", "--reviews", tmp_path / "r")
+
+
 def test_review_file_without_reviews_is_refused(monkeypatch, tmp_path):
     (tmp_path / "reviews.jsonl").write_text("\n")
     with pytest.raises(UserError, match="has no review"):

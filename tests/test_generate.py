@@ -100,6 +100,19 @@ def test_expand_reads_a_list_of_pairs_and_applies_limit(monkeypatch, tmp_path):
         ("00/0", "00/0.jpg", "scene 0"), ("00/1", "00/1.jpg", "scene 1")]
 
 
+@pytest.mark.parametrize("flags", ["--expand {0} --out {0}", "--generate detail --captions {0} --boxes b "
+                                   "--judge-model m --out {0}"])
+def test_input_is_not_overwritten(monkeypatch, tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as error:
+        run_program(monkeypatch, prune, *flags.format(tmp_path / "pairs.json").split())
+    assert error.value.code == 2 and "would be overwritten" in capsys.readouterr().err
+
+
+def test_output_that_is_a_folder_is_named_before_the_work(monkeypatch, tmp_path):
+    message = error_of(monkeypatch, "--expand", tmp_path / "missing", "--out", tmp_path)
+    assert message == f"prune.py: {tmp_path} is a folder, not the name of a file to write"
+
+
 def test_expand_leaves_out_captions_that_contain_the_image_token(monkeypatch, tmp_path, capsys):
     pairs = [{"image": "0.jpg", "caption": "A <image> tag."}, {"image": "0.jpg", "caption": "A dog."}]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
@@ -316,6 +329,15 @@ def test_batch_file_is_written_and_its_results_are_read(monkeypatch, coco, teach
     run_generate(monkeypatch, coco, tmp_path / "b.json", "reasoning", "--judge", teacher.url)
     records = json.loads((tmp_path / "b.json").read_text())
     assert json.loads(out.read_text()) == records[:-1] != json.loads(content_before)
+
+
+def test_replies_to_other_requests_keep_the_earlier_records(monkeypatch, coco, teacher, tmp_path):
+    out = tmp_path / "a.json"
+    run_generate(monkeypatch, coco, out, "detail", "--judge", teacher.url, "--limit", 3)
+    before = out.read_bytes()
+    (tmp_path / "wrong").write_text('{"key": "x", "text": "A dog."}\n')
+    message = error_of(monkeypatch, *generate_flags(coco, out, "reasoning", "--replies", tmp_path / "wrong"))
+    assert "wrong has no reply to these requests" in message and out.read_bytes() == before
 
 
 def test_dry_run_prints_the_first_request_and_the_total(monkeypatch, coco, teacher, tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -144,6 +146,35 @@ def test_save_does_not_overwrite_files(random_model, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is not empty"):
         run_llava(monkeypatch, "--model", random_model, "--save", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_saved_files_can_be_read_by_all_whom_the_umask_allows(random_model):
+    modes = {file.suffix: file.stat().st_mode & 0o777 for file in random_model.iterdir()}
+    assert modes[".safetensors"] == modes[".json"]
+
+
+def test_show_kept_does_not_overwrite_the_image(random_model, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as error:
+        run_llava(monkeypatch, "--model", random_model, "--image", "a.png", "--show-kept", "./a.png", "What?")
+    assert error.value.code == 2 and "a.png is named by another flag" in capsys.readouterr().err
+
+
+def test_conversation_goes_on_after_a_mistake_and_warns_of_too_many_tokens(random_model, monkeypatch, capsys):
+    questions = ["What?", "And <image>?", "word " * 600, ""]
+    monkeypatch.setattr("builtins.input", lambda _: questions.pop(0))
+    run_llava(monkeypatch, "--model", random_model, "--max-new-tokens", 2, "--dtype", "float32")
+    printed = capsys.readouterr()
+    assert not questions and len(printed.out.splitlines()) == 2
+    first, second = printed.err.splitlines()
+    assert first == "the text has 1 <image>, but 0 images are given"
+    assert re.match(r"the conversation has 6\d\d tokens, but the model was made for 512: ", second)
+
+
+def test_output_to_a_reader_that_has_ended_is_no_error(random_model):
+    command = f"{sys.executable} llava.py --model {random_model} --trace What? | head -1"
+    folder = llava.Path(llava.__file__).parent
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder)
+    assert done.stdout.startswith("module") and done.stderr == ""
 
 
 def test_a_write_follows_links_and_leaves_devices_as_they_are(tmp_path):

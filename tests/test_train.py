@@ -648,6 +648,11 @@ def test_bad_record_file_raises(toy_folder, tmp_path, records, message):
     assert message in error_message(toy_folder, tmp_path / "run", records=records)
 
 
+def test_json_lines_are_named_as_such(toy_folder, tmp_path):
+    message = error_message(toy_folder, tmp_path / "run", records='{"id": 1}\n{"id": 2}\n')
+    assert "bad.json is not valid JSON, perhaps it is JSON Lines" in message
+
+
 def test_plain_template_has_as_many_images_as_the_record(toy_folder):
     processor = Processor.from_pretrained(toy_folder / "base")
     processor.config = replace(processor.config, template="plain")
