@@ -929,11 +929,20 @@ def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, m
             failure = UserError(f"{url} does not reply with a chat completion: is it OpenAI-compatible?")
         except (OSError, HTTPException) as error:
             failure = OSError(f"{url} gives no answer ({getattr(error, 'reason', error)}): is it running?")
-        if wait and stop is None:
-            time.sleep(wait)
-        elif wait and stop.wait(wait):       # the program is ending
+        if wait:
+            pause(wait, stop)
+        if stop and stop.is_set():
             break
     raise failure
+
+
+def pause(seconds: float, stop: threading.Event | None) -> None:
+    """Wait; with `stop` in steps of 0.1 s, until it is set."""
+    if stop is None:
+        return time.sleep(seconds)
+    for _ in range(round(10 * seconds)):
+        if not stop.is_set():
+            time.sleep(0.1)
 
 
 def call_in_time(function: Callable, *args):

@@ -294,6 +294,7 @@ CHECKPOINTS = {                              # case -> (damage, part of the mess
 
 
 @pytest.mark.parametrize("number, name", [*enumerate(CHECKPOINTS)], ids=CHECKPOINTS)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_checkpoint_is_refused(number, name, inputs, tmp_path, assert_refused):
     """The programs take turns, so that every program gets every kind of damage."""
     damage, message = CHECKPOINTS[name]

@@ -66,6 +66,7 @@ def test_files_in_the_older_format_of_torch_are_read(tmp_path):
     assert llava.open_file(tmp_path / "a.bin")["a"].tolist() == [1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "mm_projector.bin", "non_lora_trainables.bin",
                                   "adapter_model.bin"])
 @pytest.mark.parametrize("save", [torch.save, save_bare_pickle], ids=["zip", "bare"])
