@@ -1119,9 +1119,9 @@ TO_HF = (                                    # from the names here to those of l
 # Fields of LlavaConfig that llava-hf's keys do not fully determine; hf_config saves them as "llava.py".
 EXTRA_FIELDS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune", "keep_tokens")
 TEMPLATE_OF = {"mistral": "mistral_instruct", "llama": "v1"}
-# Defaults of transformers for keys that config.json does not have: AnyRes grids as (height, width), and
-# the values of each part. They are not the values of the
-# released models; a missing sliding_window means 4096, a null one means none.
+# Defaults of transformers for keys that config.json does not have: AnyRes grids as (height, width), and the
+# fields of each part. They are not the values of the released models; a missing sliding_window means 4096, a
+# null one means none.
 HF_GRIDS = {"llava": (), "llava_next": ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))}
 HF_DEFAULTS = {
     "mistral": TextConfig(rms_norm_eps=1e-6, rope_theta=1e4, sliding_window=4096,
