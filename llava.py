@@ -1277,19 +1277,10 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
         for key, tensor in open_file(file).items():
             if ours := rename_key(key.removeprefix("base_model.model."), FROM_PUBLISHED):
                 tensors[ours] = tensor
-    found, stored = {}, {}
-    for base, needed in name_bases(folder, raw, adapter, tensors, weights, list(moved)).items():
-        try:
-            base_fields, base_stored, _ = open_checkpoint(base, needed, dependents=(*dependents, name))
-        except OSError as error:
-            if Path(base).is_dir():          # it is there: the error names what is wrong in it
-                raise
-            remedy = "give the new place of every base with --base"
-            if "bases" not in raw or dependents:         # --base names those of the opened folder
-                remedy = f"correct the name in {config_file}"
-            raise OSError(f"{folder} needs its base {base}, which is named in its config and cannot be "
-                          f"opened ({first_line(error)}): {remedy}") from None
-        found, stored = found | base_fields, stored | base_stored
+    bases = name_bases(folder, raw, adapter, tensors, weights, list(moved))
+    movable = "bases" in raw and not dependents          # --base names the bases of the opened folder
+    remedy = "give the new place of every base with --base" if movable else f"correct {config_file}"
+    found, stored = open_bases(folder, bases, remedy, (*dependents, name))
     own = read_config(raw, config_file)
     for part in ("vision", "text"):
         if "bases" in raw and found.get(part, own[part]) != own[part]:
@@ -1303,11 +1294,30 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
         copy = StoredTensor(embedding.tensor.clone())        # tied, but each may be trained
         stored.setdefault("language_model.lm_head.weight", copy)
     if found.get("projector") == "linear":   # the second layer that hf_tensors adds is the identity
-        second = tensors.get("projector.2.weight")
-        if second is not None and not torch.equal(second, torch.eye(*second.shape, dtype=second.dtype)):
-            raise UserError(f"{folder}: the second layer of its linear projector is not the identity")
+        check_identity(tensors.get("projector.2.weight"), folder)
         stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return found, stored, name
+
+
+def check_identity(weight: Tensor | None, folder: Path) -> None:
+    if weight is not None and not torch.equal(weight, torch.eye(*weight.shape, dtype=weight.dtype)):
+        raise UserError(f"{folder}: the second layer of its linear projector is not the identity")
+
+
+def open_bases(folder: Path, bases: dict[str, bool], remedy: str, dependents
+               ) -> tuple[dict, dict[str, StoredTensor]]:
+    """The fields and tensors of all bases of `folder`, see open_checkpoint."""
+    found, stored = {}, {}
+    for base, needed in bases.items():
+        try:
+            base_fields, base_stored, _ = open_checkpoint(base, needed, dependents=dependents)
+        except OSError as error:
+            if Path(base).is_dir():          # it is there: the error names what is wrong in it
+                raise
+            raise OSError(f"{folder} needs its base {base}, which is named in its config and cannot be "
+                          f"opened ({first_line(error)}): {remedy}") from None
+        found, stored = found | base_fields, stored | base_stored
+    return found, stored
 
 
 def open_checkpoints(sources: list, weights: bool = True, moved=()

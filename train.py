@@ -76,8 +76,6 @@ progress = partial(tqdm, leave=False, disable=RANK > 0)
 
 def run_stage(args: Args) -> None:
     """Run one stage: read the records, choose what fits into memory, train, and save to args.out."""
-    if args.out.is_file():
-        raise OSError(f"--out {args.out} is a file, not a folder for the run")
     config = open_config(args)
     if args.max_length is None:
         args.max_length = 4096 if config.image_mode == "anyres" else 2048
@@ -108,8 +106,7 @@ def run_stage(args: Args) -> None:
     newest = checkpoints.to_resume()
     print_summary(args, samples, len(batches), newest, sketch)
     report_cut(args, samples, args.out / "cut.json")
-    if val:
-        report_cut(args, val, args.out / "val-cut.json")
+    report_cut(args, val, args.out / "val-cut.json")
     estimate = peak_memory(args.device) + estimate_memory(sketch, max(loads), args)["peak"]
     try:
         model, optimizer = build(args, config, newest)
@@ -281,9 +278,9 @@ def print_summary(args: Args, samples: Samples, steps: int, newest: Path | None,
           f"{args.card or args.device}, {args.dtype}; to {args.out}")
 
 
-def report_cut(args: Args, samples: Samples, file: Path) -> None:
+def report_cut(args: Args, samples: Samples | None, file: Path) -> None:
     """Print how many records are cut or left out; unless it is a --plan, write to `file` which."""
-    if not samples.cut:
+    if samples is None or not samples.cut:
         return
     lost = sorted(set(range(len(samples))) - set(samples.usable))
     print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
@@ -1106,6 +1103,8 @@ def main() -> None:
         from tests import toy
         return toy.run_and_check(run_stage, parse)
     args = parse()
+    if args.out.is_file():
+        raise OSError(f"--out {args.out} is a file, not a folder for the run")
     if PROCESSES == 1:
         return run_stage(args)
     if args.device.startswith("cuda"):                 # torchrun: each process has its own GPU, or CPU cores
