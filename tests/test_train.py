@@ -710,6 +710,23 @@ def test_image_with_a_damaged_second_frame_counts_as_animated():
     assert train.is_animated(Damaged()) and not train.is_animated(Image.new("RGB", (9, 9)))
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ZeroDivisionError])
+def test_error_of_a_decoder_names_the_file(monkeypatch, error):
+    def fail(_):
+        raise error("Failed to decode frame 0")          # as of damaged AVIF files
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="a.avif is not a readable image"):
+        llava.open_image("a.avif")
+
+
+def test_toy_run_takes_one_process(monkeypatch):
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(llava.UserError, match="the toy run takes one process"):
+        train.main()
+
+
 def test_error_about_an_image_header_names_the_file(tmp_path):
     info = PngInfo()
     info.add_text("comment", "x" * 2_000_000, zip=True)      # more than Pillow accepts
