@@ -32,7 +32,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -1878,28 +1878,23 @@ def read_question() -> str:
         return ""
 
 
-def record_calls(model: Llava, inputs: dict, modules, counter: FlopCounterMode) -> tuple[list, list]:
-    """Two lists of (module, output, FLOPs so far, time): an entry for the start and one for each call of
-    `modules` in the prefill and one decode step. The first pass counts FLOPs, the second is timed, because
-    counting slows it down."""
-    passes = []
+def record_calls(model: Llava, inputs: dict, modules, reading) -> tuple[list, np.ndarray]:
+    """(module, output) of each call of `modules` in the prefill and one decode step, and how much the number
+    that reading() returns has grown at its end since the end of the call before."""
+    calls, readings = [], []
 
-    def record(module: nn.Module | None, _=None, y: Tensor | None = None) -> None:
-        if y is not None and y.device.type != "cpu":
+    def record(module: nn.Module, _, y: Tensor) -> None:
+        if y.device.type != "cpu":
             torch.accelerator.synchronize(y.device)
-        passes[-1].append((module, y, counter.get_total_flops(), time.perf_counter()))
+        calls.append((module, y))
+        readings.append(reading())
 
-    handles = [module.register_forward_hook(record) for module in modules]
-    try:
-        for context in (counter, nullcontext()):
-            passes.append([])
-            record(None)                     # the time before the first module
-            with context:
-                list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(passes)
+    with ExitStack() as hooks:               # it removes them at its end
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(record))
+        readings.append(reading())           # before the first module
+        list(model.generate(**inputs, max_new_tokens=2, eos_token_id=None))
+    return calls, np.diff(readings)
 
 
 def print_trace(model: Llava, inputs: dict) -> None:
@@ -1917,14 +1912,14 @@ def print_trace(model: Llava, inputs: dict) -> None:
         cells = (f"{str(cell).removeprefix('torch.'):>14}" for cell in cells)
         print(f"{name:33}{str(shape):>20}", *cells, sep="")
 
-    counted, timed = record_calls(model, inputs, name_of, counter)
+    with counter:                            # in a pass of its own, because counting slows it down
+        calls, flops = record_calls(model, inputs, name_of, counter.get_total_flops)
+    _, seconds = record_calls(model, inputs, name_of, time.perf_counter)
     print_row("module", "shape", "dtype", "parameters", "GFLOP", "ms", "bits of each", "MB")
     for tiles, (height, width) in zip(inputs["images"], inputs["image_sizes"]):
         print_row(f"image {width} x {height}", list(tiles.shape), tiles.dtype)
     print_row("input_ids", list(inputs["input_ids"].shape), inputs["input_ids"].dtype)
-    for i in range(1, len(counted)):
-        module, y, flops, _ = counted[i]
-        gflop, ms = (flops - counted[i - 1][2]) / 1e9, 1e3 * (timed[i][3] - timed[i - 1][3])
+    for (module, y), gflop, ms in zip(calls, flops / 1e9, 1e3 * seconds):
         weights, size = count_weights(module)
         print_row(name_of[module], list(y.shape), y.dtype, f"{weights:,}", f"{gflop:.3f}", f"{ms:.2f}",
                   f"{8 * size / max(1, weights):.1f}", f"{size / 1e6:,.1f}")
