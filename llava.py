@@ -1562,7 +1562,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def open_image(file: Path) -> Image.Image:
-    """The first frame in its own mode: to_rgb converts it, differently for each publisher. Raises
+    """The first frame in its own mode: cut_tiles converts it, differently for each publisher. Raises
     OSError for files that are missing, damaged, or so large or so narrow that the decoded, padded or
     enlarged image could fill the memory."""
     try:
@@ -1583,15 +1583,12 @@ def is_writable_image(file) -> bool:
     return Image.registered_extensions().get(Path(file).suffix.lower()) in Image.SAVE
 
 
-def to_rgb(image: Image.Image, config: LlavaConfig) -> Image.Image:
-    """transformers shows a transparent image on white; LLaVA's code drops the transparency."""
+def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
+    """An image as RGB squares of image_size; resized in 8 bits, bicubic, as for CLIP's training."""
+    # transformers shows a transparent image on white; LLaVA's code drops the transparency.
     if config.hf_preprocessing and ("A" in image.getbands() or "transparency" in image.info):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
-    """An RGB image as squares of image_size; resized in 8 bits, bicubic, as for CLIP's training."""
+    image = image.convert("RGB")
     size, (w, h) = config.vision.image_size, image.size
     if config.image_mode == "pad":           # to a square of CLIP's mean color, int() as in LLaVA
         canvas = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * mean) for mean in CLIP_MEAN))
@@ -1703,7 +1700,7 @@ class Processor:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """uint8 [tiles, 3, image_size, image_size]; train.py has them normalized on the device."""
-        tiles = np.stack([np.asarray(tile) for tile in cut_tiles(to_rgb(image, self.config), self.config)])
+        tiles = np.stack([np.asarray(tile) for tile in cut_tiles(image, self.config)])
         return torch.from_numpy(tiles).permute(0, 3, 1, 2)
 
     def tokenize(self, messages: list[dict]) -> tuple[list[int], list[int]]:
