@@ -1116,6 +1116,8 @@ TO_HF = (                                    # from the names here to those of l
     (r"projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.(?!lm_head)", "language_model.model."),
 )
+# Files of a checkpoint that has only a part of the weights.
+PARTS = ("adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin", "non_lora_trainables.bin")
 # Fields of LlavaConfig that llava-hf's keys do not fully determine; hf_config saves them as "llava.py".
 EXTRA_FIELDS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune", "keep_tokens")
 TEMPLATE_OF = {"mistral": "mistral_instruct", "llama": "v1"}
@@ -1147,9 +1149,9 @@ def fetch(source: str, weights: bool = True) -> Path:
         return Path(source)
     repo, _, revision = source.partition("@")
     download = partial(snapshot_download, repo, revision=revision or None, ignore_patterns="*/*")
-    patterns = ["model*.safetensors", "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin"]
+    patterns = ["*.json", "model*.safetensors", *PARTS] if weights else ["*.json"]
     try:
-        folder = Path(download(allow_patterns=["*.json", *patterns] if weights else ["*.json"]))
+        folder = Path(download(allow_patterns=patterns))
         if weights and not list(folder.glob("model*.safetensors")):
             download(allow_patterns=["pytorch_model*.bin"])
         return folder
@@ -1242,19 +1244,16 @@ def open_file(file: Path) -> dict[str, Tensor]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a checkpoint: parts such as a projector, and the model in one file or in shards."""
-    names = [name for name in ("adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin",
-                               "non_lora_trainables.bin") if (folder / name).exists()]
+    parts = [folder / name for name in PARTS if (folder / name).exists()]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{name}.index.json").exists():
             shards = require(read_json(index), index, "weight_map")["weight_map"]
             if not isinstance(shards, dict) or any(Path(str(x)).name != x for x in shards.values()):
                 raise UserError(f"{index}: weight_map names something that is not a file of the same folder")
-            names += sorted(set(shards.values()))
-            break
+            return parts + [folder / shard for shard in sorted(set(shards.values()))]
         if (folder / name).exists():
-            names.append(name)
-            break
-    return [folder / name for name in names]
+            return parts + [folder / name]
+    return parts
 
 
 def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
