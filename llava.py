@@ -33,7 +33,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -120,7 +120,7 @@ class LlavaConfig:
                 object.__setattr__(self, "grids", tuple((size * w, size * h) for w, h in tiles))
             if any(edge < 1 or edge % size for grid in self.grids for edge in grid):
                 raise UserError(f"the sides of the AnyRes grids {self.grids} are not multiples of {size}")
-        require(vars(self), "LlavaConfig", image_mode=("pad", "crop", "anyres"),     # the supported values
+        require(vars(self), "LlavaConfig", image_mode=("pad", "crop", "anyres"), prune=("none", *PRUNING),
                 projector=("mlp2x_gelu", "linear"), template=("mistral_instruct", "v1", "plain"))
         check_token_budget(self)
 
@@ -690,8 +690,6 @@ BUDGETED = ("prumerge", "prumerge+", "random", "pool", "divprune")        # thos
 def check_token_budget(config: LlavaConfig) -> None:
     """Raise UserError where `prune` and `keep_tokens` do not fit together."""
     name, keep, side = config.prune, config.keep_tokens, config.vision.side
-    if name not in ("none", *PRUNING):
-        raise UserError(f"--prune {name} is not one of none, {', '.join(PRUNING)}")
     least = 2 if name in PRUMERGE else 1     # PruMerge adds one token for the patches it does not keep
     if name in PRUMERGE and config.vision_feature_layer != -2:
         raise UserError(f"--prune {name} uses attention in the tower's last layer, so the features must be "
@@ -703,8 +701,7 @@ def check_token_budget(config: LlavaConfig) -> None:
     if keep is not None and not (isinstance(keep, int) and least <= keep <= side**2):
         raise UserError(f"--keep-tokens {keep} is not between {least} and the {side**2} patches of a tile")
     if name == "pool" and max(pooled_size(keep)) > side:
-        raise UserError(f"--prune pool needs --keep-tokens that is a product of two numbers up to {side}, "
-                        f"such as {math.isqrt(keep)**2} instead of {keep}")
+        raise UserError(f"--prune pool: --keep-tokens {keep} is not a product of two numbers up to {side}")
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
@@ -1017,10 +1014,9 @@ class Llava(nn.Module):
         if quantize != "none" and dtype not in (torch.bfloat16, torch.float32):
             raise UserError(f"the layers of language_model in {quantize} work in bfloat16 and float32, not "
                             f"{dtype}: use --dtype bfloat16")
-        given = tuple(source is not None for source in (path_or_repo_id, vision, language))
-        if given not in ((True, False, False), (False, True, True)):
+        sources = [source for source in (path_or_repo_id, vision, language) if source is not None]
+        if sources not in ([path_or_repo_id], [vision, language]):
             raise UserError("name one LLaVA, or a vision tower and a language model")
-        sources = [vision, language] if vision else [path_or_repo_id]
         found, stored, bases = open_checkpoints(sources, moved=base)
         config, state = LlavaConfig(**found | overrides), {}
         with torch.device("meta"):
@@ -1213,7 +1209,7 @@ def atomic_write(file: Path) -> Iterator[Path]:
 class StoredTensor(NamedTuple):
     """A memory-mapped tensor of a checkpoint, and each LoRA over it as (a [r, I], b [O, r], scale)."""
     tensor: Tensor
-    loras: tuple[tuple[Tensor, Tensor, float], ...] = ()
+    loras: list[tuple[Tensor, Tensor, float]]
 
     def read(self, dtype: torch.dtype | None) -> Tensor:
         """The tensor as it is, still mapped; with LoRA the sum, in `dtype` or if None in the tensor's."""
@@ -1286,11 +1282,11 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
             raise UserError(f"{folder} was trained on a base with another {part} model than "
                             f"{' and '.join(moved or raw['bases'])}")
     found |= own
-    stored |= {key: StoredTensor(tensor) for key, tensor in tensors.items() if "lora_" not in key}
+    stored |= {key: StoredTensor(tensor, []) for key, tensor in tensors.items() if "lora_" not in key}
     add_lora(stored, tensors, adapter, folder)
     embedding = stored.get("language_model.embed_tokens.weight")
     if embedding is not None and raw.get("text_config", raw).get("tie_word_embeddings", False):
-        copy = StoredTensor(embedding.tensor.clone())        # tied, but each may be trained
+        copy = StoredTensor(embedding.tensor.clone(), [])    # tied, but each may be trained
         stored.setdefault("language_model.lm_head.weight", copy)
     if found.get("projector") == "linear":   # the second layer that hf_tensors adds is the identity
         check_identity(tensors.get("projector.2.weight"), folder)
@@ -1358,8 +1354,7 @@ def add_lora(stored: dict[str, StoredTensor], own: dict[str, Tensor], adapter: d
         target = key.replace("lora_A.", "")
         if b is None or target not in stored or (b.shape[0], a.shape[1]) != stored[target].tensor.shape:
             raise UserError(f"{folder}: {key} has no matching lora_B, or no matching weight in the base")
-        loras = *stored[target].loras, (a, b, adapter["lora_alpha"] / adapter["r"])      # after a base's own
-        stored[target] = stored[target]._replace(loras=loras)
+        stored[target].loras.append((a, b, adapter["lora_alpha"] / adapter["r"]))        # after a base's own
 
 
 def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], weights: bool,
@@ -1371,8 +1366,7 @@ def name_bases(folder: Path, raw: dict, adapter: dict, own: dict[str, Tensor], w
                         f"{len(moved)}: name each once, in this order")
     bases = dict.fromkeys(moved or named, weights)
     if "mm_vision_tower" in raw:             # liuhaotian: 1.6 contains the tower's weights, not its config
-        complete = [part for part in ("vision_tower", "language_model")
-                    if any(key.startswith(f"{part}.layers") and "lora_" not in key for key in own)]
+        complete = {key.split(".")[0] for key in own if ".layers." in key and "lora_" not in key}
         bases[raw["mm_vision_tower"]] = weights and "vision_tower" not in complete
         if weights and "language_model" not in complete:
             if not adapter.get("base_model_name_or_path"):
@@ -1468,16 +1462,14 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
     raw = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     require(raw, file, rope_type=("default",), type=("default",),
             hidden_act=("quick_gelu",) if kind == "clip" else ("silu",))
-    found = {f.name: raw[f.name] for f in fields(default) if f.name in raw and f.name != "model_type"
-             and (raw[f.name] is not None or f.name == "sliding_window")}
+    found = {name: raw[name] for name in vars(default) if name in raw and name != "model_type"
+             and (raw[name] is not None or name == "sliding_window")}
     if not nested:
         require(found, file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, value in found.items():
-        types, what = (int,), "whole number"
-        if isinstance(getattr(default, name), float):
-            types, what = (int, float), "number"
+        types = (int, float) if isinstance(getattr(default, name), float) else (int,)
         if value is not None and (type(value) not in types or not 0 < value < math.inf):
-            raise UserError(f"{file}: {name} is {value!r}; it must be a positive {what}")
+            raise UserError(f"{file}: {name} is {value!r}; it must be a positive number, whole for sizes")
     heads = found.get("num_attention_heads", default.num_attention_heads)
     if kind == "llama":
         found.setdefault("num_key_value_heads", heads)
@@ -1705,11 +1697,10 @@ class Processor:
     def tokenize(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         """Token ids, and labels: the ids of the assistant's text and of its end, elsewhere IGNORE."""
         ids, labels, ended = [self.bos], [IGNORE], False
+        special = {"<image>": self.config.image_token_id, "</s>": self.eos}
         for text, supervised in render(messages, self.config.template):
-            if text == "<image>":
-                piece = [self.config.image_token_id]
-            elif text == "</s>":
-                piece = [self.eos]
+            if text in special:
+                piece = [special[text]]
             else:                            # legacy tokenizers add a space after </s>, too
                 piece = self.encode(text, prefix_space=self.legacy or not ended)
             ended = text == "</s>"
@@ -1823,11 +1814,9 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if gpus else []), *mps, *gpus]
 
 
-def default_dtype(device: str, quantize: str = "none") -> str:
-    """bfloat16 with --quantize or on a GPU that supports it, float16 on other GPUs, float32 on a CPU."""
-    if quantize != "none":
-        return "bfloat16"
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
+def default_dtype(device: str, quantize: str) -> str:
+    has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    if quantize != "none" or has_bf16:
         return "bfloat16"
     return "float32" if device == "cpu" else "float16"
 

@@ -244,7 +244,7 @@ CHECKPOINTS = {                              # case -> (damage, part of the mess
     "unknown image mode": (edit_config("llava.py", image_mode="blur"), "blur"),
     "unknown projector": (edit_config("llava.py", projector="mlp9x"), "mlp9x"),
     "unknown reduction": (edit_config("llava.py", prune="half"), "half"),
-    "reduction is a list": (edit_config("llava.py", prune=[]), "--prune []"),
+    "reduction is a list": (edit_config("llava.py", prune=[]), "prune is []"),
     "keep_tokens is a string": (edit_config("llava.py", prune="random", keep_tokens="4"), "keep"),
     "base does not exist": (edit_config(bases=["/no/such/base"]), "/no/such/base"),
     "bases are a string": (edit_config(bases="/no/such/base"), "bases"),

@@ -113,7 +113,7 @@ def test_budget_is_saved_with_the_model(tmp_path):
     ("prumerge-fixed", 5, "--keep-tokens works with"), ("random", 37, "between 1 and the 36"),
     ("random", 0, "between 1 and the 36"), ("prumerge", 1, "between 2 and the 36"),
     ("pool", 13, "product of two numbers"), ("pool", 14, "product of two numbers"),
-    ("some", 3, "not one of")])
+    ("some", 3, "prune is 'some'")])
 def test_impossible_budget_raises_user_error(method, keep, message):
     with pytest.raises(UserError, match=message):
         make_model(method, keep)
