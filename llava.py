@@ -797,9 +797,8 @@ def diverse_patches(features: Tensor, keep: int) -> Tensor:
 def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
     """Greedy max-min selection (Gonzalez 1985): indices [k] of x [n, C] in the order of selection, each the
     point farthest from its nearest selected point, the lowest index of equals; start None is the point
-    nearest the mean. Raises UserError for points that are not finite. One matrix-vector product per
-    selection: |a - b|² = |a|² - 2ab + |b|². To reduce cancellation the point nearest the mean becomes
-    the origin; subtracting the mean would make equal distances differ."""
+    nearest the mean. One matrix-vector product per selection: |a - b|² = |a|² - 2ab + |b|². To reduce
+    cancellation that point becomes the origin; subtracting the mean would make equal distances differ."""
     if not 0 < k <= len(x):
         raise UserError(f"{k} of {len(x)} points cannot be selected")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -1005,10 +1004,9 @@ class Llava(nn.Module):
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
         """Open a LLaVA of any publisher or a run folder (see save_pretrained), or a CLIP and a language model
         with a newly initialized projector. Each is a folder, a hub id or id@revision. dtype None keeps the
-        dtype of the files. quantize "int8" or "int4" stores the linear layers of the language model in few
-        bits. `base`: new places of the bases that a run folder names, in its order. `overrides` replace
-        fields of LlavaConfig. Files are memory-mapped and tensors cast, moved or quantized one at a time,
-        so there is never a second copy in memory."""
+        dtype of the files. quantize: "none", "int8" or "int4", see section 4. `base`: new places of the
+        bases that a run folder names, in its order. `overrides` replace fields of LlavaConfig. Files are
+        mapped and tensors cast, moved or quantized one at a time: there is never a second copy in memory."""
         if quantize not in ("none", "int8", "int4"):
             raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
         if quantize != "none" and dtype not in (torch.bfloat16, torch.float32):
@@ -1039,8 +1037,7 @@ class Llava(nn.Module):
     def save_pretrained(self, folder, whole: bool = True, shard_bytes: int = 5 * 10**9) -> None:
         """Write the layout of llava-hf (llava, or with AnyRes llava_next), which transformers opens; in
         shards with an index if it is larger than shard_bytes. whole=False writes a run folder: only the
-        trainable parameters, and in config.json the bases that hold the others. from_pretrained opens it
-        like any checkpoint."""
+        trainable parameters, and in config.json the bases that hold the others."""
         if whole and any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise UserError("weights in 8 or 4 bits are not saved: open the model without quantize first")
         folder, config = Path(folder), hf_config(self.config, whole)
@@ -1507,10 +1504,9 @@ def hf_config(config: LlavaConfig, whole: bool) -> dict:
 
 
 def save_sharded(file: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write named tensors to model.safetensors; if they exceed shard_bytes, to
-    model-00001-of-0000N.safetensors and so on, with model.safetensors.index.json, as the hub does.
-    Tensors are taken one at a time, so host memory holds one shard more than the model itself. All files
-    get their names only when the last shard is written."""
+    """Write named tensors to a safetensors file, or if they exceed shard_bytes to shards with an index, as
+    the hub does. Tensors are taken one at a time, so host memory holds one shard more than the model itself.
+    All files get their names only when the last shard is written."""
     parts, shard, size, part_of, total = [], {}, 0, {}, 0
     index = file.with_name(f"{file.name}.index.json")
 
@@ -1808,7 +1804,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def devices() -> list[str]:
-    """The devices that torch can use here."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     mps = ["mps"] if torch.backends.mps.is_available() else []
     return ["cpu", *(["cuda"] if gpus else []), *mps, *gpus]
