@@ -954,9 +954,8 @@ class Llava(nn.Module):
     @torch.inference_mode()
     def generate_tokens(self, input_ids, images=None, image_sizes=None, attention_mask=None,
                         max_new_tokens=256, temperature=0.0, top_p=1.0) -> Iterator[Tensor]:
-        """Yield the next token [B] of every row, max_new_tokens times. The rows are right-padded; each
-        continues at its own position. Temperature 0 is greedy; otherwise tokens are sampled from the
-        most probable ones that together have the probability top_p."""
+        """Yield the next token [B] of every row, max_new_tokens times; see `sample` for temperature and
+        top_p. The rows are right-padded; each continues at its own position."""
         x, lengths, _ = self.splice(input_ids, images, image_sizes, attention_mask)
         window = self.config.text.sliding_window
         slots = min(x.shape[1] + max_new_tokens, window or sys.maxsize)
@@ -1068,11 +1067,11 @@ class Llava(nn.Module):
 
 
 def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token [B] from logits [B, V]; see generate_tokens."""
+    """One token [B] from logits [B, V]: the most probable one at temperature 0, otherwise a random one."""
     if temperature == 0:
         return logits.argmax(-1)
     p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0         # keep the most probable tokens that together have top_p
+    p[p.cumsum(-1) - p >= top_p] = 0         # of the most probable ones that together have probability top_p
     return order.gather(-1, torch.multinomial(p, 1))[:, 0]
 
 
@@ -1254,8 +1253,8 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
     """Return the LlavaConfig fields, the tensors by the names here, and the exact name of a source. A
     checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
     bases in its configs. They are opened first, and its own tensors and fields replace theirs. Without
-    `weights` only configs are read. `moved`: new places of the bases that a run folder names; `dependents`:
-    the checkpoints that are being opened and need this one."""
+    `weights` only configs are read. `moved`: new places of a run folder's bases; `dependents`: the
+    checkpoints that are being opened and need this one."""
     folder = fetch(source, weights)
     name = str(folder.resolve())
     if not Path(source).is_dir():            # the hub's cache names a folder after its commit
@@ -1342,15 +1341,14 @@ def read_adapter(folder: Path) -> dict:
 
 def add_lora(stored: dict[str, StoredTensor], own: dict[str, Tensor], adapter: dict, folder: Path) -> None:
     """Add the LoRA tensors of `own` to the stored tensors that they change."""
-    loras_a = [key for key in own if key.endswith("lora_A.weight")]
-    known = {*loras_a, *(key.replace("lora_A", "lora_B") for key in loras_a)}
+    pairs = {key: key.replace("lora_A", "lora_B") for key in own if key.endswith("lora_A.weight")}
+    known = {*pairs, *pairs.values()}
     if unknown := [key for key in own if "lora_" in key and (key not in known or not adapter)]:
         raise UserError(f"{folder}: {unknown[0]} is not a LoRA as PEFT saves it, with adapter_config.json")
-    for key in loras_a:
-        a, b = own[key], own.get(key.replace("lora_A", "lora_B"))
-        target = key.replace("lora_A.", "")
+    for key_a, key_b in pairs.items():
+        a, b, target = own[key_a], own.get(key_b), key_a.replace("lora_A.", "")
         if b is None or target not in stored or (b.shape[0], a.shape[1]) != stored[target].tensor.shape:
-            raise UserError(f"{folder}: {key} has no matching lora_B, or no matching weight in the base")
+            raise UserError(f"{folder}: {key_a} has no matching lora_B, or no matching weight in the base")
         stored[target].loras.append((a, b, adapter["lora_alpha"] / adapter["r"]))        # after a base's own
 
 
@@ -1549,9 +1547,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def open_image(file: Path) -> Image.Image:
-    """The first frame in its own mode: cut_tiles converts it, differently for each publisher. Raises
-    OSError for files that are missing, damaged, or so large or so narrow that the decoded, padded or
-    enlarged image could fill the memory."""
+    """The first frame in its own mode: cut_tiles converts it, differently for each publisher. OSError if it
+    is missing, damaged, or so large or so narrow that, decoded and padded, it could fill the memory."""
     try:
         with Image.open(file) as image:
             if max(image.size) > min(13_000, 500 * min(image.size)):      # 0.5 GB as a padded square
