@@ -540,11 +540,10 @@ class QuantizedLinear(nn.Module):
                          and torch.cuda.get_device_capability(device) >= (8, 0))
         # torch's 8-bit CPU kernel reads 16 columns at once, in other widths beyond the weight.
         fits = self.in_features % 16 == 0 if bits == 8 else kernel_width() is not None
-        cpu_kernel = device.type == "cpu" and fits
         self.kernel_tokens = 0               # with more tokens than this, blocks are faster
         if self.tinygemm:
             self.kernel_tokens = 128
-        elif cpu_kernel:
+        elif device.type == "cpu" and fits:
             self.kernel_tokens = 32 if bits == 4 else 16
         self.block_rows = self.out_features
         if device.type == "cpu":
@@ -610,12 +609,10 @@ class QuantizedLinear(nn.Module):
 
 def count_weights(module: nn.Module) -> tuple[int, int]:
     """How many weights a module has, and the bytes that they take with their scales."""
-    count, size = sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters())
-    for layer in module.modules():
-        if isinstance(layer, QuantizedLinear):
-            count += layer.out_features * layer.in_features
-            size += layer.q.nbytes + layer.scale.nbytes
-    return count, size
+    quantized = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    count = sum(p.numel() for p in module.parameters())
+    count += sum(layer.out_features * layer.in_features for layer in quantized)
+    return count, sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
 
 
 QUANTIZED = r"language_model\.(layers\..*_proj|lm_head)\.weight"
@@ -1412,12 +1409,12 @@ def read_grids(grids, file: Path) -> list[tuple[int, int]]:
 
 def check_types(raw: dict, file: Path) -> None:
     """Raise UserError for a key whose value has the wrong JSON type."""
-    for type_, keys in ((str, ("model_type", "mm_vision_tower")), (list, ("bases",)),
-                        (int, ("image_token_index", "image_token_id")),
-                        (dict, ("text_config", "vision_config", "llava.py")),
-                        (dict | None, ("rope_parameters", "rope_scaling"))):
-        if wrong := [key for key in keys if key in raw and not isinstance(raw[key], type_)]:
-            raise UserError(f"{file}: {wrong[0]} is {raw[wrong[0]]!r}, which is of the wrong type")
+    types = {"model_type": str, "mm_vision_tower": str, "bases": list, "image_token_index": int,
+             "image_token_id": int, "text_config": dict, "vision_config": dict, "llava.py": dict,
+             "rope_parameters": dict | None, "rope_scaling": dict | None}
+    for key, type_ in types.items():
+        if key in raw and not isinstance(raw[key], type_):
+            raise UserError(f"{file}: {key} is {raw[key]!r}, which is of the wrong type")
 
 
 def read_hf_config(raw: dict, file: Path) -> dict:
