@@ -1421,7 +1421,8 @@ def read_hf_config(raw: dict, file: Path) -> dict:
     require(raw, file, "vision_config", vision_feature_select_strategy=("default",),
             vision_feature_layer=(-2, -1),
             projector_hidden_act=("gelu", "linear") if "llava.py" in raw else ("gelu",))
-    text, kind = raw["text_config"], raw["model_type"]
+    kind = raw["model_type"]
+    text = require(raw["text_config"], f"{file}, text_config", model_type=("mistral", "llama"))
     return {"text": parse_config(text.get("model_type", "llama"), text, file, nested=True),
             "vision": parse_config("clip", raw["vision_config"], file, nested=True),
             "image_token_id": raw.get("image_token_index", raw.get("image_token_id", 32000)),
@@ -1448,8 +1449,7 @@ def read_liuhaotian_config(raw: dict, file: Path) -> dict:
 def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig | VisionConfig:
     """The dataclass of a config.json; only a nested config may leave out sizes, as in transformers."""
     check_types(raw, file)
-    if (default := HF_DEFAULTS.get(kind)) is None:
-        raise UserError(f"{file}: a language model of type {kind!r} is neither mistral nor llama")
+    default = HF_DEFAULTS[kind]
     # transformers 5 nests rope_theta and rope_type in rope_parameters, older files a type in rope_scaling.
     raw = raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     require(raw, file, rope_type=("default",), type=("default",),

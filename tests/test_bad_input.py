@@ -219,7 +219,7 @@ CHECKPOINTS = {                              # case -> (damage, part of the mess
     "no text_config": (edit_config(text_config=...), "model_type 'llava'"),
     "vision_config is a string": (edit_config(vision_config="clip"), "vision_config"),
     "no vision_config": (edit_config(vision_config=...), "vision_config"),
-    "other type of text_config": (edit_config("text_config", model_type="qwen2"), "type 'qwen2'"),
+    "other type of text_config": (edit_config("text_config", model_type="qwen2"), "model_type is 'qwen2'"),
     "type of text_config is a number": (edit_config("text_config", model_type=7), "model_type is 7"),
     "other activation": (edit_config("text_config", hidden_act="relu"), "hidden_act is 'relu'"),
     "other vision activation": (edit_config("vision_config", hidden_act="gelu"), "hidden_act is 'gelu'"),
@@ -290,6 +290,7 @@ CHECKPOINTS = {                              # case -> (damage, part of the mess
     "tokenizer without </s>": (remove_end_token, "</s>"),
     "tokenizer config is a list": (replace("tokenizer_config.json", "[]"), "tokenizer_config.json"),
     "truncated tokenizer config": (replace("tokenizer_config.json", "{"), "tokenizer_config.json"),
+    "CLIP as text_config": (edit_config("text_config", model_type="clip"), "model_type is 'clip'"),
 }
 
 
