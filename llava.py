@@ -795,7 +795,7 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
     """Greedy max-min selection (Gonzalez 1985): indices [k] of x [n, C] in the order of selection, each the
     point farthest from its nearest selected point, the lowest index of equals; start None is the point
     nearest the mean. One matrix-vector product per selection: |a - b|² = |a|² - 2ab + |b|². To reduce
-    cancellation that point becomes the origin; subtracting the mean would make equal distances differ."""
+    cancellation the origin is the point nearest the mean: the mean itself makes equal distances differ."""
     if not 0 < k <= len(x):
         raise UserError(f"{k} of {len(x)} points cannot be selected")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -1068,7 +1068,7 @@ def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0         # of the most probable ones that together have probability top_p
+    p[p.cumsum(-1) - p >= top_p] = 0         # keep the most probable tokens that together have top_p
     return order.gather(-1, torch.multinomial(p, 1))[:, 0]
 
 
