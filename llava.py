@@ -698,7 +698,8 @@ def check_token_budget(config: LlavaConfig) -> None:
     if keep is not None and not (isinstance(keep, int) and least <= keep <= side**2):
         raise UserError(f"--keep-tokens {keep} is not between {least} and the {side**2} patches of a tile")
     if name == "pool" and max(pooled_size(keep)) > side:
-        raise UserError(f"--prune pool: --keep-tokens {keep} is not a product of two numbers up to {side}")
+        raise UserError(f"--prune pool needs --keep-tokens that is a product of two numbers up to {side}, "
+                        f"such as {math.isqrt(keep)**2} instead of {keep}")
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
@@ -1282,13 +1283,14 @@ def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
         copy = StoredTensor(embedding.tensor.clone(), [])    # tied, but each may be trained
         stored.setdefault("language_model.lm_head.weight", copy)
     if found.get("projector") == "linear":   # the second layer that hf_tensors adds is the identity
-        check_identity(tensors.get("projector.2.weight"), folder)
+        check_identity(tensors.get("projector.2.weight"), tensors.get("projector.2.bias"), folder)
         stored = {key: t for key, t in stored.items() if not key.startswith("projector.2.")}
     return found, stored, name
 
 
-def check_identity(weight: Tensor | None, folder: Path) -> None:
-    if weight is not None and not torch.equal(weight, torch.eye(*weight.shape, dtype=weight.dtype)):
+def check_identity(weight: Tensor | None, bias: Tensor | None, folder: Path) -> None:
+    trained = weight is not None and not torch.equal(weight, torch.eye(*weight.shape, dtype=weight.dtype))
+    if trained or bias is not None and bias.any():
         raise UserError(f"{folder}: the second layer of its linear projector is not the identity")
 
 
@@ -1459,9 +1461,11 @@ def parse_config(kind: str, raw: dict, file: Path, nested: bool) -> TextConfig |
     if not nested:
         require(found, file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, value in found.items():
-        types = (int, float) if isinstance(getattr(default, name), float) else (int,)
+        types, what = (int,), "whole number"
+        if isinstance(getattr(default, name), float):
+            types, what = (int, float), "number"
         if value is not None and (type(value) not in types or not 0 < value < math.inf):
-            raise UserError(f"{file}: {name} is {value!r}; it must be a positive number, whole for sizes")
+            raise UserError(f"{file}: {name} is {value!r}; it must be a positive {what}")
     heads = found.get("num_attention_heads", default.num_attention_heads)
     if kind == "llama":
         found.setdefault("num_key_value_heads", heads)

@@ -217,13 +217,14 @@ def test_a_base_with_another_model_is_an_error(random_model, tmp_path):
         Llava.from_pretrained(tmp_path / "run", base=[str(tmp_path / "other")])
 
 
-def test_a_trained_second_layer_of_a_linear_projector_is_an_error(random_model, tmp_path):
+@pytest.mark.parametrize(("name", "at"), (("weight", (0, 1)), ("bias", (2,))))
+def test_a_trained_second_layer_of_a_linear_projector_is_an_error(random_model, tmp_path, name, at):
     """transformers may have trained the identity that save_pretrained adds."""
     Llava(replace(Llava.from_pretrained(random_model).config, projector="linear")).save_pretrained(tmp_path)
     tensors = llava.open_file(tmp_path / "model.safetensors")
     assert Llava.from_pretrained(tmp_path).config.projector == "linear"
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    tensors["multi_modal_projector.linear_2.weight"][0, 1] = 0.5
+    tensors[f"multi_modal_projector.linear_2.{name}"][at] = 0.5
     llava.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="the second layer of its linear projector is not the identity"):
         Llava.from_pretrained(tmp_path)
