@@ -101,11 +101,11 @@ def run_stage(args: Args) -> None:
     need = choose_micro_batch(sketch, samples, batches, args)             # sets the flags that were left open
     loads = [largest_load(samples, [batch], args.micro_batch_size) for batch in batches]
     batches.insert(0, batches.pop(loads.index(max(loads))))  # the largest first: it shows whether all fit
-    if args.plan:
-        return print_plan(sketch, need, samples, len(batches), args)
-    newest = checkpoints.to_resume()
+    newest = None if args.plan else checkpoints.to_resume()
     print_summary(args, samples, len(batches), newest, sketch)
     report_cut(args, samples, args.out / "cut.json")
+    if args.plan:
+        return print_plan(sketch, need, samples, args)
     report_cut(args, val, args.out / "val-cut.json")
     estimate = peak_memory(args.device) + estimate_memory(sketch, max(loads), args)["peak"]
     try:
@@ -785,12 +785,10 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak        # macOS counts bytes, Linux KiB
 
 
-def print_plan(model: Llava, need: dict, samples: Samples, steps: int, args: Args) -> None:
+def print_plan(model: Llava, need: dict, samples: Samples, args: Args) -> None:
     """Print the estimated memory, disk space, FLOPs and hours on the GPU --card. A backward pass costs
     as much as a forward pass, and for layers with trainable weights twice as much. The FLOPs of LoRA itself,
     at rank 128 7% of a 7B model's, are left out."""
-    print_summary(args, samples, steps, None, model)
-    report_cut(args, samples, args.out / "cut.json")
     config, (speed, memory), bf16 = model.config, CARDS[args.card], args.dtype == "bfloat16"
     passes = 2 + args.checkpoint_blocks / config.text.num_hidden_layers
     if args.stage == 2 and not args.lora_rank:
