@@ -60,7 +60,7 @@ RECIPE = {                                   # Miao et al. 2024: 558k captions, 
 }
 CARDS = {                                    # TFLOP/s of dense bf16 in the data sheet, memory in GiB
     "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "rtx4090": (165, 24),
-    "cpu": (0.1, None),                      # two cores
+    "cpu": (0.1, math.inf),                  # two cores
 }
 UTILIZATION = {"16 bits": 0.34, "quantized": 0.11}       # of a GPU's speed, measured on an H100
 MEMORY_FRACTION = 0.95                       # the share of a GPU's memory to use: the allocator needs some
@@ -753,9 +753,9 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list, args: Args
     """Set args.micro_batch_size and args.checkpoint_blocks where the flags left them open: the largest
     micro-batch that fits, with as few checkpointed layers as possible. Returns the memory needed."""
     available = math.inf
-    if args.card and CARDS[args.card][1]:
+    if args.card:
         available = CARDS[args.card][1] * 2**30
-    elif not args.card and args.device.startswith("cuda"):          # free now, on the GPU that has least
+    elif args.device.startswith("cuda"):          # free now, on the GPU that has least
         available = all_reduce(torch.cuda.mem_get_info(args.device)[0], dist.ReduceOp.MIN)
     share, layers = math.ceil(args.batch_size / PROCESSES), len(model.language_model.layers)
     sizes, checkpointed = [args.micro_batch_size or share], [args.checkpoint_blocks or 0]
@@ -806,7 +806,7 @@ def print_plan(model: Llava, need: dict, samples: Samples, args: Args) -> None:
     disk = 2 * (weights + PROCESSES * need["optimizer"])     # the newest checkpoint and the next one
     print(f"  disk         {disk / 2**30:10.2f} GiB while training, {weights / 2**30:.2f} GiB in the end\n"
           f"  host memory  {min(2 * SHARD_BYTES, disk) / 2**30:10.2f} GiB while saving, besides Python's")
-    if memory and need["peak"] > MEMORY_FRACTION * memory * 2**30:
+    if need["peak"] > MEMORY_FRACTION * memory * 2**30:
         print(f"  more than {MEMORY_FRACTION:.0%} of {memory} GiB: use --in-backward, --lora-rank 128, with "
               "it --quantize int4, or a smaller --batch-size")
     tokens = args.epochs * sum(samples.lengths[i] for i in samples.usable)
