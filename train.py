@@ -667,12 +667,13 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
     """Bytes on one device, by use; "peak" is the most that is needed at once. The model may be on device
     meta. In tests the estimate is within 3% of the bytes of all tensors of a 7B run."""
     text, size = model.config.text, 2 if args.dtype == "bfloat16" else 4
-    C, (attention, mlp), on_cpu = text.hidden_size, layer_bytes(text, args, size), is_for_cpu(args)
+    C, on_cpu = text.hidden_size, (args.card or args.device) in ("cpu", "mps")       # without a fused RMSNorm
+    attention, mlp = layer_bytes(text, args, size, on_cpu)
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     need = {"weights": weight_bytes(model, args, size),
             "optimizer": (6 if size == 2 else 8) * sum(trainable) / PROCESSES,
             "gradients": size * (max(trainable) if args.in_backward else sum(trainable)) / PROCESSES,
-            "activations": activation_bytes(model.config, load, args, size),
+            "activations": activation_bytes(model.config, load, args, size, attention, mlp),
             "logits": 12 * load.supervised * text.vocab_size}    # float32: log-softmax, two gradients
     # Gradients before this backward pass (of earlier micro-batches), and when it reaches checkpointed layers.
     earlier, so_far = 0.0, need["gradients"] * (1 - args.checkpoint_blocks / text.num_hidden_layers)
@@ -699,11 +700,6 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
     return need
 
 
-def is_for_cpu(args: Args) -> bool:
-    """Whether to estimate as for a CPU (or MPS), where RMSNorm is several operators, on CUDA one kernel."""
-    return args.card == "cpu" if args.card else not args.device.startswith("cuda")
-
-
 def weight_bytes(model: Llava, args: Args, size: int) -> float:
     """Bytes of all weights on one device. Of several processes each holds its shard, and in full what FSDP2
     gathers: two decoder layers at a time, and all that is outside of decoder layers."""
@@ -720,11 +716,11 @@ def weight_bytes(model: Llava, args: Args, size: int) -> float:
     return total if PROCESSES == 1 else total / PROCESSES + gathered
 
 
-def layer_bytes(text: TextConfig, args: Args, size: int) -> tuple[int, int]:
+def layer_bytes(text: TextConfig, args: Args, size: int, on_cpu: bool) -> tuple[int, int]:
     """What autograd keeps of a decoder layer, in bytes per token: of its attention, of its MLP."""
     C, inner = text.hidden_size, text.intermediate_size
     qkvy = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
-    norm = 4 if is_for_cpu(args) else size   # a norm's input, on a CPU in float32
+    norm = 4 if on_cpu else size             # a norm's input, on a CPU in float32
     attention, mlp = norm * C + size * qkvy, norm * C + size * 3 * inner
     if args.stage == 2:                      # inputs of the trainable layers; with LoRA also of its B
         rank = args.lora_rank or 0
@@ -735,10 +731,9 @@ def layer_bytes(text: TextConfig, args: Args, size: int) -> tuple[int, int]:
     return attention, mlp
 
 
-def activation_bytes(config: LlavaConfig, load: Load, args: Args, size: int) -> int:
+def activation_bytes(config: LlavaConfig, load: Load, args: Args, size: int, attention: int, mlp: int) -> int:
     """Bytes that autograd keeps of one micro-batch; of a checkpointed layer only its input."""
     text, vision = config.text, config.vision
-    attention, mlp = layer_bytes(text, args, size)
     other_layers = text.num_hidden_layers - args.checkpoint_blocks
     total = load.tokens * size * text.hidden_size * args.checkpoint_blocks
     if other_layers > 0:                     # the last MLP sees supervised positions only
@@ -755,7 +750,7 @@ def choose_micro_batch(model: Llava, samples: Samples, batches: list, args: Args
     available = math.inf
     if args.card:
         available = CARDS[args.card][1] * 2**30
-    elif args.device.startswith("cuda"):          # free now, on the GPU that has least
+    elif args.device.startswith("cuda"):     # free now, on the GPU that has least
         available = all_reduce(torch.cuda.mem_get_info(args.device)[0], dist.ReduceOp.MIN)
     share, layers = math.ceil(args.batch_size / PROCESSES), len(model.language_model.layers)
     sizes, checkpointed = [args.micro_batch_size or share], [args.checkpoint_blocks or 0]
