@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -711,7 +710,7 @@ def weight_bytes(model: Llava, args: Args, size: int) -> float:
             if args.quantize == "int4" and "lm_head" not in name:
                 bits = 5                     # 4 bits, a bf16 scale and a bf16 middle for 32 weights
         total += p.numel() * bits / 8
-        if re.match(r"language_model\.layers\.[01]\.|(?!language_model\.layers)", name):    # any two
+        if not name.startswith("language_model.layers.") or name.split(".")[2] in ("0", "1"):     # any two
             gathered += p.numel() * bits / 8
     return total if PROCESSES == 1 else total / PROCESSES + gathered
 
