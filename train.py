@@ -448,10 +448,9 @@ def build(args: Args, config: LlavaConfig, newest: Path | None) -> tuple[Llava, 
     """Model and optimizer as they were at the checkpoint `newest`, or at the start."""
     torch.manual_seed(args.seed)
     options = {name: value for name, value in vars(config).items() if name not in ("vision", "text")}
-    if args.quantize:
-        options["quantize"] = args.quantize
     model = Llava.from_pretrained(args.init, vision=args.vision, language=args.language, base=args.base,
-                                  dtype=getattr(torch, args.dtype), device=args.device, **options)
+                                  dtype=getattr(torch, args.dtype), device=args.device,
+                                  quantize=args.quantize or "none", **options)
     choose_trainable(model, args)
     if args.device == "cpu":
         for p in model.parameters():

@@ -1121,7 +1121,7 @@ def test_quantize_flag_reaches_the_model_and_the_memory_estimate(toy_folder, tmp
         args.micro_batch_size, args.checkpoint_blocks = 1, 0
         model, _ = train.build(args, config, None)
         need[bits] = train.estimate_memory(model, train.Load(10, 5, 1), args)["weights"]
-    assert quantized == ["int4", "int8", None]
+    assert quantized == ["int4", "int8", "none"]
     parameters = sum(m.frozen.weight.numel() for m in model.modules() if isinstance(m, train.LoRA))
     assert need["int8"] - need["int4"] == pytest.approx(parameters * 3 / 8, rel=0.15)
     assert need[None] > need["int8"] + 0.9 * parameters
