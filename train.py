@@ -374,11 +374,9 @@ class Samples(Dataset):
             ids, labels = self.processor.tokenize(self.records[i]["messages"])
         except UserError as error:
             raise UserError(f"record {self.records[i]['id']}: {error}") from None
-        config, length, image = self.processor.config, 0, 0
+        config, length, sizes = self.processor.config, 0, list(self.sizes[i])
         for position, token in enumerate(ids):
-            more = 1
-            if token == config.image_token_id:
-                more, image = count_image_tokens(config, self.sizes[i][image]), image + 1
+            more = count_image_tokens(config, sizes.pop(0)) if token == config.image_token_id else 1
             if length + more > self.max_length:
                 return ids[:position], labels[:position], length, False
             length += more
