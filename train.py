@@ -911,7 +911,8 @@ class Checkpoints:
                    for name, value in self.settings().items() if self.saved.get(name) != value]
         if changed:
             raise UserError(f"{self.out} cannot be continued with other settings: {'; '.join(changed)}")
-        self.publish(self.newest)            # a kill may have come before
+        if RANK == 0:                        # a kill may have come before
+            self.publish(self.newest)
         return self.newest
 
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
@@ -947,8 +948,6 @@ class Checkpoints:
 
     def publish(self, checkpoint: Path) -> None:
         """Link the model's files of the newest checkpoint into the run folder, and remove the older ones."""
-        if RANK > 0:
-            return
         for file in checkpoint.iterdir():
             if not file.name.startswith(("optimizer", "run.json")):
                 with atomic_write(self.out / file.name) as target:
