@@ -84,8 +84,7 @@ def run_stage(args: Args) -> None:
     samples = Samples(read_records(args.data, args.images), processor, args.max_length)
     if args.show is not None:
         return show(samples, args.show)
-    val = args.val and Samples(read_records(args.val, args.val_images or args.images), processor,
-                               args.max_length)
+    val = args.val and Samples(read_records(args.val, args.val_images), processor, args.max_length)
     for file, data in ((args.data, samples), (args.val, val)):
         if data and not data.usable:
             raise UserError(f"{file}: no record has an answer within --max-length {args.max_length}")
@@ -1076,7 +1075,7 @@ def parse(argv: list[str] | None = None) -> Args:
     bf16 = for_gpu or default_dtype(args.card or args.device, args.quantize or "none") == "bfloat16"
     defaults = recipe | {
         "clip": None if args.in_backward else 1.0, "lora_alpha": 2 * (args.lora_rank or 0),
-        "template": "plain" if args.stage == 1 else None, "val_every": 100,
+        "template": "plain" if args.stage == 1 else None, "val_every": 100, "val_images": args.images,
         "dtype": "bfloat16" if bf16 else "float32"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
