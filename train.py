@@ -155,8 +155,7 @@ def make_loader(samples: Samples, batches: list[list[int]], args: Args) -> DataL
                       worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
 
 
-def weigh_micro_batches(micro_batches: list[dict] | OSError, batch_size: int
-                        ) -> tuple[list[tuple[dict, float]], int]:
+def weigh_micro_batches(micro_batches: list[dict] | OSError, batch_size: int) -> tuple[list, int]:
     """([(micro-batch, weight of its mean loss), ...], the number of supervised tokens in the step).
     Each process sums its weighted losses, and gradients are averaged over the processes: the result is
     the mean over all supervised tokens of the step. All must make equally many passes, so a process with
@@ -204,12 +203,10 @@ def schedule(step: int, steps: int) -> float:
 
 
 def check_finite(what: str, value: float, samples: Samples, batches: list[list[int]], step: int) -> None:
-    if math.isfinite(value):
-        return
-    names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
-    raise UserError(f"step {step}: the {what} is {value}, so the run stops; what was saved is kept. Use "
-                    "a lower --lr or remove the record that causes it; the step contained the records "
-                    f"{names}")
+    if not math.isfinite(value):
+        names = ", ".join(str(samples.records[i]["id"]) for i in batches[step - 1])
+        raise UserError(f"step {step}: the {what} is {value}; what was saved is kept. Use a lower --lr or "
+                        f"remove the record that causes it; the step contained the records {names}")
 
 
 @contextmanager
@@ -266,7 +263,6 @@ class TrainingLog:
 
 
 def print_summary(args: Args, samples: Samples, steps: int, newest: Path | None, model: Llava) -> None:
-    """Print what is trained."""
     start = 1 + (step_number(newest) if newest else 0)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -586,7 +582,6 @@ class Adam:
         return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm or math.inf)).item()
 
     def step(self) -> None:
-        """Update all weights that have a gradient."""
         for name, p in self.parameters.items():
             if p.grad is not None:
                 self.update(name, p)
