@@ -43,10 +43,10 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from llava import (Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig, add_model_flags,
-                   atomic_write, check_outputs, command_line, config_overrides, count_image_tokens,
-                   count_tiles, load_model, number, open_checkpoints, open_image, read_json, require,
-                   write_json)
+from llava import (IGNORE, Llava, LlavaConfig, Processor, TextConfig, UserError, VisionConfig,
+                   add_model_flags, atomic_write, check_outputs, command_line, config_overrides,
+                   count_image_tokens, count_tiles, load_model, number, open_checkpoints, open_image,
+                   read_json, require, write_json)
 
 Args = argparse.Namespace
 LETTERS = "ABCDE"
@@ -344,10 +344,13 @@ def load_image(q: dict, blank: bool) -> Image.Image:
 def collate(inputs: list[dict], ending=()) -> dict:
     """Outputs of the processor as one right-padded batch; the token ids `ending` are appended to each row."""
     rows = [torch.cat((i["input_ids"][0], torch.tensor(ending, dtype=torch.int64))) for i in inputs]
-    return {"input_ids": pad_sequence(rows, batch_first=True),
-            "images": [image for i in inputs for image in i["images"]],
-            "image_sizes": [size for i in inputs for size in i["image_sizes"]],
-            "attention_mask": pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True)}
+    batch = {"input_ids": pad_sequence(rows, batch_first=True),
+             "images": [image for i in inputs for image in i["images"]],
+             "image_sizes": [size for i in inputs for size in i["image_sizes"]],
+             "attention_mask": pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True)}
+    if "labels" in inputs[0]:
+        batch["labels"] = pad_sequence([i["labels"][0] for i in inputs], True, IGNORE)
+    return batch
 
 
 @torch.inference_mode()

@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from eval import (append, are_correct, chat, collate, fingerprint, judge_url, read_answers, read_scienceqa,
@@ -240,8 +239,7 @@ def measure_batch(model: Llava, processor: Processor, problems: list[dict], what
         if white:
             images = [Image.new("RGB", image.size, "white") for image in images]
         inputs.append(processor(messages if what == "loss" else messages[:1], images, labels=True))
-    labels = pad_sequence([i["labels"][0] for i in inputs], batch_first=True, padding_value=IGNORE)
-    x, lengths, labels = model.splice(**collate(inputs), labels=labels)
+    x, lengths, labels = model.splice(**collate(inputs))
     if what == "loss":
         return answer_losses(model, x, labels)[:, None]
     hidden = model.language_model(x)                                      # [B, T', C]

@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -417,12 +416,7 @@ def make_micro_batches(size: int, samples: list[dict | OSError]) -> list[dict] |
     if errors := [sample for sample in samples if isinstance(sample, OSError)]:
         return errors[0]
     samples = sorted(samples, key=lambda s: -s["input_ids"].shape[1])
-    micro_batches = []
-    for i in range(0, len(samples), size):
-        rows = samples[i:i + size]
-        labels = pad_sequence([s["labels"][0] for s in rows], batch_first=True, padding_value=IGNORE)
-        micro_batches.append(collate(rows) | {"labels": labels})
-    return micro_batches
+    return [collate(samples[i:i + size]) for i in range(0, len(samples), size)]
 
 
 # ---------------------------------------------------------------------------------------------
