@@ -275,7 +275,7 @@ def report_cut(args: Args, samples: Samples | None, file: Path) -> None:
     """Print how many records are cut or left out; unless it is a --plan, write to `file` which."""
     if samples is None or not samples.cut:
         return
-    lost = sorted(set(range(len(samples))) - set(samples.usable))
+    lost = [i for i, count in enumerate(samples.supervised) if not count]
     print(f"{len(samples.cut)} records are longer than --max-length {args.max_length} and are cut; "
           f"{len(lost)} of them lose their whole answer and are left out{'' if args.plan else f': {file}'}")
     if RANK == 0 and not args.plan:
@@ -487,8 +487,7 @@ class LoRA(nn.Module):
 
 
 def wrap_layers(model: Llava, args: Args) -> None:
-    """Compile each layer, checkpoint the first ones of the language model, shard the model by FSDP2: in
-    place, as the flags and torchrun ask; and give all trainable parameters a gradient in each step."""
+    """Compile each layer, checkpoint the first ones of the language model, shard all by FSDP2, in place."""
     model.language_model.register_forward_pre_hook(partial(connect_parameters, model))
     if args.compile:
         for layer in [*model.vision_tower.layers, *model.language_model.layers]:
