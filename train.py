@@ -291,7 +291,7 @@ def read_records(file: Path, folder: Path) -> list[dict]:
     image are raised here, before any model is loaded."""
     records = []
     for i, raw in enumerate(progress(read_json_list(file), desc=f"reading {file.name}")):
-        record = try_record(raw, i, folder)
+        record = try_record(read_record, raw, i, folder)
         if isinstance(record, ValueError):
             raise UserError(f"{file}, {record}; --check-data lists all errors")
         records.append(record)
@@ -305,13 +305,13 @@ def read_json_list(file: Path) -> list:
     return raw
 
 
-def try_record(raw, i: int, folder: Path) -> dict | ValueError:
-    """The record, or as a returned error what is wrong with it."""
+def try_record(read, raw, i: int, folder: Path) -> dict | ValueError:
+    """The record by `read`, read_record or check_record, or as a returned error what is wrong with it."""
     try:
-        return read_record(raw, folder) | {"id": raw.get("id", i)}
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        return read(raw, folder) | {"id": raw.get("id", i)}
+    except (ValueError, OSError, AttributeError, KeyError, TypeError, IndexError) as error:
         name = raw.get("id", i) if isinstance(raw, dict) else i
-        reason = error if isinstance(error, ValueError) else f"not a LLaVA record ({error!r})"
+        reason = error if isinstance(error, ValueError | OSError) else f"not a LLaVA record ({error!r})"
         return ValueError(f"record {name}: {reason}")
 
 
@@ -799,12 +799,13 @@ def check_data(args: Args, processor: Processor) -> None:
     """Read every record and decode every image once; write all errors to RUN/check.json."""
     raw = read_json_list(args.data)
     with ThreadPool(args.workers or os.cpu_count()) as pool:              # Pillow decodes in parallel
-        found = pool.imap(lambda i: check_record(raw[i], i, args.images), range(len(raw)), chunksize=16)
+        found = pool.imap(lambda i: try_record(check_record, raw[i], i, args.images),
+                          range(len(raw)), chunksize=16)
         found = list(progress(found, total=len(raw), desc="checking"))
-    records = [record for record, _ in found if isinstance(record, dict)]
+    records = [record for record in found if isinstance(record, dict)]
     copies = Counter(str((record["messages"], record["images"])) for record in records)
-    lists = {"wrong": [str(record) for record, _ in found if isinstance(record, ValueError)],
-             "odd": [line for _, odd in found for line in odd],
+    lists = {"wrong": [str(error) for error in found if isinstance(error, ValueError)],
+             "odd": [line for record in records for line in record["odd"]],
              "duplicates": [text for text, times in copies.items() if times > 1]}
     write_json(args.out / "check.json", lists)
     lengths = Samples(records, processor, sys.maxsize).lengths
@@ -817,22 +818,17 @@ def check_data(args: Args, processor: Processor) -> None:
         raise UserError(f"{args.data} has records with errors, the first is: {lists['wrong'][0]}")
 
 
-def check_record(raw, i: int, folder: Path) -> tuple[dict | ValueError, list[str]]:
-    """(the record or its error, what is unusual about its images but accepted)."""
-    record, odd = try_record(raw, i, folder), []
-    if isinstance(record, ValueError):
-        return record, odd
+def check_record(raw: dict, folder: Path) -> dict:
+    """Like read_record, and decodes the images; "odd": what is unusual about them but accepted."""
+    record, odd = read_record(raw, folder), []
     for file in record["images"]:
-        try:
-            open_image(file)
-            with Image.open(file) as image:
-                if image.mode not in ("RGB", "L"):
-                    odd.append(f"{file} is in mode {image.mode}")
-                if is_animated(image):
-                    odd.append(f"{file} is animated: its first frame is used")
-        except OSError as error:
-            return ValueError(f"record {record['id']}: {error}"), []
-    return record, odd
+        open_image(file)
+        with Image.open(file) as image:
+            if image.mode not in ("RGB", "L"):
+                odd.append(f"{file} is in mode {image.mode}")
+            if is_animated(image):
+                odd.append(f"{file} is animated: its first frame is used")
+    return record | {"odd": odd}
 
 
 def is_animated(image: Image.Image) -> bool:

@@ -697,7 +697,8 @@ def test_cut_validation_records_are_listed_and_a_plan_lists_nothing(toy_folder, 
 
 
 def test_record_without_an_id_has_its_index(toy_folder):
-    record = train.try_record({"conversations": [turn("human", "What?"), GOOD[1]]}, 7, toy_folder)
+    raw = {"conversations": [turn("human", "What?"), GOOD[1]]}
+    record = train.try_record(train.read_record, raw, 7, toy_folder)
     assert record["id"] == 7
 
 
