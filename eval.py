@@ -195,16 +195,20 @@ def print_table(tables: dict[str, dict]) -> None:
               f"{table['missing']} missing, {table['elsewhere']} to other questions")
 
 
-def interval(correct_a: list[bool], correct_b: list[bool] | None = None) -> tuple[float, float, float]:
-    """Percent correct, or with correct_b the points by which a leads on the same questions, and the bounds of
-    its 95% bootstrap interval (10,000 resamples: how often each outcome occurs in one is multinomial)."""
-    outcomes = np.asarray(correct_a, int)
-    if correct_b is not None:
-        outcomes = outcomes - np.asarray(correct_b, int)
-    (values, counts), n = np.unique(outcomes, return_counts=True), len(outcomes)
-    means = np.random.default_rng(0).multinomial(n, counts / n, 10000) @ values * 100 / n
+def interval(values) -> tuple[float, float, float]:
+    """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent: each of 10,000 draws
+    takes S trainings and N questions with replacement and averages over both. For a paired difference,
+    values[s, n] is the difference between two trainings with seed s on question n. What the trainings add to
+    the width is too small by the factor sqrt((S - 1) / S): for S = 1 they add nothing."""
+    values, draws = np.asarray(values, int), 10000
+    S, N = values.shape
+    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: fewer to draw from
+    rng = np.random.default_rng(0)
+    trainings = rng.multinomial(S, np.full(S, 1 / S), draws)              # [draws, S]
+    questions = rng.multinomial(N, counts / N, draws)                     # [draws, U]
+    means = ((trainings @ columns) * questions).sum(1) * 100 / (S * N)
     low, high = np.percentile(means, (2.5, 97.5))
-    return 100 * float(outcomes.mean()), float(low), float(high)
+    return 100 * float(values.mean()), float(low), float(high)
 
 
 def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
@@ -218,7 +222,8 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
     lead = []
     for belongs in COLUMNS.values():
         group = [p for p in problems if belongs(p)]
-        lead.append(interval(are_correct(group, a), are_correct(group, b)) if group else (None, None, None))
+        first, second = (np.array(are_correct(group, texts), int) for texts in (a, b))
+        lead.append(interval([first - second]) if group else (None, None, None))
     print("\nPoints by which the first file leads, and its 95% interval over 10,000 resampled tests:")
     print_columns(COLUMNS, dict(zip(("lead", "from", "to"), zip(*lead))), "+.2f")
     return tables
@@ -1289,9 +1294,9 @@ def run_scienceqa(args: Args) -> dict:
         texts = read_answers(args.predictions)
     else:
         texts = {by_id(entry): entry["text"] for entry in answer_all(args, problems)}
-    table, correct = score(problems, texts), are_correct(problems, texts)
+    table, average = score(problems, texts), interval([are_correct(problems, texts)])
     print_table({args.split: table})
-    print("Avg {:.2f}, and in 95% of 10,000 resampled tests from {:.2f} to {:.2f}".format(*interval(correct)))
+    print("Avg {:.2f}, and in 95% of 10,000 resampled tests from {:.2f} to {:.2f}".format(*average))
     if args.wording == "letter":
         print(f"LLaVA-1.5's published figure is that of the questions with an image: {table['IMG']}")
     return table

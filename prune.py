@@ -37,8 +37,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval import (append, are_correct, chat, collate, fingerprint, judge_url, read_answers, read_scienceqa,
-                  target_text, to_record, write_lines)
+from eval import (append, are_correct, chat, collate, fingerprint, interval, judge_url, read_answers,
+                  read_scienceqa, target_text, to_record, write_lines)
 from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_write, check_outputs,
                    command_line, farthest_points, is_writable_image, load_model, number, open_image,
                    read_json, require, write_json)
@@ -574,7 +574,7 @@ def correct(problems: list[dict], file: Path) -> np.ndarray:
 
 
 def accuracy_cell(scores: np.ndarray) -> Cell:
-    x, low, high = two_level_interval(scores)
+    x, low, high = interval(scores)
     return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", (0, x / 100), (low / 100, high / 100))
 
 
@@ -584,26 +584,9 @@ def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | 
     seeds = [seed for seed in mine if seed in (other or {})]
     if not seeds or mine is other:
         return Cell("-")
-    x, low, high = two_level_interval(np.stack([mine[seed] - other[seed] for seed in seeds]))
+    x, low, high = interval(np.stack([mine[seed] - other[seed] for seed in seeds]))
     end, left, right = np.clip(0.5 + np.array([x, low, high]) / 100, 0, 1)
     return Cell(f"{x:+.1f} ({low:+.1f} to {high:+.1f})", (min(0.5, end), max(0.5, end)), (left, right))
-
-
-def two_level_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent.
-
-    Each draw takes S trainings and N questions with replacement and averages over both. For a paired
-    difference, values[s, n] is the difference between two trainings with seed s on question n. What the
-    trainings add to the width is too small by the factor sqrt((S - 1) / S): for S = 1 they add nothing.
-    """
-    (S, N), draws = values.shape, 10000
-    columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: fewer to draw from
-    rng = np.random.default_rng(0)
-    trainings = rng.multinomial(S, np.full(S, 1 / S), draws)              # [draws, S]
-    questions = rng.multinomial(N, counts / N, draws)                     # [draws, U]
-    means = ((trainings @ columns) * questions).sum(1) * 100 / (S * N)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return 100 * float(values.mean()), float(low), float(high)
 
 
 # ---------------------------------------------------------------------------------------------

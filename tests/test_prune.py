@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import prune
-from eval import question, read_scienceqa, to_record
+from eval import interval, question, read_scienceqa, to_record
 from llava import Llava, Processor, causal_attention, command_line, open_image, rope
-from prune import choose_guided, choose_stratified, farthest_points, percentiles, two_level_interval
+from prune import choose_guided, choose_stratified, farthest_points, percentiles
 from tests.toy import write_random
 
 torch.set_num_threads(1)
@@ -578,7 +578,7 @@ def test_study_trains_all_variants_and_tabulates_differences(monkeypatch, scienc
     assert Image.open(out / "study.png").height == 24 * (1 + len(rows))
     assert rows["mistral: all"][:3] == ["2", "100.0 (100.0 to 100.0)", "100.0 (100.0 to 100.0)"]
     assert rows["llama: guided"][2:4] == ["50.0 (0.0 to 100.0)"] * 2
-    value, low, high = two_level_interval(np.array([[1, 0, 1, 1], [0, 0, 1, 1]]))
+    value, low, high = interval(np.array([[1, 0, 1, 1], [0, 0, 1, 1]]))
     assert rows["mistral: all"][4:] == [f"{value:+.1f} ({low:+.1f} to {high:+.1f})", "-"]
     assert rows["llama: all"][5] == "+0.0 (+0.0 to +0.0)" and rows["llama: random"][4] == "-"
 
@@ -646,7 +646,7 @@ def test_interval_equals_bootstrap_of_trainings_and_questions():
     rng = np.random.default_rng(0)
     values = (rng.random((5, 80)) < rng.random((5, 1)) * rng.random(80)).astype(int)
     values[:, 40:] -= (rng.random((5, 40)) < 0.3).astype(int)             # paired differences: -1, 0, 1
-    mean, *bounds = two_level_interval(values)
+    mean, *bounds = interval(values)
     assert mean == pytest.approx(100 * values.mean())
     assert np.allclose(bounds, interval_by_loops(values, 10000), atol=1)
 
@@ -654,5 +654,5 @@ def test_interval_equals_bootstrap_of_trainings_and_questions():
 def test_interval_is_wider_if_trainings_differ():
     same = np.tile(np.arange(100) % 2, (4, 1))
     differing = np.repeat([[0], [0], [1], [1]], 100, axis=1)
-    assert two_level_interval(same)[1:] == pytest.approx((40, 60), abs=1)  # 50 +- 1.96 sqrt(0.25 / 100)
-    assert two_level_interval(differing)[1:] == (0, 100)
+    assert interval(same)[1:] == pytest.approx((40, 60), abs=1)           # 50 +- 1.96 sqrt(0.25 / 100)
+    assert interval(differing)[1:] == (0, 100)
