@@ -233,15 +233,14 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
 # 2. Files of JSON lines: questions, answers, labels, reviews
 
 
-def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> list[dict]:
-    """The JSON object of each line of a file, or of its `content`. UserError names a line that is no object,
-    that lacks a key of `needed`, whose text, prompt, image or category is not a string, or whose key(object)
-    was in an earlier line."""
+def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> dict:
+    """{key(object): JSON object} of the lines of a file, or of its `content`; without `key` by line number.
+    UserError names a line that is not such an object, or whose key is in an earlier line."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
         raise OSError(f"{file} cannot be read: {error.strerror}") from None
-    entries, seen = [], set()
+    entries = {}
     for n, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -254,17 +253,16 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> li
         except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{file}, line {n}: not a JSON object with {', '.join(needed)}, and text, "
                             "prompt, image and category as strings") from None
-        if key:
-            if key(entry) in seen:
-                raise UserError(f"{file}, line {n}: question {by_id(entry)} was answered before")
-            seen.add(key(entry))
-        entries.append(entry)
+        unique = key(entry) if key else n
+        if unique in entries:
+            raise UserError(f"{file}, line {n}: question {by_id(entry)} was answered before")
+        entries[unique] = entry
     return entries
 
 
-def continue_lines(file: Path, *needed: str, key) -> list[dict]:
-    """The objects of a file to which more will be appended; none if it is missing. A last line that an
-    interrupt cut short is removed from the file; UserError if it is not the beginning of one of ours."""
+def continue_lines(file: Path, *needed: str, key) -> dict:
+    """{key(object): object} of a file to which more will be appended; {} if it is missing. A last line that
+    an interrupt cut short is removed from the file; UserError if it is not the beginning of one of ours."""
     content = file.read_bytes() if file.exists() else b""
     lines, newline, last = content.rpartition(b"\n")
     complete, start = lines + newline, b'{"question_id"'     # how each line of answers and reviews starts
@@ -292,7 +290,8 @@ def by_prompt(entry: dict) -> tuple[str, str | None]:
 
 def read_answers(file) -> dict[str, str]:
     """question_id -> text of a file of answers, in which no question may occur twice."""
-    return {by_id(entry): entry["text"] for entry in read_lines(file, "question_id", "text", key=by_id)}
+    entries = read_lines(file, "question_id", "text", key=by_id)
+    return {i: entry["text"] for i, entry in entries.items()}
 
 
 def append(file: Path, entry: dict) -> None:
@@ -385,22 +384,22 @@ def fingerprint(model: Llava, processor: Processor) -> str:
     return hashlib.sha256(text.encode() + numbers.tobytes()).hexdigest()[:8]
 
 
-def resume(file: Path, questions: list[dict], settings: dict) -> list[dict]:
-    """The answers in `file`. UserError if one was made with another prompt or other settings."""
-    entries = continue_lines(file, "question_id", "text", key=by_prompt)
+def resume(file: Path, questions: list[dict], settings: dict) -> dict[tuple, dict]:
+    """{by_prompt: answer} of `file`. UserError if one was made with another prompt or other settings."""
+    answers = continue_lines(file, "question_id", "text", key=by_prompt)
     ids, keys = set(map(by_id, questions)), set(map(by_prompt, questions))
-    for entry in entries:
+    for key, entry in answers.items():
         made_with = entry.get("metadata")
-        if not isinstance(made_with, dict):
-            raise UserError(f"{file}: the answer to question {by_id(entry)} was made with unknown settings: "
+        if isinstance(made_with, dict):
+            mistakes = [f"another {name}" for name in settings if made_with.get(name) != settings[name]]
+        else:
+            mistakes = ["unknown settings"]
+        if by_id(entry) in ids and key not in keys:
+            mistakes.append("another prompt")
+        if mistakes:
+            raise UserError(f"{file}: the answer to question {by_id(entry)} was made with {mistakes[0]}: "
                             "name another --out")
-        different = [name for name in settings if made_with.get(name) != settings[name]]
-        if by_id(entry) in ids and by_prompt(entry) not in keys:
-            different.append("prompt")
-        if different:
-            raise UserError(f"{file}: the answer to question {by_id(entry)} was made with another "
-                            f"{different[0]}: name another --out")
-    return entries
+    return answers
 
 
 def answer_all(args: Args, questions: list[dict]) -> list[dict]:
@@ -418,8 +417,7 @@ def answer_all(args: Args, questions: list[dict]) -> list[dict]:
     settings = {name: getattr(args, name) for name in flags}
     settings |= {name: getattr(model.config, name) for name in ("image_mode", "prune", "keep_tokens")}
     settings |= {"task": args.task or "scienceqa", "model": fingerprint(model, processor)}
-    stored = resume(args.out, questions, settings) if args.out else []
-    answers = {by_prompt(entry): entry for entry in stored}
+    answers = resume(args.out, questions, settings) if args.out else {}
     left = [p for p in questions if by_prompt(p) not in answers]
     for p, text in generate_answers(model, processor, left, args.batch_size, args.max_new_tokens, args.blank,
                                     args.answer == "options"):
@@ -501,7 +499,7 @@ def expect_format(file, what: str):
 def read_questions(files: list) -> list[dict]:
     """The questions of LLaVA's question files, one JSON object a line. Their "text" becomes "prompt", because
     "text" will be the answer; of other keys only "category" is used."""
-    questions = [q for file in files for q in read_lines(file, "question_id", "image", "text")]
+    questions = [q for file in files for q in read_lines(file, "question_id", "image", "text").values()]
     return [{"question_id": q["question_id"], "image": q["image"], "prompt": q["text"],
              "category": q.get("category")} for q in questions]
 
@@ -585,7 +583,7 @@ def read_pope(args: Args, questions: list[dict]) -> dict:
     for q in questions:
         sets[q.get("category")].append(q)
     for file in args.annotations:
-        labels = read_lines(file, "image", "text", "label")
+        labels = read_lines(file, "image", "text", "label").values()
         asked = sets[Path(file).stem.removeprefix("coco_pope_")]
         texts = [(q["image"], q["prompt"].split("\n")[0]) for q in asked]
         if texts != [(label["image"], label["text"]) for label in labels]:
@@ -790,12 +788,11 @@ BOXES = ": captions, one a line, then objects, each as category: [left, top, rig
 
 def read_llavabench(args: Args, questions: list[dict]) -> dict:
     """Question id -> the description of its image, its reference answer, and the name of its category."""
-    contexts = {c["image"]: c for c in read_lines(args.annotations[0], "image")}
+    contexts = {c["image"]: c for c in read_lines(args.annotations[0], "image").values()}
     references = read_lines(args.annotations[1], "question_id", "text", key=by_id)
-    references, truth = {by_id(r): r for r in references}, {}
+    files, truth = " ".join(map(str, args.annotations)), {}
     for q in questions:
         category, detail = str(q.get("category")), ""
-        files = " ".join(map(str, args.annotations))
         with expect_format(files, f"context and reference of question {by_id(q)}"):
             context = contexts[q["image"]]
             if "caption" in context:         # in the wild: one text or a list of texts
@@ -830,7 +827,7 @@ def parse_verdict(content: str) -> list[float]:
 def judge_answers(args: Args, questions: list[dict]) -> None:
     """Append a review of each answer to args.reviews[0], unless it is there."""
     file, url, left = args.reviews[0], judge_url(args), []
-    stored = {by_id(review): review for review in continue_lines(file, "question_id", key=by_id)}
+    stored = continue_lines(file, "question_id", key=by_id)
     refuse_foreign(file, stored, questions)  # before a request is sent
     for q in questions:
         if q["text"] is None:
@@ -858,10 +855,10 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
         ratings, reviews = defaultdict(list), read_lines(file, "question_id", key=by_id)
         if not reviews:
             raise UserError(f"{file} has no review")
-        for review in reviews:
+        for question_id, review in reviews.items():
             rating = review.get("tuple", review.get("score"))
             if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
-                raise UserError(f"{file}: the review of question {by_id(review)} has no two ratings")
+                raise UserError(f"{file}: the review of question {question_id} has no two ratings")
             ratings["all"].append(rating)
             if "category" in review:
                 ratings[str(review["category"]).removeprefix("llava_bench_")].append(rating)
@@ -872,9 +869,9 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
         for name, pairs in ratings.items():
             reference, model = (round(mean, 3) for mean in np.asarray(pairs, float).mean(0).tolist())
             ratios[name].append(round(model / reference * 100, 1) if reference else 0.0)
-        reviewed.append(set(map(by_id, reviews)))
+        reviewed.append(set(reviews))
         if questions:
-            refuse_foreign(file, reviewed[-1], questions)
+            refuse_foreign(file, reviews, questions)
     asked = set(map(by_id, questions)) or set.union(*reviewed)
     figures = {name: sum(found) / len(found) for name, found in sorted(ratios.items())}
     missing = len(asked - set.intersection(*reviewed))
@@ -1029,7 +1026,7 @@ def run_task(args: Args) -> dict:
         entries = answer_all(args, asked)[:len(asked)]       # without those to other question files
     elif args.predictions:
         key = by_id if args.task == "llavabench" else None   # its judge refuses several answers to a question
-        entries = read_lines(args.predictions, "question_id", "text", key=key)
+        entries = read_lines(args.predictions, "question_id", "text", key=key).values()
     add_answers(benchmark, questions, entries, args.predictions or args.out)
     questions = questions[:args.limit]       # only now, because the files may also answer later questions
     if args.judge_model:
@@ -1215,7 +1212,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--model", metavar="ID", help="folder, run or hub id of the LLaVA to ask")
     who.add_argument("--predictions", metavar="FILE", help="answers to score, as --out writes them")
-    who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ScienceQA: answers to compare")
+    who.add_argument("--compare", nargs=2, default=[], metavar=("A", "B"),
+                     help="ScienceQA: answers to compare")
     add("--out", type=Path, metavar="FILE", help="append the answers, one JSON line each; continues the file")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--blank", action="store_true", help="replace every image by a white one of its size (control)")
@@ -1227,22 +1225,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add("--wording", default="qcm", choices=("qcm", "letter"), help="ScienceQA: its prompt (%(default)s)")
     add("--answer", default="generate", choices=("generate", "options"),
         help="ScienceQA: generated text, or the most probable option (default: %(default)s)")
-    add("--questions", nargs="+", metavar="FILE", help="question files, listed in tests/RESULTS.md")
-    add("--annotations", nargs="+", metavar="FILE", help="files or folder with the correct answers")
+    add("--questions", nargs="+", default=[], metavar="FILE", help="question files, see tests/RESULTS.md")
+    add("--annotations", nargs="+", default=[], metavar="FILE", help="files or folder of correct answers")
     add("--images", type=Path, metavar="DIR", help="folder of the images")
     add("--upload", type=Path, metavar="FILE", help="write the file for the server of VQAv2 or MMBench")
-    add("--reviews", nargs="+", type=Path, metavar="FILE",
+    add("--reviews", nargs="+", type=Path, default=[], metavar="FILE",
         help="LLaVA-Bench: reviews to score; with --judge-model one file that is continued")
     add("--judge-model", metavar="NAME", help="LLaVA-Bench: the model that rates the answers")
     add("--judge", metavar="URL", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if mistake := find_misuse(args, parser):
-        parser.error(mistake)
-    inputs = [args.predictions]
-    for files in (args.compare, args.questions, args.annotations, args.reviews):
-        inputs += files or []
-    check_outputs(parser, (args.out, args.json, args.upload), inputs)
+    check_args(parser, args)
     if args.max_new_tokens is None:
         args.max_new_tokens = BENCHMARKS[args.task].max_new_tokens if args.task else 1024
     return args
@@ -1254,33 +1247,34 @@ ONLY_FOR = {                                 # flags that only some tasks have
     **dict.fromkeys(("reviews", "judge", "judge_model"), ("llavabench",)), "upload": ("vqav2", "mmbench")}
 
 
-def find_misuse(args: Args, parser: argparse.ArgumentParser) -> str | None:
-    """The first mistake in the combination of flags, or None."""
+def check_args(parser: argparse.ArgumentParser, args: Args) -> None:
+    """Exit with code 2 for the first mistake in the combination of flags."""
     task = args.task or ("scienceqa" if args.scienceqa else "cost")
     for name, tasks in ONLY_FOR.items():
         if getattr(args, name) != parser.get_default(name) and task not in tasks:
-            return f"--{name.replace('_', '-')} is for {', '.join(tasks)}"
-    annotations, reviews = len(args.annotations or ()), len(args.reviews or ())
+            parser.error(f"--{name.replace('_', '-')} is for {', '.join(tasks)}")
     answers = args.model or args.predictions
-    only_reviews = reviews and not (args.judge_model or answers)
+    only_reviews = args.reviews and not (args.judge_model or answers)
     if task == "scienceqa" and not (answers or args.compare):
-        return "--scienceqa needs --model, --predictions or --compare"
+        parser.error("--scienceqa needs --model, --predictions or --compare")
     if args.task and not only_reviews and not (args.questions and answers):
-        return "--task needs --questions, and --model or --predictions"
-    if args.task and task != "mmbench" and args.model and not args.images:
-        return "--model needs --images"
-    if args.task and args.model and not (args.out or args.upload or annotations or task == "mmbench"):
-        return "--model needs --out, or its answers are lost"
+        parser.error("--task needs --questions, and --model or --predictions")
+    if args.task and task != "mmbench":      # whose questions contain the images and the correct answers
+        if args.model and not args.images:
+            parser.error("--model needs --images")
+        if args.model and not (args.out or args.upload or args.annotations):
+            parser.error("--model needs --out, or its answers are lost")
+        if args.predictions and task != "llavabench" and not (args.annotations or args.upload):
+            parser.error(f"{task} needs --annotations to score answers")
     if task == "llavabench":
-        if args.judge_model and reviews != 1:
-            return "--judge-model needs one --reviews FILE"
-        if annotations != 2 and (annotations or args.judge_model):
-            return "llavabench needs --annotations CONTEXT REFERENCE"
-        if args.predictions and not reviews:
-            return "llavabench needs --reviews to score answers"
-    elif args.task and task != "mmbench" and args.predictions and not (annotations or args.upload):
-        return f"{task} needs --annotations to score answers"
-    return None
+        if args.judge_model and len(args.reviews) != 1:
+            parser.error("--judge-model needs one --reviews FILE")
+        if len(args.annotations) != 2 and (args.annotations or args.judge_model):
+            parser.error("llavabench needs --annotations CONTEXT REFERENCE")
+        if args.predictions and not args.reviews:
+            parser.error("llavabench needs --reviews to score answers")
+    inputs = [args.predictions, *args.compare, *args.questions, *args.annotations, *args.reviews]
+    check_outputs(parser, (args.out, args.json, args.upload), inputs)
 
 
 def run_scienceqa(args: Args) -> dict:
