@@ -71,8 +71,7 @@ COLUMNS = {                                  # ScienceQA's official table; TXT a
 
 def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None = None,
                    wording: str = "qcm") -> list[dict]:
-    """The problems of a split in published order, as questions of section 3. `pictures` selects those with an
-    image ("only"), without one ("none") or all."""
+    """The problems of a split in published order, as questions of section 3."""
     problems_file, splits_file = Path(folder, "problems.json"), Path(folder, "pid_splits.json")
     problems, splits = (require(read_json(file), file) for file in (problems_file, splits_file))
     if not isinstance(splits.get(split), list):
@@ -630,10 +629,9 @@ def read_mme(args: Args, questions: list[dict]) -> dict:
     for task in {mme_key(q)[0] for q in questions}:
         template = folder / f"{task}.txt"
         files = [template] if template.exists() else (folder / task).glob("**/*.txt")
-        lines = [(file, line) for file in files for line in file.read_text("utf-8", "replace").split("\n")]
+        lines = [(file, line) for file in files
+                 for line in file.read_text("utf-8", "replace").split("\n") if line.strip()]
         for file, line in lines:
-            if not line.strip():
-                continue
             cells = line.split("\t")
             image = cells.pop(0) if file == template else file.name      # 0001.txt is about image 0001
             if len(cells) < 2 or cells[1].strip().lower() not in ("yes", "no"):
@@ -784,6 +782,7 @@ Assistant 1 and Assistant 2: are they helpful, relevant, correct and detailed? G
 Assistant 1 first, with a space between them. Explain them in the lines after it. The order of the answers
 must not influence you."""
 BOXES = ": captions, one a line, then objects, each as category: [left, top, right, bottom] in fractions of 1"
+SECONDS = 60                                 # that an attempt to reach the judge may take
 
 
 def read_llavabench(args: Args, questions: list[dict]) -> dict:
@@ -853,8 +852,6 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
     ratios, reviewed = defaultdict(list), []
     for file in args.reviews:
         ratings, reviews = defaultdict(list), read_lines(file, "question_id", key=by_id)
-        if not reviews:
-            raise UserError(f"{file} has no review")
         for question_id, review in reviews.items():
             rating = review.get("tuple", review.get("score"))
             if not isinstance(rating, list) or [type(x) in (int, float) for x in rating] != [True, True]:
@@ -864,7 +861,7 @@ def score_reviews(args: Args, questions: list[dict]) -> dict:
                 ratings[str(review["category"]).removeprefix("llava_bench_")].append(rating)
         unreadable = ratings["all"].count([-1, -1])
         if unreadable == len(reviews):
-            raise UserError(f"{file}: no review has two ratings in its first line: is the model a judge?")
+            raise UserError(f"{file} has no review with two ratings in its first line: is the model a judge?")
         print(f"{file}: {len(reviews)} reviews; {unreadable} without two ratings count as -1 -1")
         for name, pairs in ratings.items():
             reference, model = (round(mean, 3) for mean in np.asarray(pairs, float).mean(0).tolist())
@@ -904,15 +901,11 @@ def api_key() -> str:
     return key
 
 
-SECONDS = 60                                 # that an attempt may take
-
-
 def chat(url: str, model: str, messages: list[dict], temperature: float = 0.2, max_tokens: int = 1024,
          stop: threading.Event | None = None) -> tuple[str, str | None]:
     """The reply of the OpenAI-compatible endpoint {url}/chat/completions to [{"role", "content"}, ...], and
-    why it ends: "stop", or "length" if max_tokens cut it off. At most 5 attempts, with waits of 1, 2, 4 and
-    8 s, or as Retry-After asks for; none after `stop` is set. UserError for a refused request and for a
-    reply of another form, OSError where the endpoint is not reached or fails."""
+    why it ends: "stop", or "length" if max_tokens cut it off. `stop` ends the attempts. UserError for
+    a refused request or a reply of another form, OSError where the endpoint is not reached or fails."""
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
                       {"Content-Type": "application/json"})
@@ -972,9 +965,7 @@ def read_reply(request: Request) -> tuple[str, str | None]:
     """The text and the finish_reason of a chat completion."""
     with urlopen(request, timeout=SECONDS) as response:
         choice = json.loads(response.read())["choices"][0]
-    text = choice["message"]["content"]
-    if text is None:                         # the model refuses to answer
-        text = ""
+    text = choice["message"]["content"] or ""        # null: the model refuses to answer
     return "" + text, choice.get("finish_reason")        # TypeError if it is not a string
 
 

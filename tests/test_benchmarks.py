@@ -635,7 +635,7 @@ def test_invalid_flags_exit_with_code_2(monkeypatch, flags):
 
 def test_reviews_without_any_ratings_are_refused(monkeypatch, tmp_path):
     write_lines(tmp_path / "r", [review(i, [-1, -1]) for i in range(3)])
-    with pytest.raises(UserError, match="no review has two ratings .* is the model a judge"):
+    with pytest.raises(UserError, match="has no review with two ratings .* is the model a judge"):
         run_eval(monkeypatch, "--task", "llavabench", "--reviews", tmp_path / "r")
 
 
