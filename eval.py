@@ -495,27 +495,23 @@ def expect_format(file, what: str):
         raise UserError(f"{file} is not {what} ({type(error).__name__}: {error})") from None
 
 
-def read_questions(files: list) -> list[dict]:
-    """The questions of LLaVA's question files, one JSON object a line. Their "text" becomes "prompt", because
-    "text" will be the answer; of other keys only "category" is used."""
-    questions = [q for file in files for q in read_lines(file, "question_id", "image", "text").values()]
+def read_questions(file) -> list[dict]:
+    """The questions of one of LLaVA's question files, one JSON object a line. Their "text" becomes "prompt",
+    because "text" will be the answer; of other keys only "category" is used."""
+    questions = read_lines(file, "question_id", "image", "text").values()
     return [{"question_id": q["question_id"], "image": q["image"], "prompt": q["text"],
              "category": q.get("category")} for q in questions]
 
 
-def read_vqav2(files: list) -> list[dict]:
-    """LLaVA's question files, or the official ones (.json), which are one JSON object."""
-    questions = []
-    for file in files:
-        if Path(file).suffix != ".json":
-            questions += read_questions([file])
-            continue
-        with expect_format(file, "a question file of VQAv2"):
-            raw = read_json(file)
-            split = raw["data_subtype"].replace("test-dev", "test")
-            questions += [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
-                           "prompt": q["question"] + SHORT_SUFFIX} for q in raw["questions"]]
-    return questions
+def read_vqav2(file) -> list[dict]:
+    """The questions of one of LLaVA's files, or of an official one (.json), which is one JSON object."""
+    if Path(file).suffix != ".json":
+        return read_questions(file)
+    with expect_format(file, "a question file of VQAv2"):
+        raw = read_json(file)
+        split = raw["data_subtype"].replace("test-dev", "test")
+        return [{"question_id": q["question_id"], "image": f"COCO_{split}_{q['image_id']:012}.jpg",
+                 "prompt": q["question"] + SHORT_SUFFIX} for q in raw["questions"]]
 
 
 def read_humans(args: Args, questions: list[dict]) -> dict:
@@ -668,17 +664,11 @@ EMPTY_CELLS = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-n
                "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")     # for pandas
 
 
-def read_mmbench(files: list) -> list[dict]:
+def read_mmbench(file) -> list[dict]:
     """The rows of the tsv; the rotations of one question's options have the same index modulo 1,000,000."""
     csv.field_size_limit(2**31 - 1)
-    questions = []
-    for file in files:
-        with expect_format(file, "a tsv of MMBench"), open(file, newline="", encoding="utf-8") as lines:
-            questions += map(mmbench_question, csv.DictReader(lines, delimiter="\t"))
-    without = [q["question_id"] for q in questions if "truth" not in q]
-    if 0 < len(without) < len(questions):
-        raise UserError(f"{' '.join(map(str, files))}: row {without[0]} has no answer, but others have one")
-    return questions
+    with expect_format(file, "a tsv of MMBench"), open(file, newline="", encoding="utf-8") as lines:
+        return [mmbench_question(row) for row in csv.DictReader(lines, delimiter="\t")]
 
 
 def mmbench_question(row: dict[str, str]) -> dict:
@@ -805,11 +795,11 @@ def read_llavabench(args: Args, questions: list[dict]) -> dict:
     return truth
 
 
-def judge_messages(q: dict, text: str) -> list[dict]:
-    """The request to the judge in the official form; the texts of the rules are ours."""
+def judge_messages(q: dict) -> list[dict]:
+    """The request to the judge about an answer, in the official form."""
     content = (f"[Context]\n{q['truth']['context']}\n\n[Question]\n{q['prompt']}\n\n"
                f"[Assistant 1]\n{q['truth']['reference']['text']}\n\n[End of Assistant 1]\n\n"
-               f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n"
+               f"[Assistant 2]\n{q['text']}\n\n[End of Assistant 2]\n\n"
                f"[System]\n{RULE.format(q['truth']['detail'])}\n\n")
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": content}]
 
@@ -831,7 +821,7 @@ def judge_answers(args: Args, questions: list[dict]) -> None:
     for q in questions:
         if q["text"] is None:
             continue
-        texts = {"answer": q["text"], "request": json.dumps(judge_messages(q, q["text"]))}
+        texts = {"answer": q["text"], "request": json.dumps(judge_messages(q))}
         digests = {name: hashlib.sha256(text.encode()).hexdigest()[:8] for name, text in texts.items()}
         q["settings"] = {"judge_model": args.judge_model} | digests
         if by_id(q) not in stored:
@@ -840,7 +830,7 @@ def judge_answers(args: Args, questions: list[dict]) -> None:
             raise UserError(f"{file} has a review of question {by_id(q)} by another judge or of another "
                             "answer or reference: name another --reviews")
     for n, q in enumerate(tqdm(left, desc="judging", unit="answer"), len(stored) + 1):
-        content, _ = chat(url, args.judge_model, judge_messages(q, q["text"]))
+        content, _ = chat(url, args.judge_model, judge_messages(q))
         append(file, {"question_id": q["question_id"], "id": n, "category": q["truth"]["category"],
                       "answer1_id": q["truth"]["reference"].get("answer_id"),
                       "answer2_id": q["settings"]["answer"], "content": content,
@@ -984,7 +974,7 @@ def retry_after(header: str | None, default: float) -> float:
 @dataclass
 class Benchmark:
     """The functions and constants of one benchmark."""
-    read: Callable[[list], list[dict]]       # the questions in the files of --questions
+    read: Callable[[str], list[dict]]        # the questions in a file of --questions
     read_truth: Callable[[Args, list[dict]], dict] | None    # key -> what scoring needs of --annotations
     score: Callable[[list[dict]], dict] | None           # the figures
     key: Callable[[dict], object] = by_id    # the same for a question and its answers
@@ -1035,9 +1025,12 @@ def run_task(args: Args) -> dict:
 
 def read_task(args: Args, benchmark: Benchmark) -> list[dict]:
     """The questions with all that asking and scoring need: message, image file, truth."""
-    questions = benchmark.read(args.questions)
+    questions = [q for file in args.questions for q in benchmark.read(file)]
     if not questions or len(set(map(benchmark.key, questions))) < len(questions):
         raise UserError(f"{' '.join(args.questions)}: no question, or one question twice")
+    without = [by_id(q) for q in questions if "truth" not in q]
+    if 0 < len(without) < len(questions):
+        raise UserError(f"{' '.join(args.questions)}: row {without[0]} has no answer, but others have one")
     truth = benchmark.read_truth(args, questions) if args.annotations and benchmark.read_truth else None
     for q in questions:
         q.setdefault("message", f"<image>\n{q['prompt']}")

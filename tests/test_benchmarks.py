@@ -387,7 +387,7 @@ def correct_answers(folder, task: str) -> list[dict]:
     """Correct answers to a toy benchmark, in the order of its questions."""
     args = eval.parse_args([*map(str, task_flags(folder, task)), "--predictions", "x"])
     benchmark = eval.BENCHMARKS[task]
-    questions = benchmark.read(args.questions)
+    questions = [q for file in args.questions for q in benchmark.read(file)]
     truth = benchmark.read_truth(args, questions) if benchmark.read_truth else {}
     return [{"question_id": q["question_id"], "prompt": q["prompt"],
              "text": truth[benchmark.key(q)] if truth else q["truth"]} for q in questions]
@@ -463,7 +463,7 @@ def test_mmbench_counts_a_question_only_if_all_rotations_are_correct(monkeypatch
 def test_mmbench_upload_keeps_all_characters_and_empty_cells(monkeypatch, tmp_path):
     (tmp_path / "t.tsv").write_text("index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n"
                                     '3\t"a ""b"" <c> & d\n e"\tNA\t one\ttwo\tNone\tthree\tB\tAAAA\n')
-    (q,) = eval.read_mmbench([tmp_path / "t.tsv"])
+    (q,) = eval.read_mmbench(tmp_path / "t.tsv")
     assert q["prompt"] == 'a "b" <c> & d\n e\nA.  one\nB. two' and q["question_id"] == 3
     eval.write_mmbench_upload(tmp_path / "u.xlsx", [q | {"text": "x\x01\ry"}])
     openpyxl = pytest.importorskip("openpyxl")
@@ -523,7 +523,7 @@ def test_coco_contexts_list_captions_and_boxes(tmp_path):
     write_lines(tmp_path / "r", [{"question_id": 1, "text": "A dog."}])
     q = {"question_id": 1, "prompt": "What?", "image": "x.jpg", "category": "conv"}
     truth = eval.read_llavabench(eval.Args(annotations=[tmp_path / "c", tmp_path / "r"]), [q])["1"]
-    content = eval.judge_messages(q | {"truth": truth}, "Cat.")[1]["content"]
+    content = eval.judge_messages(q | {"truth": truth, "text": "Cat."})[1]["content"]
     assert content.startswith("[Context]\nA dog.\nOne dog.\n\ndog: [0.1, 0.2, 0.3, 0.4]\n\n[Question]\n")
     assert "fractions" in content and truth["category"] == "conv"
 
@@ -684,7 +684,7 @@ def test_review_of_another_question_is_refused_before_a_request(monkeypatch, toy
 def test_other_keys_of_a_question_file_are_not_used(tmp_path):
     write_lines(tmp_path / "q", [{"question_id": 7, "image": "a.png", "text": "Is it?", "truth": "yes",
                                   "prompt": "Else?", "file": "b.png", "message": 5}])
-    assert eval.read_questions([tmp_path / "q"]) == [
+    assert eval.read_questions(tmp_path / "q") == [
         {"question_id": 7, "image": "a.png", "prompt": "Is it?", "category": None}]
 
 
@@ -692,11 +692,11 @@ def test_other_keys_of_a_question_file_are_not_used(tmp_path):
     ("2\tWhich?\tone\ttwo\tA\tx\tmore", "row 2 has another number of cells"),
     ("2\tWhich?\tone\ttwo", "row 2 has another number of cells"),
     ("2\tWhich?\tone\ttwo\t\tx", "row 2 has no answer, but others have one")])
-def test_unequal_rows_of_mmbench_are_refused(tmp_path, changed, message):
+def test_unequal_rows_of_mmbench_are_refused(monkeypatch, tmp_path, changed, message):
     head = "index\tquestion\tA\tB\tanswer\timage\n1\tWhich?\tone\ttwo\tA\tx\n"
     (tmp_path / "m.tsv").write_text(head + changed + "\n")
     with pytest.raises(UserError, match=message):
-        eval.read_mmbench([tmp_path / "m.tsv"])
+        run_eval(monkeypatch, "--task", "mmbench", "--questions", tmp_path / "m.tsv", "--predictions", "p")
 
 
 def test_answer_with_half_a_surrogate_pair_is_refused(tmp_path):
