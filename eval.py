@@ -69,8 +69,7 @@ COLUMNS = {                                  # ScienceQA's official table; TXT a
 # 1. ScienceQA: prompts, records, scores
 
 
-def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None = None,
-                   wording: str = "qcm") -> list[dict]:
+def read_scienceqa(folder, split: str, pictures: str = "any", wording: str = "qcm") -> list[dict]:
     """The problems of a split in published order, as questions of section 3."""
     problems_file, splits_file = Path(folder, "problems.json"), Path(folder, "pid_splits.json")
     problems, splits = (require(read_json(file), file) for file in (problems_file, splits_file))
@@ -89,7 +88,7 @@ def read_scienceqa(folder, split: str, pictures: str = "any", limit: int | None 
         prompt = question(p, wording)
         file = Path(folder, "images", p["split"], i, p["image"]) if p["image"] else None
         selected.append(p | {"id": i, "question_id": i, "prompt": prompt, "message": prompt, "file": file})
-    return selected[:limit]
+    return selected
 
 
 def check_problem(i: str, problem, where: str) -> None:
@@ -1196,8 +1195,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--model", metavar="ID", help="folder, run or hub id of the LLaVA to ask")
     who.add_argument("--predictions", metavar="FILE", help="answers to score, as --out writes them")
-    who.add_argument("--compare", nargs=2, default=[], metavar=("A", "B"),
-                     help="ScienceQA: answers to compare")
+    who.add_argument("--compare", nargs=2, default=[], metavar=("A", "B"), help="ScienceQA: compare answers")
     add("--out", type=Path, metavar="FILE", help="append the answers, one JSON line each; continues the file")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--blank", action="store_true", help="replace every image by a white one of its size (control)")
@@ -1263,7 +1261,7 @@ def check_args(parser: argparse.ArgumentParser, args: Args) -> None:
 
 def run_scienceqa(args: Args) -> dict:
     """Print and return ScienceQA's table."""
-    problems = read_scienceqa(args.scienceqa, args.split, args.pictures, args.limit, args.wording)
+    problems = read_scienceqa(args.scienceqa, args.split, args.pictures, args.wording)[:args.limit]
     if not problems:
         raise UserError(f"{args.scienceqa}: no question of split {args.split!r} is left to ask")
     if args.compare:
