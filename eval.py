@@ -573,12 +573,11 @@ def score_textvqa(questions: list[dict]) -> dict:
 
 def read_pope(args: Args, questions: list[dict]) -> dict:
     """Question id -> label. The n-th question of a set belongs to the n-th line of that set's label file."""
-    sets, truth = defaultdict(list), {}
-    for q in questions:
-        sets[q.get("category")].append(q)
+    truth = {}
     for file in args.annotations:
         labels = read_lines(file, "image", "text", "label").values()
-        asked = sets[Path(file).stem.removeprefix("coco_pope_")]
+        name = Path(file).stem.removeprefix("coco_pope_")
+        asked = [q for q in questions if q["category"] == name]
         texts = [(q["image"], q["prompt"].split("\n")[0]) for q in asked]
         if texts != [(label["image"], label["text"]) for label in labels]:
             raise UserError(f"{file} labels other questions: take the files of POPE's commit e3e39262")
