@@ -283,7 +283,7 @@ def by_id(entry: dict) -> str:
 
 def by_prompt(entry: dict) -> tuple[str, str | None]:
     """The key of a stored answer; in MME and TextVQA several questions share an id."""
-    return str(entry["question_id"]), entry.get("prompt")
+    return by_id(entry), entry.get("prompt")
 
 
 def read_answers(file) -> dict[str, str]:
