@@ -290,11 +290,9 @@ def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
 
 def comparison(sets: dict[str, list[dict]]) -> dict[str, list[Cell]]:
     """How many question texts repeat, and how many questions the sets have in common."""
-    rows = {"repeated questions": [], "most repeated": []}
-    for problems in sets.values():
-        texts = Counter(p["question"] for p in problems)
-        rows["repeated questions"].append(count_cell(len(problems) - len(texts), len(problems)))
-        rows["most repeated"].append(count_cell(max(texts.values()), len(problems)))
+    counts = [Counter(p["question"] for p in problems) for problems in sets.values()]
+    rows = {"repeated questions": [count_cell(c.total() - len(c), c.total()) for c in counts],
+            "most repeated": [count_cell(max(c.values()), c.total()) for c in counts]}
     ids = {name: {p["id"] for p in problems} for name, problems in sets.items()}
     for name, these in ids.items():
         rows[f"also in {name}"] = [count_cell(len(these & others), len(others)) for others in ids.values()]
