@@ -37,11 +37,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval import (append, are_correct, chat, collate, fingerprint, interval, judge_url, read_answers,
-                  read_scienceqa, target_text, to_record, write_lines)
+from eval import (append, are_correct, chat, collate, fingerprint, interval, judge_url, load_image,
+                  read_answers, read_scienceqa, target_text, to_record, write_lines)
 from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_write, check_outputs,
-                   command_line, farthest_points, is_writable_image, load_model, number, open_image,
-                   read_json, require, write_json)
+                   command_line, farthest_points, is_writable_image, load_model, number, read_json, require,
+                   write_json)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,12 +233,11 @@ def measure_batch(model: Llava, processor: Processor, problems: list[dict], what
         return with_white - measure_batch(model, processor, problems, "loss")
     inputs = []
     for p in problems:
-        messages = [{"role": "user", "content": p["prompt"]},
-                    {"role": "assistant", "content": target_text(p)}]
-        images = [open_image(p["file"])] if p["image"] else []
-        if white:
-            images = [Image.new("RGB", image.size, "white") for image in images]
-        inputs.append(processor(messages if what == "loss" else messages[:1], images, labels=True))
+        messages = [{"role": "user", "content": p["prompt"]}]
+        if what == "loss":
+            messages.append({"role": "assistant", "content": target_text(p)})
+        images = [load_image(p, white)] if p["image"] else []
+        inputs.append(processor(messages, images, labels=True))
     x, lengths, labels = model.splice(**collate(inputs))
     if what == "loss":
         return answer_losses(model, x, labels)[:, None]
