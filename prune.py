@@ -37,8 +37,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval import (append, are_correct, chat, collate, fingerprint, interval, judge_url, load_image,
-                  read_answers, read_scienceqa, target_text, to_record, write_lines)
+from eval import (append, are_correct, chat, collate, expect_format, fingerprint, interval, judge_url,
+                  load_image, read_answers, read_scienceqa, target_text, to_record, write_lines)
 from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_write, check_outputs,
                    command_line, farthest_points, is_writable_image, load_model, number, read_json, require,
                    write_json)
@@ -360,12 +360,10 @@ def read_problems(args) -> list[dict]:
                 raise UserError(f"{file} lists ids alone: name the --scienceqa that they belong to")
             if records.setdefault(key, record)["conversations"] != record["conversations"]:
                 raise UserError(f"{file} has another question {key} than the files before it")
-    try:
+    with expect_format("a file of --report", "LLaVA's list of records"):
         return [{"id": key, "has image": "yes" if "image" in record else "no",
                  "question": record["conversations"][0]["value"].split("\nContext: ")[0]}
                 for key, record in records.items()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--report: the conversations are not LLaVA's ({error!r})") from None
 
 
 def choose(args) -> None:
@@ -673,7 +671,7 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
     """{image id: (file name, captions)} in the file's order, of a COCO captions file or of a list of
     {"image", "caption"}, where the id is the file name without its suffix."""
     content = read_json(file)
-    try:
+    with expect_format(file, "a COCO captions file or a list of {image, caption}"):
         if isinstance(content, list):
             images = {str(Path(e["image"]).with_suffix("")): (e["image"], []) for e in content}
             captions = [(str(Path(e["image"]).with_suffix("")), e["caption"]) for e in content]
@@ -685,28 +683,23 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
         for image_id, text in captions:
             if text := " ".join(text.split()):
                 images[image_id][1].append(text)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{file} is neither a COCO captions file nor a list of {{image, caption}}: "
-                        f"{error!r}") from None
     return images
 
 
 def read_boxes(file: Path) -> dict[str, list[str]]:
     """{image id: lines "category: [left, top, right, bottom]", as fractions with three decimals} of a COCO
-    instances file, whose bbox is [left, top, width, height] in pixels."""
+    instances file, whose bbox is [left, top, width, height] in pixels, off by up to one."""
     content = read_json(file)
-    try:
+    with expect_format(file, "a COCO instances file"):
         sizes = {e["id"]: (e["width"], e["height"]) for e in content["images"]}
         names, boxes = {e["id"]: e["name"] for e in content["categories"]}, {str(i): [] for i in sizes}
         for e in content["annotations"]:
             (x, y, w, h), (width, height) = e["bbox"], sizes[e["image_id"]]
-            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:      # boxes are rounded
+            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1 or 0 in (width, height):
                 raise ValueError(f"box {e['bbox']} is not inside image {e['image_id']}, {width} x {height}")
             corners = (x / width, y / height, (x + w) / width, (y + h) / height)
             corners = [round(min(1.0, max(0.0, c)), 3) for c in corners]
             boxes[str(e["image_id"])].append(f"{names[e['category_id']]}: {corners}")
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{file} is not a COCO instances file: {error!r}") from None
     return boxes
 
 

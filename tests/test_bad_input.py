@@ -588,15 +588,15 @@ def test_bad_image_text_is_refused(content, inputs, tmp_path, assert_refused):
 
 CAPTIONS = {                                 # case -> (content of the file, part of the message)
     "missing": (None, "is missing"), "truncated": ("[", "not valid JSON"),
-    "number": ("7", "neither a COCO captions file"), "null": ("null", "neither"),
-    "list of numbers": ("[3]", "neither"), "no caption": ('[{"image": "a.png"}]', "neither"),
-    "no name": ('[{"image": "", "caption": "x"}]', "neither"),
-    "name is a number": ('[{"image": 5, "caption": "x"}]', "neither"),
-    "caption is a list": ('[{"image": "a.png", "caption": []}]', "neither"),
-    "COCO without images": ('{"annotations": []}', "neither"),
+    "number": ("7", "not a COCO captions file"), "null": ("null", "not a COCO"),
+    "list of numbers": ("[3]", "not a COCO"), "no caption": ('[{"image": "a.png"}]', "not a COCO"),
+    "no name": ('[{"image": "", "caption": "x"}]', "not a COCO"),
+    "name is a number": ('[{"image": 5, "caption": "x"}]', "not a COCO"),
+    "caption is a list": ('[{"image": "a.png", "caption": []}]', "not a COCO"),
+    "COCO without images": ('{"annotations": []}', "not a COCO"),
     "COCO with an unknown image": (
-        '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "neither"),
-    "COCO images are numbers": ('{"images": [1], "annotations": []}', "neither"),
+        '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "not a COCO"),
+    "COCO images are numbers": ('{"images": [1], "annotations": []}', "not a COCO"),
     "names differ only in the suffix": (
         '[{"image": "a.png", "caption": "x"}, {"image": "a.jpg", "caption": "y"}]',
         "differ in their suffix only")}

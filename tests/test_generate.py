@@ -415,8 +415,8 @@ def test_images_without_captions_or_boxes_are_rejected(monkeypatch, coco, teache
     ("instances", {"annotations": [{"image_id": 4, "category_id": 0, "bbox": [50, 3, 20, 9]}]}, "image 4"),
     ("instances", {"annotations": [{"image_id": 99, "category_id": 0, "bbox": [5, 3, 2, 9]}]}, "instances"),
     ("instances", {"categories": []}, "not a COCO instances file"),
-    ("captions", {"annotations": [{"image_id": 99, "caption": "x"}]}, "neither a COCO captions file"),
-    ("captions", {"images": None}, "neither a COCO captions file")))
+    ("captions", {"annotations": [{"image_id": 99, "caption": "x"}]}, "not a COCO captions file"),
+    ("captions", {"images": None}, "not a COCO captions file")))
 def test_bad_coco_files_exit_with_one_sentence(monkeypatch, coco, tmp_path, name, change, complaint):
     folder = shutil.copytree(coco, tmp_path / "coco")
     file = folder / f"{name}_train2014.json"
