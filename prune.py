@@ -105,13 +105,13 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
              for field in ("subject", "topic", "skill", "question")}
     chosen_of = {field: np.zeros(len(problems)) for field in group}       # how many of its group
     topic_size = np.bincount(group["topic"])[group["topic"]]
-    free, kept = np.ones(len(problems), bool), {}
+    kept = {}
     for _ in range(k):
         text_allowed = has_image[list(kept)].sum() + k - len(kept) - 1 >= IMAGE_SHARE * k
         first_of = {"subject": chosen_of["subject"] == 0, "topic": chosen_of["topic"] == 0,
                     "skill": (chosen_of["skill"] == 0) & (has_image | text_allowed)}
         level = np.select([*first_of.values()], [3, 2, 1])    # 0 for the others
-        candidates = np.flatnonzero(free)
+        candidates = np.delete(np.arange(len(problems)), list(kept))
         for key in (level, has_image, np.sqrt(topic_size) / (1 + chosen_of["topic"]), need,
                     -chosen_of["question"], difficulty):
             candidates = candidates[key[candidates] == key[candidates].max()]
@@ -122,7 +122,6 @@ def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
         image = ("it has no image", "it has an image", "its text refers to the image")[need[i]]
         values = ", ".join(f"{name} {values[i]:.4g}" for name, values in signs.items())
         kept[i] = f"{places[0]}; {image}; mean percentile of difficulty {100 * difficulty[i]:.0f}: {values}"
-        free[i] = False
         for field in group:
             chosen_of[field][group[field] == group[field][i]] += 1
     return kept
