@@ -463,8 +463,7 @@ def study(args) -> None:
 
 def check_settings(args) -> None:
     """Write the settings of a study to study.json; UserError if it was begun with others."""
-    names = ("scienceqa", "keep", "pretrain", "vision", "model", "tokenizer", "image_mode", "dtype", "stage1",
-             "stage2", "eval")
+    names = "scienceqa keep pretrain vision model tokenizer image_mode dtype stage1 stage2 eval".split()
     settings, file = {name: str(getattr(args, name)) for name in names}, args.study / "study.json"
     begun = read_json(file) if file.exists() else settings
     if changed := [name for name in names if begun.get(name) != settings[name]]:
@@ -547,10 +546,8 @@ def summarize(args, llms: list[str], variants: list[str]) -> None:
             scores = np.stack(list(run.values()))                         # [S, N]
             rows[f"{llm}: {variant}"] = [
                 Cell(str(len(run))), accuracy_cell(scores), accuracy_cell(scores[:, with_image]),
-                accuracy_cell(np.stack(white)), difference_cell(run, runs.get((llm, "random"))),
-                difference_cell(run, runs.get((llms[0], variant)))]
-    if not rows:
-        raise UserError(f"{args.study} has no finished training")
+                accuracy_cell(np.stack(white)), difference_cell(run, runs.get((llm, "random"), {})),
+                difference_cell(run, runs.get((llms[0], variant), {}))]
     print_cells(columns, rows)
     draw_cells(columns, rows, args.study / "study.png")
     lines = [["", *columns], ["-"] * (1 + len(columns))]
@@ -572,10 +569,9 @@ def accuracy_cell(scores: np.ndarray) -> Cell:
     return Cell(f"{x:.1f} ({low:.1f} to {high:.1f})", (0, x / 100), (low / 100, high / 100))
 
 
-def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray] | None) -> Cell:
-    """Points by which `mine` is ahead, on the seeds that both have. In the middle of the cell is 0, at its
-    edges 50."""
-    seeds = [seed for seed in mine if seed in (other or {})]
+def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> Cell:
+    """Points by which `mine` leads on the seeds that both have; the cell's middle is 0, its edges are 50."""
+    seeds = [seed for seed in mine if seed in other]
     if not seeds or mine is other:
         return Cell("-")
     x, low, high = interval(np.stack([mine[seed] - other[seed] for seed in seeds]))
