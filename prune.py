@@ -80,22 +80,18 @@ def choose_maxmin(problems: list[dict], k: int, args) -> dict[int, str]:
 
 
 def choose_gain(problems: list[dict], k: int, args) -> dict[int, str]:
-    """The k questions whose image helps a trained LLaVA most: the loss of the answer with a white
-    image minus the loss with the image, in nats a token. Questions without an image have gain 0."""
+    """The k questions whose image lowers a LLaVA's loss of the answer most, see "gain" in measure_batch."""
     gains = measure(problems, args, "gain")[:, 0]
     order = gains.argsort(descending=True, stable=True)[:k].tolist()
     return {i: f"the image lowers the loss of the answer by {gains[i]:.4g}" for i in order}
 
 
 def choose_guided(problems: list[dict], k: int, args) -> dict[int, str]:
-    """The three guidelines of Miao et al. 2024 (prefer questions that need the image, cover every subject,
-    prefer difficult questions) as rules. The authors chose by hand.
-
-    One question at a time, by the first of these criteria that decides: the first of a subject; of a topic;
-    of a skill, without an image only if IMAGE_SHARE can still be reached; any with an image; the topic with
-    the highest sqrt(size) / (1 + chosen so far); a text that refers to the image; the question text chosen
-    least often so far; the difficulty, a mean percentile of several signs.
-    """
+    """The guidelines of Miao et al. 2024, who chose by hand, as rules: prefer questions that need the image,
+    cover every subject, prefer difficult questions. One question at a time, by the first of these criteria
+    that decides: the first of a subject; of a topic; of a skill, without an image only if IMAGE_SHARE can
+    still be reached; any with an image; the topic with the highest sqrt(size) / (1 + chosen so far); a text
+    that refers to the image; the question text chosen least often so far; difficulty, a mean percentile."""
     signs = difficulty_signs(problems, args)
     difficulty = sum(percentiles(values) for values in signs.values()) / len(signs)       # [N]
     has_image = np.array([bool(p["image"]) for p in problems])
@@ -159,11 +155,9 @@ METHODS = {"all": choose_all, "random": choose_random, "stratified": choose_stra
 
 
 def measure(problems: list[dict], args, what: str) -> Tensor:
-    """The measurement `what` (see measure_batch) of every problem, [N, C] or [N, 1].
-
-    Rows are NaN until they are measured, and each batch is written to the cache as soon as it is measured:
-    an interrupted run resumes, and a finished one is only read, which does not need --model.
-    """
+    """The measurement `what` (see measure_batch) of every problem, [N, C] or [N, 1]. Each batch is written to
+    the cache as soon as it is measured, and rows are NaN before: an interrupted run resumes, and a finished
+    one is only read, which does not need --model."""
     folder = args.cache or args.out.with_suffix(".cache")
     file, notes = folder / f"{what}.npy", folder / f"{what}.json"
     texts = repr([(p["prompt"], target_text(p)) for p in problems])
@@ -225,8 +219,8 @@ def cut_layers(model: Llava, layer: int) -> None:
 def measure_batch(model: Llava, processor: Processor, problems: list[dict], what: str,
                   white: bool = False) -> Tensor:
     """"last": the hidden state of each prompt's last token [B, C]; "mean": the mean over its tokens
-    [B, C]; "loss": the mean loss of the answer's tokens [B, 1]; "gain": that loss with the image
-    replaced by white, minus the loss with the image [B, 1]."""
+    [B, C]; "loss": the mean loss of the answer's tokens in nats [B, 1]; "gain": that loss with the image
+    replaced by white, minus the loss with the image [B, 1], 0 without an image."""
     if what == "gain":
         with_white = measure_batch(model, processor, problems, "loss", white=True)
         return with_white - measure_batch(model, processor, problems, "loss")
@@ -273,12 +267,11 @@ def count_cell(n: int, total: int) -> Cell:
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
-    """For each field how many questions of each set have each value (not for the hundreds of categories and
-    skills), and how many of the first set's values each set covers."""
+    """How many questions of each set have each value of a field, and how many of the first set's values."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]
-        if field not in ("category", "skill"):
+        if field not in ("category", "skill"):                # which have hundreds of values
             for value, _ in sum(counts, Counter()).most_common():
                 rows[f"{field}: {value}"] = [count_cell(c[value], c.total()) for c in counts]
         if field != "has image":             # a choice may leave out images, or texts, on purpose
@@ -403,8 +396,7 @@ def print_report(args) -> None:
 
 
 def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) -> dict[str, list[Cell]]:
-    """Rows from --cache: the smallest distance between the hidden states of each choice, and how much the
-    images lower the loss of the answers."""
+    """Rows from --cache: the smallest distance between the hidden states of a choice, its images' gain."""
     rows, has_gain = {}, (args.cache / "gain.npy").exists()
     if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # unless only gains exist
         states = measure(problems, args, args.pooling)
