@@ -572,8 +572,7 @@ def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray]) -
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Make records: naive expansion of captions, and generation by a text-only language model (the
-# teacher) that reads each image as captions and boxes. The texts here decide what the data is like.
+# 5. Make records: expand captions, or ask a text-only language model (the teacher) about captions and boxes
 
 INSTRUCTIONS = {}
 INSTRUCTIONS["brief"] = (
@@ -704,8 +703,7 @@ def read_images(args) -> tuple[list[tuple], list[dict]]:
 
 
 def make_request(args, captions: list[str], boxes: list[str]) -> tuple[str, dict]:
-    """(key, request) of one image; the key is a hash of the request. The image is written as its captions,
-    one a line, then, if there are boxes, an empty line and the boxes, one a line."""
+    """(key, request) of one image: its captions, one a line; then, if given, an empty line and the boxes."""
     example = EXAMPLE if args.boxes else EXAMPLE[:1]
     parts = ["\n".join(lines) for lines in (captions, boxes) if lines]
     messages = [{"role": "system", "content": SYSTEM_MESSAGES[args.generate]},
@@ -919,7 +917,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     named = [task for task in TASKS if getattr(args, task)]
     if not named:
         parser.error("name --method, --from-list, --report, --study, --expand or --generate")
-    if named not in [[task] for task in TASKS] + [["study", "from_list"]]:
+    if len(named) > 1 and named != ["study", "from_list"]:
         parser.error("--from-list goes alone or with --study")
     args.task = named[0]
     if args.task == "from_list" and len(args.from_list) > 1:
@@ -952,13 +950,12 @@ def check_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
                          "within --stage1, --stage2 and --eval, and choices of your own with --from-list")
     if args.tokenizer and len(args.language) > 1:
         parser.error("--tokenizer would replace that of every --language: leave it out")
-    for name, own in (("stage1", ()), ("stage2", ("--seed",)),
-                      ("eval", ("--limit", "--split", "--pictures"))):
+    for name, own in {"stage1": "", "stage2": "--seed", "eval": "--limit --split --pictures"}.items():
         try:
             given = {word.split("=")[0] for word in shlex.split(getattr(args, name))}
         except ValueError as error:
             parser.error(f"--{name}: {error}")
-        if wrong := given & set(own):
+        if wrong := given & set(own.split()):
             parser.error(f"--{name} takes no {min(wrong)}, which the study sets")
 
 
