@@ -153,7 +153,6 @@ METHODS = {"all": choose_all, "random": choose_random, "stratified": choose_stra
 # ---------------------------------------------------------------------------------------------
 # 2. Measure the problems with a LLaVA: hidden states, losses, gains
 
-
 def measure(problems: list[dict], args, what: str) -> Tensor:
     """The measurement `what` (see measure_batch) of every problem, [N, C] or [N, 1]. Each batch is written to
     the cache as soon as it is measured, and rows are NaN before: an interrupted run resumes, and a finished
@@ -254,7 +253,6 @@ def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------
 # 3. Write a choice, compare choices: rows of cells, printed as a table and drawn as bars
-
 
 class Cell(NamedTuple):
     text: str
@@ -850,7 +848,6 @@ def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
 
 # ---------------------------------------------------------------------------------------------
 # 6. The command line
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
