@@ -1185,7 +1185,7 @@ def run_cost(args: Args) -> dict[str, dict]:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--scienceqa", metavar="DIR", help="folder with problems.json")
     mode.add_argument("--task", choices=BENCHMARKS, help="one of the other benchmarks")

@@ -1941,7 +1941,8 @@ def draw_kept_patches(model: Llava, tiles: Tensor) -> Image.Image:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ask a LLaVA about images, or have a conversation.")
+    parser = argparse.ArgumentParser(description="Ask a LLaVA about images, or have a conversation.",
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("prompt", nargs="?", help="the question; without one a conversation begins, which an empty line ends")
     add("--model", required=True, metavar="ID",

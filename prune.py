@@ -166,6 +166,8 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
     if args.model:
         model, processor = load_model(args)
         settings |= {"model": fingerprint(model, processor), "dtype": args.dtype}
+        if what not in ("loss", "gain"):
+            cut_layers(model, args.layer)
     elif not (file.exists() and np.isfinite(np.load(file)).all()):
         raise UserError(f"{file} is missing or unfinished: name the --model to measure with")
     if file.exists():
@@ -191,8 +193,6 @@ def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], 
                     processor: Processor, args, what: str) -> None:
     """Fill the missing rows, from long prompts to short ones: a batch then needs little padding, and too
     little memory shows early."""
-    if what not in ("loss", "gain"):
-        cut_layers(model, args.layer)
     order = sorted(missing, key=lambda i: (not problems[i]["image"], -len(problems[i]["prompt"])))
     for start in tqdm(range(0, len(order), args.batch_size), f"measuring {what}", unit="batch"):
         batch = order[start:start + args.batch_size]
@@ -341,7 +341,9 @@ def read_problems(args) -> list[dict]:
         if not problems:
             raise UserError(f"{args.scienceqa}: there are 0 questions of split {args.split!r} to choose from")
         for p in problems:
-            require(p, f"{args.scienceqa}/problems.json, question {p['id']}", "topic", "category", "skill")
+            if wrong := [f for f in ("topic", "category", "skill") if not isinstance(p.get(f), str)]:
+                raise UserError(f"{args.scienceqa}/problems.json, question {p['id']}: {wrong[0]} is missing "
+                                "or of the wrong type")
         return [p | {"has image": "yes" if p["image"] else "no"} for p in problems]
     records = {}
     for file in args.report:
@@ -850,7 +852,7 @@ def parse_blocks(text: str) -> tuple[list[tuple[str, str]], str]:
 # 6. The command line
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
     mode.add_argument("--method", choices=METHODS, help="choose questions")

@@ -1031,7 +1031,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> Args:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     add_training_flags(parser)

@@ -519,14 +519,15 @@ def test_damaged_scienceqa_folder_is_refused(program, name, inputs, tmp_path, as
     assert_refused(program, flags, message, inputs, tmp_path)
 
 
+@pytest.mark.parametrize("value", [..., None, 3])
 @pytest.mark.parametrize("field", ["topic", "category", "skill"])
-def test_question_without_a_field_of_prune_is_refused(field, inputs, tmp_path, assert_refused):
-    """Only prune.py reads these fields."""
+def test_question_without_a_field_of_prune_is_refused(field, value, inputs, tmp_path, assert_refused):
+    """Only prune.py reads these fields. Without them: `...`."""
     shutil.copytree(inputs / "scienceqa", tmp_path / "scienceqa")
-    edit_problem(**{field: ...})(tmp_path / "scienceqa")
+    edit_problem(**{field: value})(tmp_path / "scienceqa")
     flags = ["--scienceqa", tmp_path / "scienceqa", "--method", "guided", "--keep", 5,
              "--out", tmp_path / "set.json"]
-    assert_refused("prune", flags, f"has no {field}", inputs, tmp_path)
+    assert_refused("prune", flags, f"{field} is missing or of the wrong type", inputs, tmp_path)
 
 
 LINE = '{"question_id": "13", "text": "A"}'
@@ -651,7 +652,7 @@ TRAIN = "--stage 2 --data d --out o --init i"
 STUDY = "--study s --scienceqa d --pretrain p --vision v --language l"
 INVALID_FLAGS = {                            # program -> [(flags, part of the message)]; the exit code is 2
     "llava": [
-        ("", "--model"), ("--model m --nonsense", "--nonsense"),
+        ("", "--model"), ("--model m --nonsense", "--nonsense"), ("--model m --temp 1", "--temp"),
         ("--model m --temperature warm", "--temperature"), ("--model m --temperature nan", "--temp"),
         ("--model m --temperature -1", "--temperature"), ("--model m --top-p 0", "--top-p"),
         ("--model m --max-new-tokens 0", "--max-new-tokens"), ("--model m --seed x", "--seed"),
@@ -672,7 +673,7 @@ INVALID_FLAGS = {                            # program -> [(flags, part of the m
             "--epochs 0", "--epochs x", "--batch-size 0", "--batch-size -1", "--micro-batch-size 0",
             "--lr -1", "--lr nan", "--max-length 0", "--lora-rank -1", "--card a100", "--workers -1",
             "--save-every 0", "--clip -1", "--dtype int4", "--template x", "--checkpoint-blocks -1",
-            "--device gpu")],
+            "--device gpu", "--see 5")],
         (f"{TRAIN} --lora-alpha 3", "--lora-... needs --lora-rank"),
         ("--stage 1 --data d --out o --init i --lora-rank 4", "--lora-rank"),
         ("--stage 1 --data d --out o --init i --val-every 4", "--val"),
@@ -684,7 +685,7 @@ INVALID_FLAGS = {                            # program -> [(flags, part of the m
         ("--scienceqa d --model m --batch-size 0", "--batch-size"),
         ("--scienceqa d --model m --max-new-tokens 0", "--max-new-tokens"),
         ("--scienceqa d --model m --limit 0", "--limit"), ("--scienceqa d --model m --limit -1", "--limit"),
-        ("--scienceqa d --compare a", "--compare"), ("--cost -5", "--cost"),
+        ("--scienceqa d --compare a", "--compare"), ("--cost -5", "--cost"), ("--cost --bas b", "--bas"),
         ("--scienceqa d --model m --pictures some", "--pictures"),
         ("--task llavabench --model m --images d --reviews r", "--questions")],
     "prune": [
@@ -696,6 +697,7 @@ INVALID_FLAGS = {                            # program -> [(flags, part of the m
         ("--generate detail --out o --captions c --judge-model m", "--boxes"), ("--expand c", "--out"),
         ("--expand c --out o --style long", "--style"), ("--expand c --out o --limit 0", "--limit"),
         ("--expand c --out o --workers 0", "--workers"), ("", "--method"),
+        ("--expand c --out o --lim 3", "--lim"),
         ("--method random --scienceqa d", "--out"), ("--method random --out o", "--scienceqa"),
         ("--method best --scienceqa d --out o", "--method"),
         ("--method random --report r --scienceqa d", "--report"), ("--study s --scienceqa d", "--pretrain"),

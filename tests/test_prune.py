@@ -322,6 +322,12 @@ def test_cache_with_other_settings_is_rejected(monkeypatch, scienceqa, models, t
                    *flags.format(*models).split())
 
 
+def test_after_an_unknown_layer_the_command_without_it_measures(monkeypatch, scienceqa, models, tmp_path):
+    with pytest.raises(SystemExit, match="--layer 9: the language model has"):
+        measure_states(monkeypatch, scienceqa, models[0], tmp_path / "a.json", "--layer", 9)
+    assert len(measure_states(monkeypatch, scienceqa, models[0], tmp_path / "a.json"))
+
+
 def test_a_run_of_stage_1_reads_the_questions(monkeypatch, scienceqa, models, tmp_path):
     """Its template is "plain", which has no question: all questions without an image would be equal."""
     expected = measure_states(monkeypatch, scienceqa, models[0], tmp_path / "a.json")
