@@ -196,8 +196,8 @@ def print_table(tables: dict[str, dict]) -> None:
 def interval(values) -> tuple[float, float, float]:
     """Mean and 95% bootstrap interval of values [S trainings, N questions], in percent: each of 10,000 draws
     takes S trainings and N questions with replacement and averages over both. For a paired difference,
-    values[s, n] is the difference between two trainings with seed s on question n. What the trainings add to
-    the width is too small by the factor sqrt((S - 1) / S): for S = 1 they add nothing."""
+    values[s, n] is the difference between two trainings with seed s on question n. The bootstrap shrinks
+    the spread between trainings by the factor sqrt((S - 1) / S), for S = 1 to 0."""
     values, draws = np.asarray(values, int), 10000
     S, N = values.shape
     columns, counts = np.unique(values, axis=1, return_counts=True)       # [S, U], [U]: fewer to draw from
@@ -233,7 +233,7 @@ def compare(problems: list[dict], files: list[str]) -> dict[str, dict]:
 
 def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> dict:
     """{key(object): JSON object} of the lines of a file, or of its `content`; without `key` by line number.
-    UserError names a line that is not such an object, or whose key is in an earlier line."""
+    UserError for a line without the fields `needed`, or whose key is in an earlier line."""
     try:
         content = Path(file).read_bytes() if content is None else content
     except OSError as error:
@@ -247,7 +247,7 @@ def read_lines(file, *needed: str, key=None, content: bytes | None = None) -> di
             strings = [entry.get(name, "") for name in ("text", "prompt", "image", "category")]
             if any(name not in entry for name in needed) or not all(isinstance(x, str) for x in strings):
                 raise ValueError
-            "".join(strings).encode()        # ValueError: half of a surrogate pair
+            "".join(strings).encode()        # UnicodeEncodeError, a ValueError, for a lone surrogate
         except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{file}, line {n}: not a JSON object with {', '.join(needed)}, and text, "
                             "prompt, image and category as strings") from None
@@ -308,16 +308,16 @@ def write_lines(file: Path, entries: list[dict]) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # 3. Asking a model. A question is a dict with "question_id"; "prompt", as in the file of answers; "message",
-#    the text that the model gets, with <image>; "image"; and "file", the path of the image. Where "file" is
+#    the text that the model gets, with <image>; "image", its name; and "file", its path. Where "file" is
 #    None, "image" is the image itself in base64, or None
 
 
 def generate_answers(model: Llava, processor: Processor, questions: list[dict], batch_size: int = 16,
                      max_new_tokens: int = 1024, blank: bool = False, options: bool = False,
                      ) -> Iterator[tuple[dict, str]]:
-    """Each question and the model's greedy answer, the longest questions first: the rows of a batch have
-    similar lengths, and a batch that does not fit in memory fails at once. `blank` replaces every image by
-    white (control); `options` takes the most probable option instead of generating text."""
+    """Each question and the model's greedy answer; questions with images first, then by length: the rows of a
+    batch have similar lengths, and a batch that does not fit in memory fails at once. `blank` replaces every
+    image by white (control); `options` takes the most probable option instead of generating text."""
     questions = sorted(questions, key=lambda q: (bool(q["image"]), len(q["message"])), reverse=True)
     batches = [questions[start:start + batch_size] for start in range(0, len(questions), batch_size)]
     for batch in tqdm(batches, desc="answering", unit="batch"):
@@ -375,7 +375,7 @@ def score_options(model: Llava, processor: Processor, questions: list[dict], inp
 
 
 def fingerprint(model: Llava, processor: Processor) -> str:
-    """Eight digits that change with the config, the tokenizer and training (16 numbers of each tensor)."""
+    """Eight hex digits of a hash of config, tokenizer and the first 16 numbers of each tensor."""
     tensors = [*model.parameters(), *model.buffers()]
     numbers = torch.cat([tensor.detach().flatten()[:16].float() for tensor in tensors]).cpu().numpy()
     text = repr(model.config) + processor.tokenizer_json
@@ -463,7 +463,7 @@ def normalize_vqa(text: str) -> str:
 
 @lru_cache(2**17)
 def normalize_m4c(text: str) -> str:
-    """A short answer as TextVQA's evaluator compares it and as LLaVA sends it to VQAv2's server."""
+    """A short answer as TextVQA's m4c_evaluator.py compares it and as LLaVA sends it to VQAv2's server."""
     return normalize_vqa(strip_lines(text.lower().replace(",", "").replace("?", "").replace("'s", " 's")))
 
 
@@ -514,7 +514,7 @@ def read_vqav2(file) -> list[dict]:
 
 
 def read_humans(args: Args, questions: list[dict]) -> dict:
-    """Ten human answers and their type, by VQAv2's question id, or by TextVQA's image id and question."""
+    """key -> (ten human answers, answer type); key: VQAv2's question id; TextVQA's (image id, question)."""
     textvqa, file, truth = args.task == "textvqa", args.annotations[0], {}
     with expect_format(file, f"the annotation file of {args.task}"):
         for a in read_json(file)["data" if textvqa else "annotations"]:
@@ -641,7 +641,8 @@ def parse_mme(text: str) -> str:
 
 
 def score_mme(questions: list[dict]) -> dict:
-    """Of each task acc (percent of right answers), acc_plus (of images with both right) and their sum."""
+    """Percent per task: acc (of answers), acc_plus (of images with both right), score (their sum); and the
+    sums of the scores of perception and cognition."""
     images, tasks = defaultdict(list), defaultdict(list)
     figures = {"perception": 0.0, "cognition": 0.0}
     for q in questions:
@@ -704,8 +705,8 @@ def parse_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def score_mmbench(questions: list[dict]) -> dict:
-    """Percent correct: "circular" of the questions (in every rotation that is in the file), in all and by
-    l2-category; "one_pass" of the rows."""
+    """Percent correct: "circular" of questions, right if every row (rotation) is; "categories" the same by
+    l2-category; "one_pass" of rows."""
     groups, categories = defaultdict(list), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["question_id"]):           # the unrotated row first
         q["correct"] = q["text"] is not None and parse_letter(q["text"], q["options"]) == q["truth"]
@@ -770,7 +771,7 @@ Assistant 1 and Assistant 2: are they helpful, relevant, correct and detailed? G
 Assistant 1 first, with a space between them. Explain them in the lines after it. The order of the answers
 must not influence you."""
 BOXES = ": captions, one a line, then objects, each as category: [left, top, right, bottom] in fractions of 1"
-SECONDS = 60                                 # that an attempt to reach the judge may take
+SECONDS = 60                                 # timeout of one request to the judge
 
 
 def read_llavabench(args: Args, questions: list[dict]) -> dict:
@@ -803,7 +804,7 @@ def judge_messages(q: dict) -> list[dict]:
 
 
 def parse_verdict(content: str) -> list[float]:
-    """The ratings of reference and model from a reply's first line; [-1, -1] for anything else and "8, 7"."""
+    """[reference's, model's rating] in a reply's first line; else [-1, -1], as officially also for "8, 7"."""
     try:
         first, second = map(float, content.split("\n")[0].replace(",", " ").split(" "))
     except ValueError:

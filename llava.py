@@ -8,9 +8,10 @@
 
 The file reads from top to bottom: configurations (1), the language model (2), the vision tower (3),
 weights in 8 and 4 bits (4), AnyRes tiling and token reduction (5), LLaVA (6), checkpoints (7),
-preprocessing (8), the command line (9). Shapes are written [like, this] with these letters:
+preprocessing (8), the command line (9). A tile is one square input of the vision tower. Shapes are written
+[like, this] with these letters:
 
-    B  rows of a batch        N  tiles of all images          C  hidden size
+    B  rows of a batch        N  tiles of all images          C  hidden size, of tower or language model
     T  tokens in a row        P  patches of a tile            D  size of one attention head
     S  slots of the KV cache  W  sliding window               H  query heads, K key/value heads
     V  vocabulary size        T' tokens after splicing           I inputs, O outputs of a layer
@@ -82,7 +83,7 @@ class VisionConfig:
 @dataclass(frozen=True)
 class TextConfig:
     """A Mistral decoder, or with K = H and no window a LLaMA; the defaults are
-    Mistral-7B-Instruct-v0.2, the language model of LLaVA-1.6."""
+    Mistral-7B-Instruct-v0.2, the language model of LLaVA-1.6-Mistral-7B."""
     model_type: str = "mistral"
     vocab_size: int = 32000                  # V
     hidden_size: int = 4096                  # C
@@ -106,10 +107,10 @@ class LlavaConfig:
     image_token_id: int = 32000              # the id of <image>: one whole image in input_ids
     projector: str = "mlp2x_gelu"            # or "linear": LLaVA 1
     image_mode: str = "pad"                  # or "crop": LLaVA 1; "anyres": LLaVA 1.6
-    grids: tuple[tuple[int, int], ...] = ()  # AnyRes: the (width, height) to choose from, in order
+    grids: tuple[tuple[int, int], ...] = ()  # AnyRes: (width, height) in pixels to choose from
     hf_preprocessing: bool = False           # Hugging Face's preprocessing where it differs from LLaVA's
     template: str = "mistral_instruct"       # or "v1": Vicuna; "plain": stage 1
-    prune: str = "none"                      # or a name in PRUNING
+    prune: str = "none"                      # or a name in PRUNING: fewer image tokens
     keep_tokens: int | None = None           # tokens to keep of each tile, for the methods of BUDGETED
 
     def __post_init__(self):
@@ -159,9 +160,9 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Query i sees the keys j with 0 <= i - j < window; q [B, H, T, D], k and v [B, K, T, D] -> like q.
-    Padding is on the right; a causal query never sees it, so no mask is needed. The cost grows
-    with T² up to the window and with T beyond it (masked_attention: with T²)."""
+    """Query i sees the keys j with 0 <= i - j < window (None: all j <= i); q [B, H, T, D], k and v
+    [B, K, T, D] -> like q. Padding is on the right: no query before it sees it, so no mask is needed. The
+    cost grows with T² up to the window and with T beyond it (masked_attention: with T²)."""
     T, device = q.shape[2], q.device.type
     if window is None or T <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -173,8 +174,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Like causal_attention, with an explicit mask [T, T], where no flash kernel fits: MPS, and CUDA before
-    Ampere, in float32 or with D that is no multiple of 8. Keys and values are repeated, because no fused
+    """Like causal_attention, with an explicit mask [T, T], where no flash kernel fits: MPS, and CUDA if older
+    than Ampere, in float32, or with D not a multiple of 8. Keys and values are repeated, because no fused
     kernel takes both a mask and K < H heads."""
     T, group = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
@@ -291,8 +292,8 @@ class KVCache:
 
     def decode_step(self, q: Tensor, k: Tensor, v: Tensor, rows, slot, mask) -> Tensor:
         """Attention of one new token per row, q [B, H, 1, D], to itself and the cache. k, v [B, K, 1, D] are
-        stored at (rows [B], slot [B]); mask [B, 1, 1, S] is 0 at the slots in use, elsewhere -inf. The
-        H / K query heads of a key head are treated as H / K query positions."""
+        stored at (rows [B], slot [B]); mask [B, 1, 1, S] is 0 at the slots in use, elsewhere -inf. The H / K
+        query heads of a key head become H / K query positions, so that keys need not be repeated."""
         self.k[rows, :, slot], self.v[rows, :, slot] = k[:, :, 0], v[:, :, 0]
         groups = q.view(len(q), k.shape[1], -1, q.shape[3])               # [B, K, H/K, D]
         return F.scaled_dot_product_attention(groups, self.k, self.v, mask).reshape(q.shape)
@@ -388,9 +389,9 @@ class ReplayedStep:
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls == 1:                  # as it is: short answers end here, and kernels are loaded
+        if self.calls == 1:                  # not recorded: short answers end here, kernels are loaded
             return self.step(x, positions=positions)
-        if self.calls == 2:                  # recorded with tensors of its own, which a replay reads
+        if self.calls == 2:                  # recorded with static input tensors, which replays read
             self.x, self.positions, self.graph = x.clone(), positions.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.device(x.device), torch.cuda.graph(self.graph):
                 self.output = self.step(self.x, positions=self.positions)
@@ -401,8 +402,8 @@ class ReplayedStep:
 
 
 def without_onednn(function):
-    """`function` for a single bf16 row on a CPU: torch's own kernel then reads the weights nearly twice as
-    fast as oneDNN's, which is made for many rows."""
+    """Wrap `function` to run without oneDNN, for a single bf16 row on a CPU: torch's own kernel reads the
+    weights nearly twice as fast as oneDNN's, which is made for many rows."""
     def call(*args, **kwargs):
         before = torch.backends.mkldnn.enabled
         torch.backends.mkldnn.enabled = False
@@ -538,7 +539,7 @@ class QuantizedLinear(nn.Module):
         self.tinygemm = (bits == 4 and device.type == "cuda" and torch.version.hip is None
                          and self.in_features % 128 == 0
                          and torch.cuda.get_device_capability(device) >= (8, 0))
-        # torch's 8-bit CPU kernel reads 16 columns at once, in other widths beyond the weight.
+        # torch's 8-bit CPU kernel reads 16 columns at once; with other widths it reads past the weight's end.
         fits = self.in_features % 16 == 0 if bits == 8 else kernel_width() is not None
         self.kernel_tokens = 0               # with more tokens than this, blocks are faster
         if self.tinygemm:
@@ -550,7 +551,7 @@ class QuantizedLinear(nn.Module):
             self.block_rows = max(1, 2**17 // self.in_features) * 64      # 16 MB in bf16: a cache's size
         pieces = weight.split(128 if device.type == "cpu" else 1024)      # small temporary tensors
         q, scale = zip(*[self.quantize(rows.to(device).float()) for rows in pieces])
-        self.register_buffer("q", torch.cat(q), persistent=False)         # int4 scale: [I / GROUP, O, 2]
+        self.register_buffer("q", torch.cat(q), persistent=False)         # scale: [O], int4 [I / GROUP, O, 2]
         self.register_buffer("scale", torch.cat(scale, dim=0 if bits == 8 else 1), persistent=False)
 
     def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -664,7 +665,7 @@ def count_tiles(config: LlavaConfig, size: tuple[int, int]) -> int:
 
 
 def count_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
-    """How many tokens replace a (height, width) image; with PruMerge, which adapts, at most."""
+    """How many tokens replace a (height, width) image; with PruMerge, whose number varies, at most."""
     if config.prune != "none":
         return count_tiles(config, size) * max_tile_tokens(config)
     if config.image_mode != "anyres":
@@ -677,7 +678,7 @@ PRUMERGE = {                                 # arguments of prumerge
     "prumerge": {},
     "prumerge+": {"plus": True},
     "prumerge-fixed": {"ratio": 1 / 8},      # the released training setting: 73 tokens a tile
-    "prumerge+-fixed": {"plus": True, "ratio": 1 / 8},                    # and 145
+    "prumerge+-fixed": {"plus": True, "ratio": 1 / 8},                    # 145 tokens a tile
     "prumerge-paper": {"paper": True},
 }
 PRUNING = (*PRUMERGE, "random", "pool", "divprune")                       # the choices of --prune
@@ -703,7 +704,7 @@ def check_token_budget(config: LlavaConfig) -> None:
 
 
 def max_tile_tokens(config: LlavaConfig) -> int:
-    """A bound of the tokens of one tile after reduction. PruMerge's outliers exceed the third quartile, so
+    """An upper bound of a tile's tokens after reduction. PruMerge's outliers exceed the third quartile, so
     they are at most a quarter of the patches; `plus` can add all others. One token is for those not kept."""
     patches, variant = config.vision.side**2, PRUMERGE.get(config.prune, {})
     if config.keep_tokens is not None:
@@ -716,8 +717,8 @@ def max_tile_tokens(config: LlavaConfig) -> int:
 def choose_patches(attention: Tensor, plus: bool = False, ratio: float | None = None,
                    paper: bool = False, tokens: int | None = None) -> Tensor:
     """PruMerge's choice: indices [m] of patches by attention [P], strongest first: tokens - 1 of them, else
-    the share `ratio`, else the outliers. `plus` adds evenly spaced ones: with `tokens` in place of the weaker
-    half, with `ratio` perhaps repeating some. `paper` sorts the indices."""
+    the share `ratio`, else the outliers (> q3 + 1.5 (q3 - q1)). `plus` adds evenly spaced ones: with `tokens`
+    in place of the weaker half, with `ratio` perhaps repeating some. `paper` sorts the indices."""
     P, order = len(attention), attention.argsort(descending=True, stable=True)
     if tokens is not None:
         sampled = (tokens - 1) // 2 if plus else 0
@@ -785,8 +786,8 @@ def pool_patches(features: Tensor, keep: int) -> Tensor:
 
 
 def diverse_patches(features: Tensor, keep: int) -> Tensor:
-    """DivPrune: the `keep` of features [P, C] whose smallest cosine distance is greedily maximized,
-    in the image's order. It starts with the feature whose nearest neighbor is farthest."""
+    """DivPrune: sorted indices [keep] of features [P, C] whose smallest cosine distance is greedily
+    maximized. It starts with the feature whose nearest neighbor is farthest."""
     x = F.normalize(features.float(), dim=-1)
     start = int((x @ x.T).fill_diagonal_(-torch.inf).amax(1).argmin())
     return farthest_points(x, keep, start).sort().values.to(features.device)
@@ -796,7 +797,7 @@ def farthest_points(x: Tensor, k: int, start: int | None = None) -> Tensor:
     """Greedy max-min selection (Gonzalez 1985): indices [k] of x [n, C] in the order of selection, each the
     point farthest from its nearest selected point, the lowest index of equals; start None is the point
     nearest the mean. One matrix-vector product per selection: |a - b|² = |a|² - 2ab + |b|². To reduce
-    cancellation the origin is the point nearest the mean: the mean itself makes equal distances differ."""
+    cancellation x[center] becomes the origin, not the mean, whose rounding makes equal distances differ."""
     if not 0 < k <= len(x):
         raise UserError(f"{k} of {len(x)} points cannot be selected")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -892,7 +893,7 @@ class Llava(nn.Module):
     def arrange_tiles(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
         """AnyRes: tiles [1 + n, P, C], the whole image and its n parts -> the tokens of the first; then those
         of the parts as one map, row by row, without padding and with a newline after each row."""
-        if len(tiles) == 1:
+        if len(tiles) == 1:                  # as in LLaVA's code; cut_tiles never gives only one
             return torch.cat((tiles[0], self.image_newline[None]))
         side, width = self.config.vision.side, choose_grid(size, self.config.grids)[0]   # patches, pixels
         x = tiles[1:].unflatten(0, (-1, width // self.config.vision.image_size))
@@ -911,7 +912,7 @@ class Llava(nn.Module):
         if (marks := int(is_image.sum())) != len(images or ()):
             raise UserError(f"the text has {marks} <image>, but {len(images or ())} images are given")
         features = self.encode_images(images, image_sizes) if images else []
-        ids = input_ids.masked_fill(is_image, 0)                          # the image id can exceed V
+        ids = input_ids.masked_fill(is_image, 0)                          # the image id can be V or more
         if (ids >= embed.num_embeddings).any():
             raise UserError(f"the token id {int(ids.max())} is not among the model's {embed.num_embeddings}: "
                             "the tokenizer is that of another model")
@@ -933,7 +934,7 @@ class Llava(nn.Module):
         return pad_sequence(rows, batch_first=True), lengths, labels
 
     def forward(self, input_ids, images=None, image_sizes=None, attention_mask=None, labels=None):
-        """Logits [B, T', V] over the spliced, right-padded rows; with labels, their mean loss. input_ids
+        """Logits [B, T', V] over the spliced, right-padded rows; with labels, only the mean loss. input_ids
         [B, T] has one image_token_id per image, in reading order; attention_mask [B, T] is False at
         padding, which is on the right; labels [B, T] are shifted here. With labels, logits are computed
         only at positions whose next token is supervised: each costs V numbers."""
@@ -999,10 +1000,10 @@ class Llava(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_repo_id=None, *, vision=None, language=None, dtype=torch.bfloat16,
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
-        """Open a LLaVA of any publisher or a run folder (see save_pretrained), or a CLIP and a language model
-        with a newly initialized projector. Each is a folder, a hub id or id@revision. dtype None keeps the
-        dtype of the files. quantize: "none", "int8" or "int4", see section 4. `base`: new places of the
-        bases that a run folder names, in its order. `overrides` replace fields of LlavaConfig. Files are
+        """Open a LLaVA as llava-hf or liuhaotian publishes it, a run folder (see save_pretrained), or a CLIP
+        and a language model with a newly initialized projector. Each is a folder, a hub id or id@revision.
+        dtype None keeps the dtype of the files. quantize: "none", "int8" or "int4", see section 4. `base`: new
+        places of a run folder's bases, in its order. `overrides` replace fields of LlavaConfig. Files are
         mapped and tensors cast, moved or quantized one at a time: there is never a second copy in memory."""
         if quantize not in ("none", "int8", "int4"):
             raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
@@ -1053,7 +1054,7 @@ class Llava(nn.Module):
                 continue
             tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
             tensor = tensor.detach().cpu().contiguous()
-            # New rows are the mean row: their logit is the mean of all logits, so never the largest.
+            # Rows of <image> and <pad> are the mean row: their logit is the mean logit, never the largest.
             if whole and name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
                 mean = tensor.float().mean(0).to(tensor.dtype)
                 tensor = torch.cat((tensor, mean.expand(rows - len(tensor), -1)))
@@ -1087,7 +1088,7 @@ def fresh_connector(config: LlavaConfig) -> dict[str, Tensor]:
 # Pattern at the start of a published key -> its replacement here. The first matching pattern wins;
 # None: LLaVA does not need the tensor.
 FROM_PUBLISHED = (
-    (r"(text_model|text_projection|visual_projection|logit_scale)\b", None),  # CLIP's text encoder
+    (r"(text_model|text_projection|visual_projection|logit_scale)\b", None),  # CLIP's text side, loss
     (r".*\b(inv_freq|position_ids)$", None),                                  # buffers of old files
     (r"(model\.)?((vision_tower|vision_model)\.)+((embeddings|encoder)\.)?", "vision_tower."),
     (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.0."),        # llava-hf
@@ -1112,8 +1113,8 @@ PARTS = ("adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin", "
 EXTRA_FIELDS = ("projector", "image_mode", "grids", "hf_preprocessing", "template", "prune", "keep_tokens")
 TEMPLATE_OF = {"mistral": "mistral_instruct", "llama": "v1"}
 # Defaults of transformers for keys that config.json does not have: AnyRes grids as (height, width), and the
-# fields of each part. They are not the values of the released models; a missing sliding_window means 4096, a
-# null one means none.
+# fields of each part. They are not the values of the released models; for Mistral a missing sliding_window
+# means 4096, a null one means none.
 HF_GRIDS = {"llava": (), "llava_next": ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))}
 HF_DEFAULTS = {
     "mistral": TextConfig(rms_norm_eps=1e-6, rope_theta=1e4, sliding_window=4096,
@@ -1133,7 +1134,7 @@ def rename_key(name: str, table) -> str | None:
 
 
 def fetch(source: str, weights: bool = True) -> Path:
-    """The folder of a checkpoint: a local one, or the needed files of a hub repository without subfolders,
+    """The folder of a checkpoint: a local one, or the needed top-level files of a hub repository,
     downloaded or from the cache (HF_HUB_OFFLINE=1: only from the cache). Raises OSError."""
     if Path(source).is_dir():
         return Path(source)
@@ -1206,7 +1207,7 @@ class StoredTensor(NamedTuple):
     loras: list[tuple[Tensor, Tensor, float]]
 
     def read(self, dtype: torch.dtype | None) -> Tensor:
-        """The tensor as it is, still mapped; with LoRA the sum, in `dtype` or if None in the tensor's."""
+        """Without LoRA the tensor as stored, still mapped; with LoRA the sum, in `dtype` (None: its own)."""
         if not self.loras:
             return self.tensor
         change = sum(scale * (b.float() @ a.float()) for a, b, scale in self.loras)
@@ -1248,7 +1249,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def open_checkpoint(source: str, weights: bool = True, moved=(), dependents=()
                     ) -> tuple[dict, dict[str, StoredTensor], str]:
-    """Return the LlavaConfig fields, the tensors by the names here, and the exact name of a source. A
+    """Return the LlavaConfig fields, the tensors by the names here, and the folder's path or id@commit. A
     checkpoint that is only a part (a run folder, a projector, LoRA, a LLaVA without its tower) names its
     bases in its configs. They are opened first, and its own tensors and fields replace theirs. Without
     `weights` only configs are read. `moved`: new places of a run folder's bases; `dependents`: the
@@ -1568,7 +1569,8 @@ def is_writable_image(file) -> bool:
 
 
 def cut_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
-    """An image as RGB squares of image_size; resized in 8 bits, bicubic, as for CLIP's training."""
+    """An image as RGB squares of image_size, with AnyRes the whole image first; resized bicubically in
+    8 bits, as for CLIP's training."""
     # transformers shows a transparent image on white; LLaVA's code drops the transparency.
     if config.hf_preprocessing and ("A" in image.getbands() or "transparency" in image.info):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -1605,9 +1607,9 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 
 
 def render(messages: list[dict], template: str) -> list[tuple[str, bool]]:
-    """A conversation as pieces of text, each with whether it is supervised; "<image>" and "</s>" are
-    pieces of their own. As in LLaVA's code, a single <image> moves to the front of its message, and
-    answers have these ends."""
+    """Text pieces of a conversation, each with whether it is supervised; "<image>" and "</s>" are pieces of
+    their own. As in LLaVA's code, a single <image> moves to the front of its message, and an answer ends
+    with a line break (plain), " </s>" (mistral_instruct) or "</s>" (v1)."""
     pieces = []
     if template == "plain" and len(messages) > 2:
         raise UserError("the template plain is for one image and its caption, not for a conversation: use "
@@ -1641,7 +1643,7 @@ class Processor:
     def __init__(self, tokenizer_json: str, config: LlavaConfig, legacy: bool = True):
         self.config, self.tokenizer_json, self.legacy = config, tokenizer_json, legacy
         try:
-            raw = json.loads(tokenizer_json) # without its ids for <image> and <pad>: in a text they are text
+            raw = json.loads(tokenizer_json) # drop <image> and <pad>: in a question they are plain text
             raw["added_tokens"] = [t for t in raw.get("added_tokens", ()) if t["id"] < config.image_token_id]
             self.tokenizer = Tokenizer.from_str(json.dumps(raw))
         except Exception as error:           # tokenizers raises nothing more specific
@@ -1654,7 +1656,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, config: LlavaConfig | None = None) -> Processor:
-        """The tokenizer of a folder or hub id; `config` is that of the model that it serves."""
+        """The processor of a folder or hub id; `config`: its model's, None: that of the same folder."""
         folder, settings = fetch(str(path_or_repo_id), weights=False), {}
         file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if config is None:
@@ -1683,7 +1685,7 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """uint8 [tiles, 3, image_size, image_size]; train.py has them normalized on the device."""
+        """uint8 [tiles, 3, image_size, image_size]; in train.py encode_images normalizes them."""
         tiles = np.stack([np.asarray(tile) for tile in cut_tiles(image, self.config)])
         return torch.from_numpy(tiles).permute(0, 3, 1, 2)
 
@@ -1716,7 +1718,7 @@ class Processor:
         return inputs
 
     def save_pretrained(self, folder) -> None:
-        """The tokenizer, with <image> and <pad>, and the files that transformers' processors need."""
+        """Write the tokenizer, with <image> and <pad>, and the files that transformers' processors need."""
         size, mode = self.config.vision.image_size, self.config.image_mode
         kind = "LlavaNext" if mode == "anyres" else "Llava"
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
@@ -1856,8 +1858,8 @@ def read_question() -> str:
 
 
 def record_calls(model: Llava, inputs: dict, modules, reading) -> tuple[list, np.ndarray]:
-    """(module, output) of each call of `modules` in the prefill and one decode step, and how much the number
-    that reading() returns has grown at its end since the end of the call before."""
+    """Calls (module, output) of `modules` in the prefill and one decode step, and for each the increase of
+    reading() between the end of the previous call and its own end."""
     calls, readings = [], []
 
     def record(module: nn.Module, _, y: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The data: make it, choose from it, compare choices.
+"""Training data: make it, choose subsets of it, compare the subsets.
 
     python prune.py --expand captions_train2014.json --out naive.json
     python prune.py --generate detail --captions captions_train2014.json --boxes instances_train2014.json \\
@@ -45,9 +45,9 @@ from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_
 
 
 # ---------------------------------------------------------------------------------------------
-# 1. Choose k of the problems. Each method returns {index: reason} in order of choice.
+# 1. Choose k of the problems. Each method returns {index: reason} in the order in which it chooses.
 
-IMAGE_SHARE = 0.85       # choose_guided: new skills without an image leave room for this share
+IMAGE_SHARE = 0.85       # choose_guided: a new skill without an image only if images can reach this share
 IMAGE_WORDS = re.compile(r"\b(picture|image|photo|map|diagram|graph|table|figure)s?\b|"
                          r"\b(shown|below|highlighted|marked|labeled|colored|these)\b", re.IGNORECASE)
 
@@ -191,8 +191,8 @@ def measure(problems: list[dict], args, what: str) -> Tensor:
 
 def measure_missing(rows: np.ndarray, missing: list[int], problems: list[dict], model: Llava,
                     processor: Processor, args, what: str) -> None:
-    """Fill the missing rows, from long prompts to short ones: a batch then needs little padding, and too
-    little memory shows early."""
+    """Fill the missing rows; questions with images first, then by length: a batch needs little padding, and
+    too little memory shows early."""
     order = sorted(missing, key=lambda i: (not problems[i]["image"], -len(problems[i]["prompt"])))
     for start in tqdm(range(0, len(order), args.batch_size), f"measuring {what}", unit="batch"):
         batch = order[start:start + args.batch_size]
@@ -252,7 +252,7 @@ def answer_losses(model: Llava, x: Tensor, labels: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Write a choice, compare choices: rows of cells, printed as a table and drawn as bars
+# 3. Write a subset, compare subsets: rows of cells, printed as a table and drawn as bars
 
 class Cell(NamedTuple):
     text: str
@@ -265,14 +265,14 @@ def count_cell(n: int, total: int) -> Cell:
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
-    """How many questions of each set have each value of a field, and how many of the first set's values."""
+    """How many questions of each set have each value of a field; how many values occur, and in the first."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]
         if field not in ("category", "skill"):                # which have hundreds of values
             for value, _ in sum(counts, Counter()).most_common():
                 rows[f"{field}: {value}"] = [count_cell(c[value], c.total()) for c in counts]
-        if field != "has image":             # a choice may leave out images, or texts, on purpose
+        if field != "has image":             # a subset may leave out images, or texts, on purpose
             rows[f"{field}: covered"] = [count_cell(len(c), len(counts[0])) for c in counts]
     return rows
 
@@ -326,7 +326,7 @@ def read_records_by_id(file: Path) -> dict[str, dict]:
 
 
 def choose_listed(problems: list[dict], file: Path) -> dict[int, str]:
-    """A published choice: {index: reason}."""
+    """{index: reason} of the records or ids that a file lists."""
     index_of, listed = {p["id"]: i for i, p in enumerate(problems)}, read_records_by_id(file)
     if unknown := [key for key in listed if key not in index_of]:
         raise UserError(f"{file} lists {len(unknown)} questions, such as {unknown[0]}, that are not among "
@@ -396,7 +396,7 @@ def print_report(args) -> None:
 
 
 def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) -> dict[str, list[Cell]]:
-    """Rows from --cache: the smallest distance between the hidden states of a choice, its images' gain."""
+    """Rows from --cache: the smallest distance between the hidden states of a subset, its images' gain."""
     rows, has_gain = {}, (args.cache / "gain.npy").exists()
     if not has_gain or (args.cache / f"{args.pooling}.npy").exists():     # unless only gains exist
         states = measure(problems, args, args.pooling)
@@ -412,10 +412,10 @@ def measured_rows(problems: list[dict], indices_of: dict[str, list[int]], args) 
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The study: train on each choice with several seeds, evaluate, compare
+# 4. The study: train on each subset with several seeds, evaluate, compare
 
-# Variant: (method, additional flags of train.py). "all, one epoch" reads as many records as the 12 toy epochs
-# on a twelfth. The template "plain" drops the question, as Miao et al. do.
+# Variant: (method, additional flags of train.py). "all, one epoch" reads as many records as 12 epochs (toy
+# study; train.py's default is 15) on a twelfth. The template "plain" drops the question, as Miao et al. do.
 VARIANTS = {"all": ("all", ()), "all, one epoch": ("all", ("--epochs", 1)), "random": ("random", ()),
             "stratified": ("stratified", ()), "maxmin": ("maxmin", ()), "guided": ("guided", ()),
             "guided, plain": ("guided", ("--template", "plain")), "gain": ("gain", ())}
@@ -447,7 +447,7 @@ def study(args) -> None:
     for seed in range(args.seeds):
         for variant in args.variants or variants:
             method, recipe = variants[variant]
-            records = make_choice(args, method, seed, args.study / llms[-1], shared)
+            records = make_subset(args, method, seed, args.study / llms[-1], shared)
             for llm in llms:
                 train_and_evaluate(args, run_folder(args, llm, variant, seed), records, seed, recipe, shared)
     summarize(args, llms, list(variants))
@@ -468,7 +468,7 @@ def run_folder(args, llm: str, variant: str, seed: int) -> Path:
     return args.study / llm / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def make_choice(args, method: str | Path, seed: int, runs: Path, shared: list[str]) -> Path:
+def make_subset(args, method: str | Path, seed: int, runs: Path, shared: list[str]) -> Path:
     """Write the records of a method or a published list. Without --model, maxmin measures with stage 1 of the
     last of --language (in `runs`), and gain with its training random-0, which must be there by then."""
     name, flags = method, ["--method", method, "--keep", args.keep]
@@ -562,7 +562,7 @@ def accuracy_cell(scores: np.ndarray) -> Cell:
 
 
 def difference_cell(mine: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> Cell:
-    """Points by which `mine` leads on the seeds that both have; the cell's middle is 0, its edges are 50."""
+    """Points by which `mine` leads on the seeds that both have; as a bar, -50 is left, 0 middle, 50 right."""
     seeds = [seed for seed in mine if seed in other]
     if not seeds or mine is other:
         return Cell("-")
@@ -674,7 +674,7 @@ def read_captions(file: Path) -> dict[str, tuple[str, list[str]]]:
 
 def read_boxes(file: Path) -> dict[str, list[str]]:
     """{image id: lines "category: [left, top, right, bottom]", as fractions with three decimals} of a COCO
-    instances file, whose bbox is [left, top, width, height] in pixels, off by up to one."""
+    instances file, whose bbox is [left, top, width, height] in pixels and may stick out by one pixel."""
     content = read_json(file)
     with expect_format(file, "a COCO instances file"):
         sizes = {e["id"]: (e["width"], e["height"]) for e in content["images"]}
@@ -856,11 +856,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
     mode.add_argument("--method", choices=METHODS, help="choose questions")
-    mode.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="compare choices")
-    mode.add_argument("--study", type=Path, metavar="DIR", help="compare trainings on choices")
+    mode.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="compare subsets")
+    mode.add_argument("--study", type=Path, metavar="DIR", help="compare trainings on subsets")
     mode.add_argument("--expand", type=Path, metavar="FILE", help="make records of image-caption pairs")
     mode.add_argument("--generate", choices=SYSTEM_MESSAGES, help="make records with a text-only teacher")
-    add("--from-list", type=Path, nargs="+", metavar="FILE", help="published choices, of records or of ids")
+    add("--from-list", type=Path, nargs="+", metavar="FILE", help="published subsets, of records or of ids")
     add("--scienceqa", metavar="DIR", help="folder with problems.json")
     add("--split", default="train", help="default: %(default)s")
     add("--pictures", default="any", choices=("any", "only", "none"), help="questions with or without images")
@@ -946,7 +946,7 @@ def check_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
                  "image_text", "layer", "pooling", "batch_size"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"a study does not take --{name.replace('_', '-')}: give flags of its trainings "
-                         "within --stage1, --stage2 and --eval, and choices of your own with --from-list")
+                         "within --stage1, --stage2 and --eval, and subsets of your own with --from-list")
     if args.tokenizer and len(args.language) > 1:
         parser.error("--tokenizer would replace that of every --language: leave it out")
     for name, own in {"stage1": "", "stage2": "--seed", "eval": "--limit --split --pictures"}.items():

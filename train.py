@@ -8,8 +8,8 @@
         --data scienceqa_train.json --images ScienceQA/images/train --out runs/stage2
 
 Records are in LLaVA's format: [{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}].
-Ctrl-C saves the run and stops it; --resume continues it. On several GPUs, with the same losses:
-torchrun --shutdown-timeout 3600 --nproc-per-node N train.py ..., where the timeout is the time to save.
+Ctrl-C saves the run and stops it; --resume continues it. On several GPUs, with losses as on one (saving
+after Ctrl-C may take up to 3600 s): torchrun --shutdown-timeout 3600 --nproc-per-node N train.py ...
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ CARDS = {                                    # TFLOP/s of dense bf16 in the data
     "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "rtx4090": (165, 24),
     "cpu": (0.1, math.inf),                  # two cores
 }
-UTILIZATION = {"16 bits": 0.34, "quantized": 0.11}       # of a GPU's speed, measured on an H100
+UTILIZATION = {"16 bits": 0.34, "quantized": 0.11}       # H100: full stage 2 with --compile; LoRA over int4
 MEMORY_FRACTION = 0.95                       # the share of a GPU's memory to use: the allocator needs some
 ALLOCATOR_OVERHEAD = 1.15                    # on a CPU malloc holds 1.0 to 1.3 times the temporary tensors
-CHUNK = {"gpu": 1 << 24, "cpu": 1 << 18}     # weights updated at once; on a CPU they fit into its cache
+CHUNK = {"gpu": 1 << 24, "cpu": 1 << 18}     # numbers updated at once; on a CPU they fit into its cache
 SHARD_BYTES = 2 * 10**9                      # of a file of a checkpoint; saving holds up to two in memory
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 progress = partial(tqdm, leave=False, disable=RANK > 0)
@@ -73,7 +73,8 @@ progress = partial(tqdm, leave=False, disable=RANK > 0)
 # 1. One stage and its training loop
 
 def run_stage(args: Args) -> None:
-    """Run one stage: read the records, choose what fits into memory, train, and save to args.out."""
+    """Run one stage: read the records, set the micro-batch size, train, and save to args.out. With --show,
+    --check-data or --plan, print that and stop."""
     config = open_config(args)
     if args.max_length is None:
         args.max_length = 4096 if config.image_mode == "anyres" else 2048
@@ -90,7 +91,7 @@ def run_stage(args: Args) -> None:
     batches = [batch for epoch in range(args.epochs) for batch in make_batches(
         samples.usable, samples.lengths, args.batch_size, args.seed + epoch)]
     checkpoints = Checkpoints(args, len(batches))
-    if args.resume and args.micro_batch_size is None:        # as the run began, whatever is free now
+    if args.resume and args.micro_batch_size is None:        # the run's own, whatever memory is free now
         args.micro_batch_size = checkpoints.saved.get("micro_batch_size")
     with torch.device("meta"):
         sketch = Llava(config)               # shapes without memory, for the estimates
@@ -132,7 +133,7 @@ def train(model: Llava, optimizer: Adam, samples: Samples, val: Samples | None, 
                 loss += part.item()
             norm = optimizer.clip(args.clip)
             check_finite("gradient", norm, samples, batches, step)
-            optimizer.step()
+            optimizer.step()                     # with --in-backward nothing is left to update
             line = {"loss": all_reduce(loss) / PROCESSES, "lr": optimizer.lr, "grad_norm": norm,
                     "tokens": tokens, "seconds": time.perf_counter() - began, "waited": waited}
             if val and (step == len(batches) or step % args.val_every == 0):
@@ -157,8 +158,8 @@ def make_loader(samples: Samples, batches: list[list[int]], args: Args) -> DataL
 def weigh_micro_batches(micro_batches: list[dict] | OSError, batch_size: int) -> tuple[list, int]:
     """([(micro-batch, weight of its mean loss), ...], the number of supervised tokens in the step).
     Each process sums its weighted losses, and gradients are averaged over the processes: the result is
-    the mean over all supervised tokens of the step. All must make equally many passes, so a process with
-    fewer micro-batches repeats its last one with weight 0."""
+    the mean over all supervised tokens of the step. FSDP2 needs equally many passes in each process, so one
+    with fewer micro-batches repeats its last one with weight 0."""
     if isinstance(micro_batches, OSError):   # see Samples.__getitem__
         raise micro_batches
     counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro_batches]
@@ -182,7 +183,7 @@ def validation_loss(model: Llava, val: Samples, args: Args) -> float:
         loss = sum(model(**to_device(part, args.device)).item() * weight for part, weight in weighted)
         total, tokens = total + all_reduce(loss) / PROCESSES * count, tokens + count
     if PROCESSES > 1:
-        model.reshard()                      # FSDP2 does so in a backward pass only
+        model.reshard()                      # of the root, which FSDP2 reshards in a backward pass only
     return total / tokens
 
 
@@ -193,8 +194,8 @@ def to_device(micro_batch: dict, device: str) -> dict:
 
 
 def schedule(step: int, steps: int) -> float:
-    """The fraction of the learning rate at step 0, 1, ...: 3% of linear warm-up, then a cosine to 0. As in
-    transformers, the first update has rate 0."""
+    """The fraction of the learning rate at step 0, 1, ...: linear warm-up in 3% of the steps, then a cosine
+    to 0. As in transformers, the first update has rate 0."""
     warmup = math.ceil(0.03 * steps)
     if step < warmup:
         return step / warmup
@@ -229,8 +230,8 @@ def deferred_signals():
 
 
 def ignore_signals(worker: int) -> None:
-    """A worker leaves the process group, to which Ctrl-C and `kill` of torchrun are sent: it must outlive the
-    step in which its parent handles the signal."""
+    """A DataLoader worker ignores Ctrl-C and leaves the process group that torchrun stops: its parent still
+    needs it to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):
         os.setsid()
@@ -287,8 +288,8 @@ def report_cut(args: Args, samples: Samples | None, file: Path) -> None:
 # 2. Records
 
 def read_records(file: Path, folder: Path) -> list[dict]:
-    """LLaVA's records as {"id", "messages", "images"}. All errors that show without decoding an
-    image are raised here, before any model is loaded."""
+    """LLaVA's records as [{"id", "messages", "images"}]; UserError for wrong fields or a missing image.
+    Samples raises the errors of template and image headers, also before any model is loaded."""
     records = []
     for i, raw in enumerate(progress(read_json_list(file), desc=f"reading {file.name}")):
         record = try_record(read_record, raw, i, folder)
@@ -306,7 +307,7 @@ def read_json_list(file: Path) -> list:
 
 
 def try_record(read, raw, i: int, folder: Path) -> dict | ValueError:
-    """The record by `read`, read_record or check_record, or as a returned error what is wrong with it."""
+    """read(raw, folder) with an id, where read is read_record or check_record; or a ValueError to report."""
     try:
         return read(raw, folder) | {"id": raw.get("id", i)}
     except (ValueError, OSError, AttributeError, KeyError, TypeError, IndexError) as error:
@@ -323,7 +324,7 @@ def read_record(record: dict, folder: Path) -> dict:
         speaker, role = ("gpt", "assistant") if i % 2 else ("human", "user")
         if turn["from"] != speaker:
             raise UserError(f"turn {first + i} is from {turn['from']!r}; it must be from {speaker!r}")
-        turn["value"].encode()               # ValueError: half of a surrogate pair
+        turn["value"].encode()               # UnicodeEncodeError, a ValueError, for a lone surrogate
         if speaker == "gpt" and not turn["value"].strip():
             raise UserError("an answer is empty")
         messages.append({"role": role, "content": turn["value"]})
@@ -392,7 +393,7 @@ class Samples(Dataset):
 
 
 def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
-    """(height, width) of a record's images; files are opened only if the size decides the token count."""
+    """(height, width) of each image; (0, 0) without AnyRes, where the size does not matter."""
     if config.image_mode != "anyres":
         return [(0, 0)] * len(record["images"])
     try:
@@ -402,7 +403,7 @@ def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
 
 
 def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
-    """One epoch: every sample once, in random batches of samples of similar length."""
+    """One epoch: every record in `usable` once, in random batches of records of similar length."""
     generator = torch.Generator().manual_seed(seed)
     order = [usable[i] for i in torch.randperm(len(usable), generator=generator)]
     pools = [order[i:i + 50 * batch_size] for i in range(0, len(order), 50 * batch_size)]
@@ -412,7 +413,7 @@ def make_batches(usable: list[int], lengths: list[int], batch_size: int, seed: i
 
 
 def make_micro_batches(size: int, samples: list[dict | OSError]) -> list[dict] | OSError:
-    """The samples of one step as right-padded batches of at most `size` rows, those with most ids first."""
+    """The samples as right-padded batches of at most `size` rows, those with most ids first; or an error."""
     if errors := [sample for sample in samples if isinstance(sample, OSError)]:
         return errors[0]
     samples = sorted(samples, key=lambda s: -s["input_ids"].shape[1])
@@ -452,7 +453,8 @@ def build(args: Args, config: LlavaConfig, newest: Path | None) -> tuple[Llava, 
 
 
 def choose_trainable(model: Llava, args: Args) -> None:
-    """Stage 1: the projector. Stage 2: also the language model, or LoRA in its layers, but not in lm_head."""
+    """Set requires_grad, and insert LoRA. Stage 1: the projector. Stage 2: also the language model, or LoRA
+    in its layers (not lm_head) and, with --lora-vision, in the vision tower's."""
     trainable = ("projector.", "image_newline")
     if args.stage == 2 and not args.lora_rank:
         trainable += ("language_model.",)
@@ -496,15 +498,15 @@ def wrap_layers(model: Llava, args: Args) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if PROCESSES > 1:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        mesh = init_device_mesh(args.device, (PROCESSES,))   # else it would take a GPU where there is one
+        mesh = init_device_mesh(args.device, (PROCESSES,))   # without it fully_shard prefers a GPU
         for module in [*model.language_model.layers, model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def connect_parameters(model: Llava, _, inputs: tuple) -> tuple:
-    """Add 0 × all other trainable parameters to the language model's input: so they have a gradient, 0, also
-    in a batch without images. Other processes would wait for it; and a single process updates them as
-    several processes do."""
+    """Add 0 × all trainable parameters outside the language model to its input, so that a batch without
+    images gives them the gradient 0: other processes would wait for it, and one process would skip their
+    update, but several would not."""
     others = [p.sum() for name, p in model.named_parameters()
               if p.requires_grad and not name.startswith("language_model.")]
     return inputs[0] + 0 * sum(others), *inputs[1:]
@@ -547,7 +549,7 @@ class Adam:
         for name, p in self.parameters.items():
             self.state[f"{name}.m"], self.state[f"{name}.v"] = torch.zeros_like(p), torch.zeros_like(p)
             if p.dtype == torch.bfloat16:
-                self.state[f"{name}.low"] = torch.zeros_like(p)  # int16 bits as bf16: FSDP exchanges no int16
+                self.state[f"{name}.low"] = torch.zeros_like(p)  # int16 bits as bf16: gloo, NCCL lack int16
             if in_backward:
                 p.register_post_accumulate_grad_hook(partial(self.update, name))
 
@@ -581,7 +583,7 @@ class Adam:
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
-        """Update one weight and clear its gradient, in chunks, so that the temporary float32 tensors take
+        """Update one parameter and clear its gradient, in chunks, so that the temporary float32 tensors take
         little memory. All chunks share the noise that rounds them."""
         gradient, weight = local_shard(p.grad).reshape(-1), local_shard(p.detach()).view(-1)
         p.grad = None
@@ -665,6 +667,7 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
     elif args.micro_batch_size < math.ceil(args.batch_size / PROCESSES):
         earlier = so_far = need["gradients"]
     at_update = need["activations"] if args.in_backward else 0.0          # lm_head's update is the first
+    # Gradients of an MLP's input and of 3 inner tensors; in stage 2 one takes the place of a freed input.
     in_mlp = load.tokens * size * (C + (2 if args.stage == 2 else 3) * text.intermediate_size)
     in_layer = load.tokens * (attention + mlp) + in_mlp      # backward of a layer: also what autograd kept
     if on_cpu:                               # the last layer: backward of its first norm, its attention freed
@@ -796,11 +799,11 @@ def print_plan(model: Llava, need: dict, samples: Samples, args: Args) -> None:
 # 6. --check-data and --show
 
 def check_data(args: Args, processor: Processor) -> None:
-    """Read every record and decode every image once; write all errors to RUN/check.json."""
+    """Read every record and decode every image; write what is wrong, odd or repeated to RUN/check.json."""
     raw = read_json_list(args.data)
     with ThreadPool(args.workers or os.cpu_count()) as pool:              # Pillow decodes in parallel
-        found = pool.imap(lambda i: try_record(check_record, raw[i], i, args.images),
-                          range(len(raw)), chunksize=16)
+        check = partial(check_record, processor)
+        found = pool.imap(lambda i: try_record(check, raw[i], i, args.images), range(len(raw)), chunksize=16)
         found = list(progress(found, total=len(raw), desc="checking"))
     records = [record for record in found if isinstance(record, dict)]
     copies = Counter(str((record["messages"], record["images"])) for record in records)
@@ -818,9 +821,10 @@ def check_data(args: Args, processor: Processor) -> None:
         raise UserError(f"{args.data} has records with errors, the first is: {lists['wrong'][0]}")
 
 
-def check_record(raw: dict, folder: Path) -> dict:
-    """Like read_record, and decodes the images; "odd": what is unusual about them but accepted."""
+def check_record(processor: Processor, raw: dict, folder: Path) -> dict:
+    """Like read_record, and tokenizes the text and decodes the images; "odd": what is unusual about them."""
     record, odd = read_record(raw, folder), []
+    processor.tokenize(record["messages"])   # UserError where they do not fit the template
     for file in record["images"]:
         open_image(file)
         with Image.open(file) as image:
@@ -839,7 +843,7 @@ def is_animated(image: Image.Image) -> bool:
 
 
 def show(samples: Samples, index: int) -> None:
-    """Print a record as the model reads it: the kind of each token, and whether it is learned."""
+    """Print a record as the model reads it: the kind of each token, and whether it is supervised."""
     if not 0 <= index < len(samples):
         raise UserError(f"--show {index}: the records are 0 to {len(samples) - 1}")
     processor, files = samples.processor, list(samples.records[index]["images"])
@@ -848,13 +852,13 @@ def show(samples: Samples, index: int) -> None:
     colors = {"image": 35, "start": 31, "end": 31, "prompt": 34, "answer": 32}       # of the terminal
     kinds = []
     for token, label in zip(ids, labels):
-        kind, learned = ("prompt", "") if label == IGNORE else ("answer", "learned")
-        kinds.append((special.get(token, kind), learned))
-    for (kind, learned), group in groupby(zip(kinds, ids), key=lambda pair: pair[0]):
+        kind, mark = ("prompt", "") if label == IGNORE else ("answer", "supervised")
+        kinds.append((special.get(token, kind), mark))
+    for (kind, mark), group in groupby(zip(kinds, ids), key=lambda pair: pair[0]):
         text = "".join(str(files.pop(0)) if kind == "image" else processor.tokenizer.id_to_token(token)
                        for _, token in group).replace("▁", " ").replace("<0x0A>", "\n")
-        print(f"{kind:8}{learned:8}\033[{colors[kind]}m{text}\033[0m")
-    print(f"{samples.lengths[index]} tokens with those of the images, {samples.supervised[index]} learned")
+        print(f"{kind:8}{mark:11}\033[{colors[kind]}m{text}\033[0m")
+    print(f"{samples.lengths[index]} tokens with those of the images, {samples.supervised[index]} supervised")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -883,7 +887,8 @@ class Checkpoints:
         return chosen | {"processes": PROCESSES, "data": self.data}
 
     def to_resume(self) -> Path | None:
-        """The checkpoint to continue from, if there is one; UserError if a setting of SETTINGS differs."""
+        """The newest checkpoint or None. UserError without --resume, or if settings, data or the number of
+        processes differ."""
         if self.newest is None and (self.out / "config.json").exists():
             raise UserError(f"{self.out} holds a model, which the run would overwrite: name another --out")
         if self.newest is None:
@@ -894,13 +899,13 @@ class Checkpoints:
                    for name, value in self.settings().items() if self.saved.get(name) != value]
         if changed:
             raise UserError(f"{self.out} cannot be continued with other settings: {'; '.join(changed)}")
-        if RANK == 0:                        # a kill may have come before
+        if RANK == 0:                        # the run may have been killed between save and publish
             self.publish(self.newest)
         return self.newest
 
     def save(self, model: Llava, processor: Processor, optimizer: Adam) -> None:
-        """All processes gather the tensors, one at a time; the first one writes them. After the last step
-        the optimizer state is not needed."""
+        """All processes gather the tensors, one at a time; rank 0 writes them. After the last step the
+        optimizer state is not needed."""
         state = optimizer.state if optimizer.steps < self.total_steps else {}
         tensors = ((name, full_tensor(tensor).cpu()) for name, tensor in state.items())
         if RANK == 0:
@@ -1002,7 +1007,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     recipe("--epochs", type=positive, help="default: 1, 15")
     recipe("--batch-size", type=positive, metavar="N", help="records in a step (default: 64, 32)")
     recipe("--lr", type=rate, help="peak learning rate (default: 1e-3, 2e-5; with LoRA 2e-4)")
-    recipe("--clip", type=rate, metavar="NORM", help="largest norm of the gradient, 0: none (default: 1)")
+    recipe("--clip", type=rate, metavar="NORM", help="largest gradient norm, 0: none (1; --in-backward: 0)")
     recipe("--max-length", type=positive, metavar="T", help="tokens a record (default: 2048, anyres 4096)")
     recipe("--template", choices=("plain", "mistral_instruct", "v1"), help="default: plain, the model's")
     recipe("--projector", choices=("linear", "mlp2x_gelu"), help="default: the model's, or mlp2x_gelu")

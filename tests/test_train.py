@@ -767,12 +767,21 @@ def test_check_data_lists_all_errors(toy_folder, tmp_path, capsys):
     assert sum(int(count) for count in re.findall(r"tokens +(\d+)", printed)) == 25
 
 
+def test_check_data_lists_all_records_that_do_not_fit_the_template(toy_folder, tmp_path):
+    text = [turn("human", "What?"), turn("gpt", "Red."), turn("human", "Sure?"), turn("gpt", "Yes.")]
+    records = [{"id": name, "conversations": text} for name in "ab"]
+    records.append({"id": "c", "image": "1.png", "conversations": GOOD})
+    message = error_message(toy_folder, tmp_path / "run", "--check-data --template plain", records)
+    wrong = json.loads((tmp_path / "run/check.json").read_text())["wrong"]
+    assert [line.split(":")[0] for line in wrong] == ["record a", "record b"] and wrong[0] in message
+
+
 def test_show_prints_the_kind_of_every_token(toy_folder, tmp_path, capsys):
     train.run_stage(train.parse(toy_flags(toy_folder, tmp_path, "--show 1")))
     shown = re.sub(r"\033\[\d+m", "", capsys.readouterr().out).splitlines()
     assert [line.split()[0] for line in shown[:3]] == ["start", "prompt", "image"]
-    assert any(line.startswith("answer  learned  The color is blue.") for line in shown)
-    assert any(line == "end     learned </s>" for line in shown)
+    assert any(line.startswith("answer  supervised  The color is blue.") for line in shown)
+    assert any(line == "end     supervised </s>" for line in shown)
     assert "records are 0 to 21" in error_message(toy_folder, tmp_path, "--show 22")
 
 
