@@ -954,8 +954,9 @@ def read_reply(request: Request) -> tuple[str, str | None]:
     """The text and the finish_reason of a chat completion."""
     with urlopen(request, timeout=SECONDS) as response:
         choice = json.loads(response.read())["choices"][0]
-    text = choice["message"]["content"] or ""        # null: the model refuses to answer
-    return "" + text, choice.get("finish_reason")        # TypeError if it is not a string
+    text = choice["message"]["content"]
+    text = "" if text is None else "" + text             # null: a refusal; TypeError for other types
+    return text, choice.get("finish_reason")
 
 
 def retry_after(header: str | None, default: float) -> float:

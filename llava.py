@@ -1002,8 +1002,8 @@ class Llava(nn.Module):
                         device="cpu", quantize: str = "none", base=(), **overrides) -> Llava:
         """Open a LLaVA as llava-hf or liuhaotian publishes it, a run folder (see save_pretrained), or a CLIP
         and a language model with a newly initialized projector. Each is a folder, a hub id or id@revision.
-        dtype None keeps the dtype of the files. quantize: "none", "int8" or "int4", see section 4. `base`: new
-        places of a run folder's bases, in its order. `overrides` replace fields of LlavaConfig. Files are
+        dtype None keeps the dtype of the files. quantize: "none", "int8" or "int4", see section 4. `base`:
+        new places of a run folder's bases, in its order. `overrides` replace fields of LlavaConfig. Files are
         mapped and tensors cast, moved or quantized one at a time: there is never a second copy in memory."""
         if quantize not in ("none", "int8", "int4"):
             raise UserError(f"quantize is {quantize!r}; it must be none, int8 or int4")
@@ -1560,6 +1560,8 @@ def open_image(file: Path) -> Image.Image:
             return image.copy()
     except FileNotFoundError:
         raise OSError(f"there is no image {file}") from None
+    except MemoryError:                      # is not the image's fault
+        raise
     except Exception as error:               # Pillow's decoders raise errors of many types
         raise OSError(f"{file} is not a readable image: {first_line(error)}") from None
 

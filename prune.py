@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval import parse_args as parse_evaluation
 from eval import (append, are_correct, chat, collate, expect_format, fingerprint, interval, judge_url,
                   load_image, read_answers, read_scienceqa, target_text, to_record, write_lines)
 from llava import (IGNORE, Llava, Processor, UserError, add_model_flags, atomic_write, check_outputs,
@@ -941,7 +942,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def check_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with code 2 for flags that a study does not take, or sets itself."""
+    """Exit with code 2 for flags that a study or its programs do not take, or that the study sets itself."""
+    from train import parse as parse_training            # here, because the import takes a second
+
     for name in ("prune", "keep_tokens", "template", "base", "quantize", "split", "pictures", "seed",
                  "image_text", "layer", "pooling", "batch_size"):
         if getattr(args, name) != parser.get_default(name):
@@ -949,13 +952,18 @@ def check_study(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
                          "within --stage1, --stage2 and --eval, and subsets of your own with --from-list")
     if args.tokenizer and len(args.language) > 1:
         parser.error("--tokenizer would replace that of every --language: leave it out")
-    for name, own in {"stage1": "", "stage2": "--seed", "eval": "--limit --split --pictures"}.items():
+    training = "--init i --data d --out o"
+    for name, parse, needed, own in (
+            ("stage1", parse_training, f"--stage 1 {training}", ""),
+            ("stage2", parse_training, f"--stage 2 {training}", "--seed"),
+            ("eval", parse_evaluation, "--scienceqa d --model m", "--limit --split --pictures")):
         try:
-            given = {word.split("=")[0] for word in shlex.split(getattr(args, name))}
+            words = shlex.split(getattr(args, name))
         except ValueError as error:
             parser.error(f"--{name}: {error}")
-        if wrong := given & set(own.split()):
+        if wrong := {word.split("=")[0] for word in words} & set(own.split()):
             parser.error(f"--{name} takes no {min(wrong)}, which the study sets")
+        parse([*needed.split(), *words])     # the program's own parser, now and not after hours
 
 
 def main() -> None:

@@ -398,6 +398,8 @@ def image_sizes(record: dict, config: LlavaConfig) -> list[tuple[int, int]]:
         return [(0, 0)] * len(record["images"])
     try:
         return [Image.open(file).size[::-1] for file in record["images"]]            # reads the header only
+    except MemoryError:
+        raise
     except Exception as error:               # as in open_image
         raise OSError(f"{', '.join(map(str, record['images']))}: not a readable image: {error}") from None
 

@@ -692,6 +692,8 @@ INVALID_FLAGS = {                            # program -> [(flags, part of the m
         *[(f"{STUDY} {flags}", flags.split()[0]) for flags in (
             "--seed 3", "--pooling mean", "--layer 2", "--batch-size 4", "--split val", "--pictures only",
             "--image-text t", "--base b", "--quantize int8")],
+        *[(f"{STUDY} {flags}", flags.split("=", 1)[1]) for flags in (
+            "--stage1=--epoch=1", "--stage2=--epoch=1", "--stage2=--nonsense", "--eval=--lim=4")],
         ("--report r.json --draw chart.psd", "--draw"), ("--method maxmin --quantize 4", "--quantize"),
         ("--generate conversation --out o --captions c", "--judge-model"),
         ("--generate detail --out o --captions c --judge-model m", "--boxes"), ("--expand c", "--out"),

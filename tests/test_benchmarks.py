@@ -116,6 +116,7 @@ def test_request_has_openais_form_and_the_key_if_one_is_set(start_judge, monkeyp
 @pytest.mark.parametrize("first_reply", [
     (429, {}, "slow down"), (500, {}, ""), (200, {}, "<html>"), (200, {}, '{"choices": []}'),
     (200, {}, '{"choices": [{"message": {"content": 5}}]}'), (200, {}, "[" * 100_000),
+    (200, {}, '{"choices": [{"message": {"content": []}}]}'),
     (200, {"Content-Length": 99}, '{"choices": [{"mes')])
 def test_failed_request_is_repeated(start_judge, waits, first_reply):
     server = start_judge(first_reply, "1 2")

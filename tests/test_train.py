@@ -767,6 +767,17 @@ def test_check_data_lists_all_errors(toy_folder, tmp_path, capsys):
     assert sum(int(count) for count in re.findall(r"tokens +(\d+)", printed)) == 25
 
 
+def test_an_image_is_not_blamed_for_a_lack_of_memory(monkeypatch, toy_folder):
+    def fail(_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        llava.open_image(toy_folder / "1.png")
+    with pytest.raises(MemoryError):
+        train.image_sizes({"images": [toy_folder / "1.png"]}, SimpleNamespace(image_mode="anyres"))
+
+
 def test_check_data_lists_all_records_that_do_not_fit_the_template(toy_folder, tmp_path):
     text = [turn("human", "What?"), turn("gpt", "Red."), turn("human", "Sure?"), turn("gpt", "Yes.")]
     records = [{"id": name, "conversations": text} for name in "ab"]
