@@ -771,7 +771,7 @@ Assistant 1 and Assistant 2: are they helpful, relevant, correct and detailed? G
 Assistant 1 first, with a space between them. Explain them in the lines after it. The order of the answers
 must not influence you."""
 BOXES = ": captions, one a line, then objects, each as category: [left, top, right, bottom] in fractions of 1"
-SECONDS = 60                                 # timeout of one request to the judge
+SECONDS = 60                                 # timeout of a request to a judge or teacher
 
 
 def read_llavabench(args: Args, questions: list[dict]) -> dict:

@@ -266,7 +266,7 @@ def count_cell(n: int, total: int) -> Cell:
 
 
 def coverage(sets: dict[str, list[dict]], fields) -> dict[str, list[Cell]]:
-    """How many questions of each set have each value of a field; how many values occur, and in the first."""
+    """For each field: how many questions of each set have each value, and how many values occur in it."""
     rows = {}
     for field in fields:
         counts = [Counter(p[field] for p in problems) for problems in sets.values()]

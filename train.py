@@ -669,7 +669,7 @@ def estimate_memory(model: Llava, load: Load, args: Args) -> dict[str, float]:
     elif args.micro_batch_size < math.ceil(args.batch_size / PROCESSES):
         earlier = so_far = need["gradients"]
     at_update = need["activations"] if args.in_backward else 0.0          # lm_head's update is the first
-    # Gradients of an MLP's input and of 3 inner tensors; in stage 2 one takes the place of a freed input.
+    # Gradients of an MLP's output and of 3 inner tensors; in stage 2 down_proj's input is freed by then.
     in_mlp = load.tokens * size * (C + (2 if args.stage == 2 else 3) * text.intermediate_size)
     in_layer = load.tokens * (attention + mlp) + in_mlp      # backward of a layer: also what autograd kept
     if on_cpu:                               # the last layer: backward of its first norm, its attention freed
